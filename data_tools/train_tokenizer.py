@@ -1,0 +1,28 @@
+"""Train a sentencepiece tokenizer (byte-pair encoding, lossless) on .txt and .jsonl files."""
+
+import argparse
+
+from ecp_scale.data.tokenizer import SentencePieceTokenizer
+from ecp_scale.data.tokenizer_training import train_tokenizer
+from ecp_scale.errors import input_errors_exit
+
+
+def main() -> None:
+    """Read the command line and print what was written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=".txt and .jsonl files, or folders")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 bytes and specials included")
+    parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
+    parser.add_argument("--threads", type=int, default=1, help="training threads (default: 1)")
+    options = parser.parse_args()
+    train_tokenizer(
+        options.input, options.output, options.vocab_size, text_key=options.text_key, threads=options.threads
+    )
+    tokenizer = SentencePieceTokenizer(options.output)
+    print(f"{options.output}: {tokenizer.vocab_size} entries, sha256 {tokenizer.sha256[:12]}...")
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

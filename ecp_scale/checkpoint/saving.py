@@ -1,0 +1,94 @@
+"""Save and resume a run through DeepSpeed."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint, remove_old, tag
+from ecp_scale.config import Config
+from ecp_scale.data.corpus import Corpus
+from ecp_scale.errors import InputError
+from ecp_scale.models.sharding import layouts
+from ecp_scale.parallel.groups import agreed
+
+HARMLESS_MODEL_FIELDS = {"preset", "allow_short_reach", "dropout"}
+"""Model fields that may change over a resume."""
+
+
+def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path, step: int) -> None:
+    """Write the checkpoint after ``step`` steps; all ranks take part."""
+    folder = checkpoints_folder(run) / tag(step)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        tokenizer_file = corpus.tokenizer.path.name
+        shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
+        record = CheckpointRecord(
+            step=step,
+            tokens=step * config.tokens_per_step,
+            tokenizer=corpus.manifest.tokenizer,
+            tokenizer_file=tokenizer_file,
+            layouts=layouts(engine.module),
+            files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+            **_identity(engine, config, corpus),
+        )
+        record.write(folder)
+        remove_old(run, config.checkpoint.keep)
+    dist.barrier()
+
+
+def resume(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path) -> int:
+    """Load the newest complete checkpoint and return its step; 0 where the run has not saved any yet.
+
+    Raises:
+        InputError: on all ranks, if the checkpoint was written by another model, layout or data.
+    """
+    if not any(checkpoints_folder(run).glob("step-*")):
+        return 0
+    folder = agreed(lambda: find_checkpoint(run))
+    record = agreed(lambda: _matching_record(folder, _identity(engine, config, corpus)))
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    return record.step
+
+
+def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run."""
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_parallel": config.parallel.tensor,
+        "zero_stage": engine.zero_optimization_stage(),
+        "precision": config.training.precision,
+        "model": dataclasses.asdict(config.model),
+        "data": {
+            "tokens": corpus.tokens,
+            "tokenizer_sha256": corpus.tokenizer.sha256,
+            "seed": config.training.seed,
+            "global_batch_size": config.training.global_batch_size,
+        },
+    }
+
+
+def _matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
+    record = CheckpointRecord.read(folder)
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for key, value in now.items():
+        saved = getattr(record, key)
+        if isinstance(value, dict):
+            pairs |= {f"{key}.{name}": (saved.get(name), value[name]) for name in value}
+        else:
+            pairs[key] = (saved, value)
+    differences = [
+        f"{key} was {saved!r} and is now {value!r}"
+        for key, (saved, value) in pairs.items()
+        if saved != value and key.removeprefix("model.") not in HARMLESS_MODEL_FIELDS
+    ]
+    if differences:
+        raise InputError(f"{folder} cannot be continued by this run:\n" + "\n".join(f"  - {x}" for x in differences))
+    return record

@@ -1,0 +1,225 @@
+"""From command line, YAML and preset to one ``Config``, with every mistake reported at once.
+
+Later wins: defaults of the dataclasses, the preset, the config file, the command line. Every value takes the same road:
+it becomes an option ``--section.key=value``, which jsonargparse checks against the type of the field.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+import jsonargparse
+import yaml
+
+from ecp_scale import deepspeed_json
+from ecp_scale.config import Config
+from ecp_scale.errors import InputError
+
+SECTIONS: dict[str, Any] = {item.name: get_type_hints(Config)[item.name] for item in dataclasses.fields(Config)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a training command line asks for."""
+
+    config: Config
+    deepspeed_path: str | None
+    deepspeed: dict[str, Any]
+    dry_run: bool
+    resume: bool
+    world_size: int
+
+
+class Setting(NamedTuple):
+    """One value for one field, and where it was given."""
+
+    key: str
+    value: str
+    source: str
+
+
+def parse(argv: Sequence[str], description: str, required: Sequence[str] = ()) -> Request:
+    """Read a training command line; fields named in ``required`` must be set unless it is a dry run.
+
+    Raises:
+        InputError: listing every problem of the files and of the command line together.
+    """
+    parser = _section_parser(description)
+    known, rest = _top_level_parser().parse_known_args(argv)
+    if known.help:
+        parser.print_help()
+        raise SystemExit(0)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+
+    problems: list[str] = []
+    settings = _file_settings(known.config, problems) if known.config else []
+    settings += _command_line_settings(rest, problems)
+    preset = next((item.value for item in reversed(settings) if item.key == "model.preset"), "null")
+    if preset != "null":
+        settings = _file_settings(str(preset_path(preset)), problems) + settings
+    config = _build(parser, settings, problems)
+    content = deepspeed_json.read(known.deepspeed_config)
+    # Before a launch there is no world size to check against.
+    launched = world_size if "WORLD_SIZE" in os.environ else None
+    found = config.problems(launched)
+    problems += found
+    if not found:
+        ranks = launched or config.parallel.tensor * config.parallel.context
+        problems += deepspeed_json.problems(content, known.deepspeed_config, config, ranks)
+    if not known.dry_run:
+        problems += [f"{key} is not set" for key in required if _value(config, key) is None]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise InputError(f"{count} in the configuration:\n" + "\n".join(f"  - {text}" for text in problems))
+    return Request(config, known.deepspeed_config, content, known.dry_run, known.resume == "auto", world_size)
+
+
+def preset_names() -> list[str]:
+    """Names that model.preset takes."""
+    folder = resources.files("ecp_scale") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_path(name: str) -> Path:
+    """File of a preset.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in preset_names():
+        raise InputError(f"model.preset is {name!r}, expected one of {', '.join(preset_names())}")
+    return Path(str(resources.files("ecp_scale") / "presets" / f"{name}.yaml"))
+
+
+def load_preset(name: str) -> Config:
+    """The config of a preset alone.
+
+    Raises:
+        InputError: if the preset does not exist or is not valid.
+    """
+    return parse([f"--model.preset={name}"], "").config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config, as a file that ``--config`` reads."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _top_level_parser() -> argparse.ArgumentParser:
+    # Only these are not fields of a section; local_rank is what the deepspeed launcher adds.
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config")
+    parser.add_argument("--deepspeed_config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--resume", choices=("auto", "never"), default="never")
+    parser.add_argument("--local_rank", "--local-rank")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _section_parser(description: str) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML with the sections below, or the name of a preset")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, for example ds_configs/zero1.json")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its counts, then exit")
+    parser.add_argument("--resume", default="never", help="auto: continue from the newest complete checkpoint")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def _file_settings(path: str, problems: list[str]) -> list[Setting]:
+    if path in preset_names() and not Path(path).exists():
+        path = str(preset_path(path))
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path}: not valid YAML, {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config file {path}: found {type(content).__name__}, expected sections {', '.join(SECTIONS)}")
+    settings = []
+    for section, values in content.items():
+        if section not in SECTIONS:
+            problems.append(f"{path}: unknown section {section!r}{_did_you_mean(str(section), SECTIONS)}")
+        elif not isinstance(values, dict):
+            problems.append(f"{path}: section {section} holds {values!r}, expected keys and values")
+        else:
+            # JSON is YAML on one line, in every case that a YAML file can hold here.
+            pairs = [(f"{section}.{key}", json.dumps(value, default=str)) for key, value in values.items()]
+            settings += [Setting(key, value.strip('"'), path) for key, value in pairs]
+    return [item for item in settings if _is_known(item.key, item.source, problems)]
+
+
+def _command_line_settings(tokens: list[str], problems: list[str]) -> list[Setting]:
+    settings = []
+    remaining = list(tokens)
+    while remaining:
+        token = remaining.pop(0)
+        if not token.startswith("--"):
+            problems.append(f"command line: {token!r} is not an option; expected --section.key value")
+            continue
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not equals:
+            has_value = remaining and not remaining[0].startswith("--")
+            value = remaining.pop(0) if has_value else ""
+        if _is_known(key, "command line", problems):
+            if value == "":
+                problems.append(f"command line: --{key} needs a value")
+            else:
+                settings.append(Setting(key, value, "command line"))
+    return settings
+
+
+def _is_known(key: str, source: str, problems: list[str]) -> bool:
+    names = [f"{name}.{item.name}" for name, section in SECTIONS.items() for item in dataclasses.fields(section)]
+    if key in names:
+        return True
+    problems.append(f"{source}: unknown key {key!r}{_did_you_mean(key, names)}")
+    return False
+
+
+def _value(config: Config, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _build(parser: jsonargparse.ArgumentParser, settings: list[Setting], problems: list[str]) -> Config:
+    options = []
+    for item in settings:
+        option = f"--{item.key}={item.value}"
+        try:
+            parser.parse_args([option])
+        except (jsonargparse.ArgumentError, argparse.ArgumentError):
+            expected = _type_of(item.key)
+            problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {expected}")
+        else:
+            options.append(option)
+    values = parser.parse_args(options)
+    return Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
+
+
+def _type_of(key: str) -> str:
+    section, name = key.split(".")
+    hint = get_type_hints(SECTIONS[section])[name]
+    text = hint.__name__ if isinstance(hint, type) else str(hint)
+    return text.replace("typing.", "").replace("Literal", "one of ")

@@ -1,0 +1,51 @@
+"""The order of samples: a pure function of (seed, epoch, position), with nothing to store or to build."""
+
+import hashlib
+
+ROUNDS = 6
+
+
+class Permutation:
+    """A bijection of range(size) in closed form: a Feistel network, walked until it lands inside the range."""
+
+    def __init__(self, size: int, key: str) -> None:
+        """Derive the round keys from ``key``; ``size`` is at least 1."""
+        assert size >= 1
+        self.size = size
+        self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half_bits) - 1
+        digest = hashlib.sha256(key.encode()).digest() * 2
+        self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8]) | 1 for i in range(ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        """Where ``index`` goes."""
+        assert 0 <= index < self.size
+        index = self._feistel(index)
+        while index >= self.size:
+            index = self._feistel(index)
+        return index
+
+    def _feistel(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._mask
+        for key in self._keys:
+            mixed = ((right + key) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+            mixed = ((mixed ^ (mixed >> 29)) * key) & (2**64 - 1)
+            left, right = right, left ^ ((mixed >> 32) & self._mask)
+        return (left << self._half_bits) | right
+
+
+class SampleOrder:
+    """Which window each sample of a run is: every window once per epoch, in another order each epoch."""
+
+    def __init__(self, windows: int, seed: int) -> None:
+        self.windows = windows
+        self.seed = seed
+        self._epoch = -1
+        self._permutation = Permutation(1, "")
+
+    def window(self, sample: int) -> int:
+        """Window of the run's sample number ``sample``."""
+        epoch, position = divmod(sample, self.windows)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, Permutation(self.windows, f"{self.seed}/{epoch}")
+        return self._permutation(position)

@@ -1,0 +1,102 @@
+"""What a DeepSpeed JSON may say, and what the run config decides for it.
+
+A knob has one owner. The JSON holds ZeRO, precision, offload and communication; where the run config decides, the
+JSON says "auto" or nothing. A number that contradicts the run config is reported with both places.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ecp_scale.config import Config
+from ecp_scale.errors import InputError
+
+OWNED_BY_RUN_CONFIG = {
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "wandb": "logging.wandb",
+    "tensor_parallel": "parallel.tensor",
+    "sequence_parallel_size": "parallel.context",
+}
+"""Sections of DeepSpeed that have no place in our JSON, and who decides instead."""
+
+
+def read(path: str | None) -> dict[str, Any]:
+    """Read the JSON; no path means plain data parallelism without ZeRO.
+
+    Raises:
+        InputError: if the file is missing or is not a JSON object.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 0}}
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"DeepSpeed JSON {path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"DeepSpeed JSON {path}: not valid JSON, {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"DeepSpeed JSON {path}: found a {type(content).__name__}, expected an object")
+    return content
+
+
+def _decided(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
+    """JSON key (dotted) -> (value, the field of the run config that decides it)."""
+    training = config.training
+    accumulation = max(1, config.accumulation_steps(world_size))
+    bf16 = training.precision == "bf16"
+    return {
+        "train_batch_size": (training.global_batch_size, "training.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "training.global_batch_size / micro_batch_size / ranks"),
+        "gradient_clipping": (config.optimizer.gradient_clipping, "optimizer.gradient_clipping"),
+        "bf16.enabled": (bf16, "training.precision"),
+        "fp16.enabled": (False, "training.precision"),
+    }
+
+
+def problems(content: dict[str, Any], path: str | None, config: Config, world_size: int) -> list[str]:
+    """Every contradiction between the JSON and the run config."""
+    where = f"DeepSpeed JSON {path}"
+    found = [
+        f"{where}: section {key!r} belongs to {owner} of the run config; remove it"
+        for key, owner in OWNED_BY_RUN_CONFIG.items()
+        if key in content
+    ]
+    for key, (value, owner) in _decided(config, world_size).items():
+        given = _get(content, key)
+        if given not in (None, "auto", value):
+            found.append(f'{where}: {key} is {given!r} but {owner} says {value!r}; write "auto" there')
+    stage = _get(content, "zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        found.append(f"{where}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    return found
+
+
+def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
+    """The JSON with every "auto" filled in, as ``deepspeed.initialize`` takes it."""
+    resolved: dict[str, Any] = json.loads(json.dumps(content))
+    for key, (value, _) in _decided(config, world_size).items():
+        *parents, last = key.split(".")
+        section = resolved
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    # The optimizer is ours (ecp_scale.training.engine), and DeepSpeed warns of any but its own.
+    resolved.setdefault("zero_allow_untested_optimizer", True)
+    resolved.setdefault("steps_per_print", None)
+    return resolved
+
+
+def zero_stage(content: dict[str, Any]) -> int:
+    """ZeRO stage of the JSON."""
+    return int(_get(content, "zero_optimization.stage") or 0)
+
+
+def _get(content: dict[str, Any], dotted: str) -> Any:
+    value: Any = content
+    for key in dotted.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value

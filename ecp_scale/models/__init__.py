@@ -1,0 +1,1 @@
+"""Blocks and language models on Megatron-core's parallel layers; groups come as arguments."""

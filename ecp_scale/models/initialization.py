@@ -1,0 +1,49 @@
+"""Weights as a function of (seed, parameter name): equal for every layout of ranks and every padding."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ecp_scale.config import ModelConfig
+from ecp_scale.models.linear import Embedding, Shard
+from ecp_scale.models.sharding import Layout, whole_shape
+
+RESIDUAL_BRANCH_ENDS = ("attention.output", "attention.first_output", "feed_forward.down")
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -> None:
+    """Fill every parameter in place, by ``config.initialization``; norms start as the identity.
+
+    ``pytorch``: what nn.Linear and nn.Embedding do by default. ``depth_scaled``: normal with std 0.02, and
+    0.02 / sqrt(2L) for the last matrix of each residual branch (GPT-2's rule), biases 0.
+    """
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                parameter.fill_(1.0 if name == "weight" else 0.0)
+                continue
+            full_name = f"{module_name}.{name}"
+            digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+            whole = torch.empty(whole_shape(parameter, shard.size))
+            if config.initialization == "pytorch":
+                _pytorch_default(whole, module, shard.size, generator)
+            elif name == "bias":
+                whole.zero_()
+            else:
+                ends_branch = module_name.endswith(RESIDUAL_BRANCH_ENDS)
+                std = 0.02 / math.sqrt(2 * config.layers) if ends_branch else 0.02
+                whole.normal_(0.0, std, generator=generator)
+            share = Layout.of(parameter).split(whole, shard.size, shard.rank, parameter.shape[0] * shard.size)
+            parameter.copy_(share)
+
+
+def _pytorch_default(whole: Tensor, module: nn.Module, size: int, generator: torch.Generator) -> None:
+    if isinstance(module, Embedding):
+        whole.normal_(generator=generator)
+        return
+    bound = 1 / math.sqrt(module.input_size)
+    whole.uniform_(-bound, bound, generator=generator)

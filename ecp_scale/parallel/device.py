@@ -1,0 +1,42 @@
+"""Where CPU and GPU differ."""
+
+import resource
+import sys
+
+import torch
+
+
+def local_device(local_rank: int) -> torch.device:
+    """This rank's device, made current: its GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    # Trap: Megatron-core allocates its gather and reduce buffers on torch.cuda.current_device(), without asking
+    # where the tensors are. On a machine without a GPU the answer is the CPU.
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    return torch.device("cpu")
+
+
+def backend(device: torch.device) -> str:
+    """The torch.distributed backend of a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def known_peak_teraflops(device: torch.device, precision: str) -> float | None:
+    """Dense matrix peak of a known GPU by its datasheet (bf16: tensor cores; fp32: without TF32), else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"H200": (989.0, 67.0), "H100": (989.0, 67.0), "A100": (312.0, 19.5), "L40S": (362.0, 91.6)}
+    for key, (bf16, fp32) in peaks.items():
+        if key in name:
+            return bf16 if precision == "bf16" else fp32
+    return None

@@ -1,0 +1,105 @@
+"""Process groups: who shares a matrix, who holds a replica, and how ranks agree on an error."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+from ecp_scale.config import ParallelConfig
+from ecp_scale.errors import InputError
+from ecp_scale.parallel.device import backend, local_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the launch, from the environment that every launcher sets."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, the only rank."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups that models and training take as arguments."""
+
+    tensor: ProcessGroup
+    data: ProcessGroup
+    device: torch.device
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank's share of every matrix."""
+        return self.tensor.rank()
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's replica."""
+        return self.data.rank()
+
+
+@contextmanager
+def process_groups(config: ParallelConfig) -> Iterator[Groups]:
+    """Join the launch, build Megatron's groups, and leave both in order.
+
+    Without a launcher this is a group of one on an in-memory store: one program, whatever the number of ranks.
+    """
+    ranks = Ranks.from_environment()
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
+    device = local_device(ranks.local_rank)
+    timeout = timedelta(seconds=config.timeout_seconds)
+    store = dist.HashStore() if "RANK" not in os.environ else None
+    options = {"store": store, "rank": 0, "world_size": 1} if store else {}
+    dist.init_process_group(backend(device), timeout=timeout, **options)  # type: ignore[arg-type]
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            context_parallel_size=config.context,
+            distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+        )
+        yield Groups(
+            tensor=parallel_state.get_tensor_model_parallel_group(),
+            data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            device=device,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; where it is refused on any, raise on all, naming the ranks.
+
+    A rank that leaves alone would keep the others waiting until their timeout.
+
+    Raises:
+        InputError: everywhere, if any rank raised one.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except InputError as refused:
+        error = str(refused)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    messages = {text: [rank for rank, other in enumerate(errors) if other == text] for text in errors if text}
+    if messages:
+        everywhere = len(messages) == 1 and None not in errors
+        lines = [text if everywhere else f"rank {', '.join(map(str, at))}: {text}" for text, at in messages.items()]
+        raise InputError("\n".join(lines))
+    return result  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""The engine, the loop, schedules and metrics of a training run."""

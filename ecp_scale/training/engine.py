@@ -1,0 +1,78 @@
+"""The model under DeepSpeed: weights, optimizer, and the gradient norm that every ZeRO stage must agree on."""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ecp_scale.config import Config, OptimizerConfig
+from ecp_scale.models.initialization import initialize
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import ColumnLinear, RowLinear, Shard
+from ecp_scale.models.sharding import Layout
+from ecp_scale.parallel.groups import Groups
+from ecp_scale.parallel.mpu import ModelParallelUnit
+
+
+def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Groups) -> deepspeed.DeepSpeedEngine:
+    """Initialise the model from the seed and hand it to DeepSpeed.
+
+    Args:
+        config: the run, with its vocabulary known.
+        deepspeed_config: the DeepSpeed JSON with every "auto" filled in.
+        groups: this rank's process groups.
+    """
+    # Trap: on a CPU DeepSpeed compiles a shared-memory kernel at the first start, for a minute, with g++. Only its
+    # inference all-reduce uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    shard = Shard(groups.tensor)
+    model = LanguageModel(config.model, shard)
+    initialize(model, config.model, shard, config.training.seed)
+    model.to(groups.device)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(model, config.optimizer),
+        config=deepspeed_config,
+        mpu=ModelParallelUnit(),
+    )
+    return engine
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights of linear layers decay; biases, norms and embeddings do not (ecp.md: the paper's recipe)."""
+    decayed = [module.weight for module in model.modules() if isinstance(module, ColumnLinear | RowLinear)]
+    chosen = {id(parameter) for parameter in decayed}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def plain_gradient_norm(engine: deepspeed.DeepSpeedEngine, groups: Groups) -> float | None:
+    """Global norm of the averaged gradients where DeepSpeed keeps none (ZeRO-0 in fp32), else None.
+
+    A replicated parameter counts once, a sharded one on each of its ranks. Call it between the last backward and step.
+    """
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    square = torch.zeros((), device=groups.device)
+    for parameter in engine.module.parameters():
+        counts = Layout.of(parameter).partition_dim is not None or groups.tensor_rank == 0
+        if counts and parameter.grad is not None:
+            square += parameter.grad.detach().float().square().sum()
+    dist.all_reduce(square, group=groups.tensor)
+    return square.sqrt().item()

@@ -1,0 +1,192 @@
+"""A training run from its request to its last checkpoint."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from ecp_scale import deepspeed_json
+from ecp_scale.checkpoint.folder import checkpoints_folder
+from ecp_scale.checkpoint.saving import resume, save
+from ecp_scale.command_line import Request, to_yaml
+from ecp_scale.config import Config
+from ecp_scale.data.batches import TrainingBatches, validation_batches
+from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.files import write_text
+from ecp_scale.errors import InputError
+from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
+from ecp_scale.parallel.groups import Groups, agreed, process_groups
+from ecp_scale.parallel.random import seed_step
+from ecp_scale.training.engine import build_engine, set_learning_rate
+from ecp_scale.training.metrics import MetricsLog, check_wandb
+from ecp_scale.training.schedule import learning_rate
+from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step
+
+
+def train(request: Request) -> None:
+    """Run ``request.config`` on the ranks of this launch.
+
+    Raises:
+        InputError: on all ranks, if data, folders or checkpoint cannot be used.
+        DivergedError: if loss or gradients stay non-finite.
+    """
+    with process_groups(request.config.parallel) as groups:
+        corpus, validation = agreed(lambda: _open_data(request.config))
+        config = agreed(lambda: with_vocabulary(request.config, corpus))
+        assert config.training.output_dir is not None
+        run = Path(config.training.output_dir)
+        agreed(lambda: _prepare_run(config, run, request.resume))
+        settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+        engine = build_engine(config, settings, groups)
+        first_step = resume(engine, config, corpus, run) if request.resume else 0
+        if dist.get_rank() == 0:
+            write_text(run / "config.yaml", to_yaml(config))
+            write_text(run / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
+        _Run(config, groups, engine, corpus, validation, run).steps(first_step)
+        engine.destroy()
+
+
+class _Run:
+    """The loop and what it holds on to."""
+
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        engine: deepspeed.DeepSpeedEngine,
+        corpus: Corpus,
+        validation: Corpus | None,
+        folder: Path,
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.engine = engine
+        self.corpus = corpus
+        self.validation = validation
+        self.folder = folder
+        self.saved_step = 0
+
+    def steps(self, first_step: int) -> None:
+        """Train from after ``first_step`` to the end, or until SIGTERM."""
+        config, ranks = self.config, self.groups.data.size()
+        batches = TrainingBatches(self.corpus, config.training, ranks, self.groups.data_rank)
+        self.saved_step = first_step
+        skipped_in_a_row = 0
+        with ExitStack() as stack:
+            log = stack.enter_context(MetricsLog(config, self.folder, first_step)) if dist.get_rank() == 0 else None
+            terminated = stack.enter_context(_sigterm_flag())
+            for step in range(first_step + 1, config.training.steps + 1):
+                began = time.perf_counter()
+                tokens = step * config.tokens_per_step
+                rate = learning_rate(config.optimizer, tokens, config.training.steps * config.tokens_per_step)
+                set_learning_rate(self.engine, rate)
+                seed_step(config.training.seed, step, self.groups)
+                try:
+                    result = optimizer_step(self.engine, batches.step(step - 1), self.groups, bool(terminated))
+                except DivergedError as error:
+                    raise DivergedError(f"step {step}: {error}; last checkpoint: step {self.saved_step}") from None
+                seconds = time.perf_counter() - began
+                skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+                record = self._record(step, result, rate, seconds)
+                if self._is_due(step, config.training.validation_every_steps) and self.validation is not None:
+                    shares = validation_batches(self.validation, config.training, ranks, self.groups.data_rank)
+                    record["validation_loss"] = mean_loss(self.engine, shares, self.groups)
+                if log is not None:
+                    log.write(record)
+                if skipped_in_a_row >= config.training.max_skipped_steps:
+                    raise DivergedError(
+                        f"step {step}: {skipped_in_a_row} updates in a row were skipped because gradients were not "
+                        f"finite; last checkpoint: step {self.saved_step}"
+                    )
+                if result.stop_requested or self._is_due(step, config.checkpoint.every_steps):
+                    save(self.engine, config, self.corpus, self.folder, step)
+                    self.saved_step = step
+                if result.stop_requested:
+                    break
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.training.steps
+
+    def _record(self, step: int, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
+        config = self.config
+        speed = config.tokens_per_step / seconds
+        peak = config.logging.peak_teraflops or known_peak_teraflops(self.groups.device, config.training.precision)
+        utilisation = None
+        if peak is not None:
+            utilisation = speed * config.model.flops_per_token / (peak * 1e12 * dist.get_world_size())
+        return {
+            "step": step,
+            "tokens": step * config.tokens_per_step,
+            "loss": result.loss,
+            "grad_norm": result.gradient_norm,
+            "lr": rate,
+            "step_seconds": seconds,
+            "tokens_per_second": speed,
+            "mfu": utilisation,
+            "peak_memory_bytes": peak_memory_bytes(self.groups.device),
+            "skipped_steps": self.engine.skipped_steps,
+        }
+
+
+def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
+    assert config.data.prefix is not None
+    corpus = Corpus(config.data.prefix, config.model.sequence_length)
+    if config.data.validation_prefix is None:
+        return corpus, None
+    validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
+    if validation.tokenizer.sha256 != corpus.tokenizer.sha256:
+        raise InputError(
+            f"data.validation_prefix {validation.prefix} was made with tokenizer {validation.tokenizer.sha256[:12]}..., "
+            f"data.prefix {corpus.prefix} with {corpus.tokenizer.sha256[:12]}..."
+        )
+    return corpus, validation
+
+
+def with_vocabulary(config: Config, corpus: Corpus) -> Config:
+    """The config with the vocabulary of the corpus, unless it names its own.
+
+    Raises:
+        InputError: if its own is too small.
+    """
+    entries = corpus.tokenizer.vocab_size
+    if config.model.vocab_size is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=entries))
+    if config.model.vocab_size < entries:
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {corpus.prefix} has {entries} "
+            "entries; set model.vocab_size to null to take the tokenizer's"
+        )
+    return config
+
+
+def _prepare_run(config: Config, run: Path, resuming: bool) -> None:
+    check_wandb(config)
+    if not resuming and any(checkpoints_folder(run).glob("step-*")):
+        raise InputError(f"training.output_dir {run} holds checkpoints; pass --resume auto or choose another folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"training.output_dir {run}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _sigterm_flag() -> Iterator[list[int]]:
+    """A list that SIGTERM makes non-empty; the step in progress is finished first."""
+    received: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = signal.signal(signal.SIGTERM, remember)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)

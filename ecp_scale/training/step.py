@@ -1,0 +1,83 @@
+"""One optimizer step: accumulation, one message about loss and stop requests, and the checks before and after."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ecp_scale.parallel.groups import Groups
+from ecp_scale.training.engine import plain_gradient_norm
+
+
+class DivergedError(RuntimeError):
+    """The run produced numbers that no further step can mend."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step reports: the mean loss of its tokens in nats, the gradient norm, and whether it was applied."""
+
+    loss: float
+    gradient_norm: float
+    skipped: bool
+    stop_requested: bool
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine, micro_batches: Iterable[Tensor], groups: Groups, stop_requested: bool
+) -> StepResult:
+    """Accumulate over the micro-batches (micro, n + 1) and update the weights.
+
+    Raises:
+        DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the gradients
+            not finite and has not skipped the update.
+    """
+    losses = []
+    batches = list(micro_batches)
+    for number, batch in enumerate(batches, start=1):
+        ids = batch.to(groups.device)
+        loss = engine(ids[:, :-1], ids[:, 1:]).mean()
+        losses.append(loss.detach().float())
+        engine.backward(loss)
+        if number < len(batches):
+            engine.step()
+
+    # One all-reduce tells everybody the mean loss and whether anybody was asked to stop. Ranks of one tensor group
+    # hold the same loss, so the mean over all ranks is the mean over the replicas.
+    shared = torch.stack([torch.stack(losses).mean(), torch.tensor(float(stop_requested), device=groups.device)])
+    dist.all_reduce(shared)
+    loss_value, stops = (shared / torch.tensor([dist.get_world_size(), 1.0], device=groups.device)).tolist()
+    if not math.isfinite(loss_value):
+        raise DivergedError(f"the loss is {loss_value}; the weights have not been updated with it")
+
+    gradient_norm = plain_gradient_norm(engine, groups)
+    if gradient_norm is not None and not math.isfinite(gradient_norm):
+        raise DivergedError(f"the gradient norm is {gradient_norm}; the weights have not been updated with it")
+    skipped_before = engine.skipped_steps
+    engine.step()
+    skipped = engine.skipped_steps > skipped_before
+    if gradient_norm is None:
+        gradient_norm = float(engine.get_global_grad_norm())
+        if not math.isfinite(gradient_norm) and not skipped:
+            raise DivergedError(f"the gradient norm is {gradient_norm} and the weights have been updated with it")
+    return StepResult(loss_value, gradient_norm, skipped, stops > 0)
+
+
+@torch.no_grad()
+def mean_loss(
+    engine: deepspeed.DeepSpeedEngine, batches: Iterable[tuple[Tensor, int]], groups: Groups
+) -> float:
+    """Mean loss in nats per token over all ranks' batches (micro, n + 1), of which the first rows count."""
+    engine.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    for batch, counted in batches:
+        ids = batch.to(groups.device)
+        losses = engine(ids[:, :-1], ids[:, 1:])[:counted]
+        totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)
+    engine.train()
+    dist.all_reduce(totals, group=groups.data)
+    return (totals[0] / totals[1]).item()

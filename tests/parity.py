@@ -1,0 +1,154 @@
+"""Compare the paper model with golden numbers of the authors' release: logits, loss and every gradient.
+
+    python tests/parity.py tests/golden/ecp.safetensors [--tp N]
+
+With ``--tp N`` it starts N ranks itself; under torchrun it uses the ranks that are there. Exits 1 above tolerance.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from safetensors import safe_open
+from torch import Tensor
+
+from ecp_scale.config import ModelConfig, ParallelConfig
+from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import Shard
+from ecp_scale.models.sharding import Layout, load_whole
+from ecp_scale.parallel.groups import Groups, Ranks, agreed, process_groups
+
+LOGITS_TOLERANCE = 1e-5
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+NAMES = [
+    (r"^token_emb\.", "embedding."),
+    (r"^layers\.(\d+)\.0\.norm\.", r"layers.\1.attention_norm."),
+    (r"^layers\.(\d+)\.0\.fn\.to_q\.", r"layers.\1.attention.query."),
+    (r"^layers\.(\d+)\.0\.fn\.to_kv\.", r"layers.\1.attention.key."),
+    (r"^layers\.(\d+)\.0\.fn\.to_out_0\.", r"layers.\1.attention.first_output."),
+    (r"^layers\.(\d+)\.0\.fn\.to_out\.", r"layers.\1.attention.output."),
+    (r"^layers\.(\d+)\.1\.norm\.", r"layers.\1.feed_forward_norm."),
+    (r"^layers\.(\d+)\.1\.fn\.net\.0\.", r"layers.\1.feed_forward.up."),
+    (r"^layers\.(\d+)\.1\.fn\.net\.3\.", r"layers.\1.feed_forward.down."),
+    (r"^to_logits\.0\.", "norm."),
+    (r"^to_logits\.1\.", "output."),
+]
+"""The release's parameter names and ours."""
+
+
+def our_name(name: str) -> str:
+    """Our name of a parameter of the release."""
+    for pattern, replacement in NAMES:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            return name
+    raise InputError(f"golden parameter {name!r} has no counterpart in this model")
+
+
+def read_golden(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a golden file."""
+    if not Path(path).is_file():
+        raise InputError(f"golden file {path} does not exist")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def golden_config(metadata: dict[str, str]) -> ModelConfig:
+    """The paper's settings at the file's sizes."""
+    if metadata["architecture"] != "ecp":
+        raise InputError(f"architecture {metadata['architecture']!r}: this version has 'ecp'")
+    width, length = int(metadata["dim"]), int(metadata["sequence_length"])
+    return ModelConfig(
+        vocab_size=int(metadata["vocab"]),
+        vocab_multiple=1,
+        layers=int(metadata["layers"]),
+        width=width,
+        heads=int(metadata["heads"]),
+        feed_forward_width=int(metadata["ff_mult"]) * width,
+        sequence_length=length,
+        segment_length=length // int(metadata["segments"]),
+        norm="layernorm",
+        activation="gelu",
+        bias=True,
+        tied_key_value=True,
+        rotary="first_layer",
+        qk_norm=False,
+        first_segment_projection=True,
+        initialization="pytorch",
+    )
+
+
+def compare(path: str, groups: Groups) -> dict[str, float]:
+    """Largest errors of one file: logits and loss absolute, gradients relative to the largest entry of each."""
+    golden, metadata = read_golden(path)
+    config = golden_config(metadata)
+    unused = set(json.loads(metadata["parameters_without_gradient"]))
+    names = {
+        name: our_name(name)
+        for name in (key.removeprefix("param/") for key in golden if key.startswith("param/"))
+        if name not in unused
+    }
+    shard = Shard(groups.tensor)
+    model = LanguageModel(config, shard)
+    load_whole(model, shard, {ours: golden[f"param/{name}"] for name, ours in names.items()}, path)
+    model.to(groups.device).eval()
+
+    tokens = golden["tokens"].to(groups.device)
+    errors = {"logits": (model.logits(tokens[:, :-1]).cpu() - golden["logits"]).abs().max().item()}
+    loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+    loss.backward()
+    errors["loss"] = abs(loss.item() - golden["loss"].item())
+    parameters = dict(model.named_parameters())
+    worst = 0.0
+    for name, ours in names.items():
+        expected = golden[f"grad/{name}"]
+        got = _whole_gradient(parameters[ours], shard).cpu()
+        worst = max(worst, ((got - expected).abs().max() / expected.abs().max()).item())
+    errors["gradients"] = worst
+    return errors
+
+
+def _whole_gradient(parameter: torch.nn.Parameter, shard: Shard) -> Tensor:
+    layout, gradient = Layout.of(parameter), parameter.grad
+    assert gradient is not None
+    if layout.partition_dim is None:
+        return gradient
+    moved = gradient.movedim(layout.partition_dim, -1).contiguous()
+    shares = gather_from_tensor_model_parallel_region(moved, group=shard.group).movedim(-1, layout.partition_dim)
+    return layout.merge([shares])
+
+
+def main() -> int:
+    """Print one row per file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: those of the launch, or 1)")
+    arguments = parser.parse_args()
+    ranks = Ranks.from_environment()
+    if arguments.tp and "RANK" not in os.environ and arguments.tp > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.tp}"]
+        return subprocess.call([*launcher, __file__, *arguments.files])
+    tolerances = {"logits": LOGITS_TOLERANCE, "loss": LOSS_TOLERANCE, "gradients": GRADIENT_TOLERANCE}
+    failed = False
+    with process_groups(ParallelConfig(tensor=arguments.tp or ranks.world_size)) as groups:
+        for path in arguments.files:
+            errors = agreed(lambda path=path: compare(path, groups))  # type: ignore[misc]
+            failed |= any(errors[key] > tolerances[key] for key in tolerances)
+            if ranks.rank == 0:
+                columns = "  ".join(f"{key} {errors[key]:.1e} (limit {tolerances[key]:.0e})" for key in tolerances)
+                print(f"{Path(path).name}  tp {groups.tensor.size()}  {columns}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        sys.exit(main())
