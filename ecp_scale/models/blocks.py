@@ -7,8 +7,9 @@ share of the tensor group.
 from contextlib import nullcontext
 
 import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
-from torch.nn.functional import dropout, gelu, silu
+from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from ecp_scale.attention import Rotation, SegmentCache, rotate, segment_attention
 from ecp_scale.config import ModelConfig
@@ -22,6 +23,23 @@ def norm(kind: str, width: int, dtype: torch.dtype) -> nn.Module:
     """LayerNorm or RMSNorm over the last dimension, the same on every rank of a tensor group."""
     layer = nn.LayerNorm if kind == "layernorm" else nn.RMSNorm
     return layer(width, eps=NORM_EPSILON, dtype=dtype)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over every head, with one weight for all heads of the layer.
+
+    Trap: a rank sees the gradient of its own heads only. The copy's backward sums them over the tensor group; without it
+    the replicas of the weight drift apart in silence.
+    """
+
+    def __init__(self, width: int, shard: Shard) -> None:
+        super().__init__(width, eps=NORM_EPSILON, dtype=shard.dtype)
+        self.group = shard.group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the shape stays."""
+        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.group)
+        return rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class Block(nn.Module):
@@ -52,8 +70,8 @@ class Attention(nn.Module):
         self.query = ColumnLinear(config.width, config.width, False, shard)
         self.key = ColumnLinear(config.width, config.key_value_width, False, shard)
         self.value = None if config.tied_key_value else ColumnLinear(config.width, config.key_value_width, False, shard)
-        self.query_norm = norm("rmsnorm", self.head_width, shard.dtype) if config.qk_norm else nn.Identity()
-        self.key_norm = norm("rmsnorm", self.head_width, shard.dtype) if config.qk_norm else nn.Identity()
+        self.query_norm = HeadNorm(self.head_width, shard) if config.qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(self.head_width, shard) if config.qk_norm else nn.Identity()
         self.output = RowLinear(config.width, config.width, config.bias, shard)
         self.first_output = None
         if config.first_segment_projection:

@@ -1,0 +1,109 @@
+"""The exported model: model.safetensors with whole tensors, config.json, and the tokenizer."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ecp_scale.checkpoint.folder import CheckpointRecord
+from ecp_scale.checkpoint.merging import whole_weights
+from ecp_scale.config import ModelConfig
+from ecp_scale.data.files import sha256_of, write_text
+from ecp_scale.data.manifest import TokenizerRecord
+from ecp_scale.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from ecp_scale.errors import InputError
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import Shard
+from ecp_scale.models.sharding import load_whole
+from ecp_scale.parallel.groups import Groups
+
+FORMAT = "ecp-scale"
+FORMAT_VERSION = 1
+TOKENIZER_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model folder: what is in config.json and the tokenizer."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: SentencePieceTokenizer
+    step: int
+    tokens: int
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ExportedModel":
+        """Read config.json and the tokenizer.
+
+        Raises:
+            InputError: if the folder is not an exported model, or its tokenizer is another one.
+        """
+        folder = Path(folder)
+        path = folder / "config.json"
+        try:
+            content = json.loads(path.read_text())
+            if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
+                raise InputError(f"{path}: format {content['format']} {content['format_version']}, expected {FORMAT} 1")
+            config = ModelConfig(**content["model"])
+            record = TokenizerRecord(**content["tokenizer"])
+            step, tokens = int(content["step"]), int(content["tokens"])
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; expected a folder of launch/convert_checkpoint.py") from error
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: not an exported model ({type(error).__name__}: {error})") from error
+        found = sha256_of(folder / record.file)
+        if found != record.sha256:
+            raise InputError(
+                f"{folder / record.file} has sha256 {found[:12]}..., but the model was trained with "
+                f"{record.sha256[:12]}..."
+            )
+        return cls(folder, config, load_tokenizer(f"{record.kind}:{folder / record.file}"), step, tokens)
+
+    def load(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """Build the model on this rank's device, in evaluation mode.
+
+        Raises:
+            InputError: if the weights are missing, damaged or do not fit config.json.
+        """
+        path = self.folder / "model.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from error
+        shard = Shard(groups.tensor, dtype)
+        model = LanguageModel(self.config, shard)
+        load_whole(model, shard, tensors, str(path))
+        return model.to(groups.device).eval()
+
+
+def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -> CheckpointRecord:
+    """Merge a complete checkpoint into a model folder; config.json comes last.
+
+    Raises:
+        InputError: if the checkpoint is incomplete or inconsistent.
+    """
+    record = CheckpointRecord.read(checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in whole_weights(checkpoint, record)}
+    temporary = output / ".model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(output / "model.safetensors")
+    shutil.copyfile(checkpoint / record.tokenizer_file, output / TOKENIZER_FILE)
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": record.model,
+        "tokenizer": dataclasses.asdict(dataclasses.replace(record.tokenizer, file=TOKENIZER_FILE)),
+        "step": record.step,
+        "tokens": record.tokens,
+    }
+    write_text(output / "config.json", json.dumps(content, indent=2) + "\n")
+    return record

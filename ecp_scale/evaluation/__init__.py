@@ -1,0 +1,1 @@
+"""Perplexity in three units, and generation."""

@@ -1,0 +1,151 @@
+"""How well a model predicts a text: negative log-likelihood under a named protocol, in three units.
+
+``stream``: one pass over the whole text in chunks of full segments, every token scored once, with all the context that the
+model can reach (exact, by ``segment_attention``'s left and right). It needs positions that are relative: models whose every
+layer is rotated.
+``sliding``: windows of n tokens, moved by a stride of n/2, only the last n/2 of each scored (the first window: all), so
+every token counts once with at least n/2 of context.
+``release``: how the authors' release measures, for comparison with its figures alone: windows of n+1 tokens moved by n/2,
+the ragged tail dropped, every position scored, the mean over windows.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ecp_scale.config import ModelConfig
+from ecp_scale.errors import InputError
+from ecp_scale.models.language_model import LanguageModel
+
+Protocol = Literal["stream", "sliding", "release"]
+Ids = npt.NDArray[np.int64]
+STREAM_CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to score: ``ids`` (T,) of its documents, each with its end, and the size of the text they came from."""
+
+    ids: Ids
+    bytes: int
+    words: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """The figures of one evaluation. NLL in nats; the ends of documents are scored and counted as tokens."""
+
+    protocol: str
+    nll: float
+    tokens_scored: int
+    tokens: int
+    bytes: int
+    words: int
+
+    @property
+    def nll_per_token(self) -> float:
+        """Mean negative log-likelihood of a scored token."""
+        return self.nll / self.tokens_scored
+
+    @property
+    def token_perplexity(self) -> float:
+        """exp of the mean NLL per token; depends on the tokenizer."""
+        return math.exp(self.nll_per_token)
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(total NLL / words), words split at white space. Comparable between tokenizers."""
+        return math.exp(min(700.0, self.nll_per_token * self.tokens / self.words))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total NLL / (ln 2 * bytes of UTF-8). Comparable between tokenizers."""
+        return self.nll_per_token * self.tokens / (math.log(2) * self.bytes)
+
+    @property
+    def tokens_per_word(self) -> float:
+        """Tokens, ends of documents included, per word."""
+        return self.tokens / self.words
+
+
+def default_protocol(config: ModelConfig) -> Protocol:
+    """``stream`` where every position looks like every other; else ``sliding``."""
+    relative = config.rotary == "every_layer" and not config.tied_key_value and not config.first_segment_projection
+    return "stream" if relative else "sliding"
+
+
+def evaluate(
+    model: LanguageModel, text: Text, end_of_document: int, protocol: Protocol, progress: bool = False
+) -> Card:
+    """Score a text.
+
+    An end of document is put before the first token, so that the first one is predicted too.
+
+    Raises:
+        InputError: if the text is too short for the protocol.
+    """
+    ids = np.concatenate(([end_of_document], text.ids)).astype(np.int64)
+    n = model.config.sequence_length
+    if text.words == 0:
+        raise InputError("the text to evaluate has no words")
+    if protocol == "release" and len(ids) < n + 1:
+        raise InputError(f"protocol release needs a window of {n} + 1 tokens, the text has {len(ids)}")
+    scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids)
+    nll, scored = 0.0, 0
+    with tqdm(total=len(text.ids), unit="token", disable=not progress, desc=protocol) as bar:
+        for losses in scores:
+            nll += losses.double().sum().item()
+            scored += losses.numel()
+            bar.update(min(losses.numel(), bar.total - bar.n))
+    return Card(protocol, nll, scored, len(text.ids), text.bytes, text.words)
+
+
+def _stream(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
+    m = model.config.segment_length
+    chunk = max(1, STREAM_CHUNK_TOKENS // m) * m
+    caches = model.new_caches()
+    for start in range(0, len(ids) - 1, chunk):
+        yield _losses(model, ids[start : start + chunk + 1], start, caches)
+
+
+def _sliding(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
+    n = model.config.sequence_length
+    yield _losses(model, ids[: n + 1])
+    stride = n // 2
+    for start in range(n, len(ids) - 1, stride):
+        scored = min(stride, len(ids) - 1 - start)
+        yield _losses(model, ids[start + scored - n : start + scored + 1])[-scored:]
+
+
+def _release(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
+    n = model.config.sequence_length
+    for start in range(0, len(ids) - n, n // 2):
+        yield _losses(model, ids[start : start + n + 1])
+
+
+@torch.no_grad()
+def _losses(model: LanguageModel, ids: Ids, start: int = 0, caches: list | None = None) -> Tensor:
+    """NLL (T - 1,) of every token of ``ids`` (T,) but the first."""
+    tokens = torch.from_numpy(ids).to(next(model.parameters()).device)[None]
+    logits = model.logits(tokens[:, :-1], start, caches)
+    return cross_entropy(logits[0].float(), tokens[0, 1:], reduction="none")
+
+
+def unigram_card(text: Text, training_counts: Ids) -> Card:
+    """The yardstick: each token by its frequency in the training shards, add-one smoothed.
+
+    Args:
+        text: the text to score.
+        training_counts: occurrences (V,) of every id in the training shards.
+    """
+    probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
+    nll = float(-np.log(probabilities[text.ids]).sum())
+    return Card("unigram", nll, len(text.ids), len(text.ids), text.bytes, text.words)

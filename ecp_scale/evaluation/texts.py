@@ -1,0 +1,55 @@
+"""Texts to evaluate: raw files through the model's tokenizer, or shards that were made with it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.documents import find_sources, read_documents
+from ecp_scale.data.manifest import manifest_path
+from ecp_scale.data.tokenizer import SentencePieceTokenizer
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation.perplexity import Ids, Text
+
+
+def read_text(data: str, tokenizer: SentencePieceTokenizer, text_key: str = "text") -> Text:
+    """Read a file, a folder, or the prefix of shards.
+
+    Raises:
+        InputError: if there is no text, or the shards were made with another tokenizer.
+    """
+    if manifest_path(Path(data)).exists():
+        corpus = open_shards(data, tokenizer)
+        totals = corpus.manifest.totals
+        return Text(corpus.read(0, corpus.tokens), totals.bytes, totals.words)
+    ids: list[int] = []
+    size = words = 0
+    for source in find_sources([data]):
+        for document in read_documents(source, text_key):
+            ids += [*tokenizer.encode(document), tokenizer.end_of_document]
+            size += len(document.encode())
+            words += len(document.split())
+    return Text(np.array(ids, dtype=np.int64), size, words)
+
+
+def open_shards(prefix: str, tokenizer: SentencePieceTokenizer) -> Corpus:
+    """Open shards that must have been made with ``tokenizer``.
+
+    Raises:
+        InputError: if they were made with another.
+    """
+    corpus = Corpus(prefix, sequence_length=1)
+    if corpus.tokenizer.sha256 != tokenizer.sha256:
+        raise InputError(
+            f"shards {prefix} were made with tokenizer {corpus.tokenizer.sha256[:12]}..., "
+            f"the model with {tokenizer.sha256[:12]}... ({tokenizer.path})"
+        )
+    return corpus
+
+
+def count_tokens(corpus: Corpus) -> Ids:
+    """Occurrences (V,) of every id in the shards."""
+    counts = np.zeros(corpus.tokenizer.vocab_size, dtype=np.int64)
+    for shard in corpus.shards:
+        counts += np.bincount(shard.ids, minlength=len(counts))
+    return counts

@@ -1,0 +1,56 @@
+"""Print the perplexity card of an exported model on a text."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ecp_scale.errors import input_errors_exit
+
+
+def main() -> None:
+    """Read the command line, evaluate, print and write the card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of launch/convert_checkpoint.py")
+    parser.add_argument("--data", required=True, metavar="PATH", help=".txt or .jsonl, a folder, or a shard prefix")
+    parser.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
+    parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
+    parser.add_argument("--unigram", metavar="PREFIX", help="also score the unigram model of these training shards")
+    parser.add_argument("--json", metavar="FILE", help="write the card here too")
+    options = parser.parse_args()
+
+    from ecp_scale.checkpoint.export import ExportedModel
+    from ecp_scale.config import ParallelConfig
+    from ecp_scale.evaluation.perplexity import default_protocol, evaluate, unigram_card
+    from ecp_scale.evaluation.texts import count_tokens, open_shards, read_text
+    from ecp_scale.parallel.groups import process_groups
+
+    exported = ExportedModel.open(options.model)
+    tokenizer = exported.tokenizer
+    text = read_text(options.data, tokenizer, options.text_key)
+    protocol = options.protocol or default_protocol(exported.config)
+    with process_groups(ParallelConfig()) as groups:
+        card = evaluate(exported.load(groups), text, tokenizer.end_of_document, protocol, progress=True)
+    content: dict[str, Any] = {
+        "model": options.model,
+        "data": options.data,
+        "protocol": card.protocol,
+        "token_perplexity": card.token_perplexity,
+        "word_perplexity": card.word_perplexity,
+        "bits_per_byte": card.bits_per_byte,
+        "tokens_per_word": card.tokens_per_word,
+        "tokens_scored": card.tokens_scored,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    if options.unigram:
+        counts = count_tokens(open_shards(options.unigram, tokenizer))
+        content["unigram_bits_per_byte"] = unigram_card(text, counts).bits_per_byte
+    for key, value in content.items():
+        print(f"{key:22} {f'{value:.4f}' if isinstance(value, float) else value}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

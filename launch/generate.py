@@ -1,0 +1,45 @@
+"""Continue a prompt with an exported model."""
+
+import argparse
+
+from ecp_scale.errors import InputError, input_errors_exit
+
+
+def main() -> None:
+    """Read the command line and print the prompt with its continuation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of launch/convert_checkpoint.py")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue, of any length")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=1, help="of the sampling (default: 1)")
+    options = parser.parse_args()
+    if not options.prompt:
+        raise InputError("--prompt is empty, expected at least one character")
+    if options.max_new_tokens < 1 or options.temperature < 0 or (options.top_k is not None and options.top_k < 1):
+        raise InputError("expected --max-new-tokens >= 1, --temperature >= 0 and --top-k >= 1")
+
+    from ecp_scale.checkpoint.export import ExportedModel
+    from ecp_scale.config import ParallelConfig
+    from ecp_scale.evaluation.generation import generate
+    from ecp_scale.parallel.groups import process_groups
+
+    exported = ExportedModel.open(options.model)
+    prompt = exported.tokenizer.encode(options.prompt)
+    with process_groups(ParallelConfig()) as groups:
+        new = generate(
+            exported.load(groups),
+            prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+            end_of_document=exported.tokenizer.end_of_document,
+        )
+        print(exported.tokenizer.decode([*prompt, *new]))
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()
