@@ -346,14 +346,14 @@ class Config:
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""
-        model = self.model.problems()
-        parallel = self.parallel.problems(self.model, world_size)
         training = self.training.problems()
-        found = model + parallel + self.optimizer.problems() + training + self.checkpoint.problems()
-        if not parallel and not training:
-            ranks = self.parallel.data_parallel_size(world_size or self.parallel.tensor * self.parallel.context)
-            together = self.training.micro_batch_size * ranks
-            if self.training.global_batch_size % together:
+        found = self.model.problems() + self.parallel.problems(self.model, world_size) + self.optimizer.problems()
+        found += training + self.checkpoint.problems()
+        replica = self.parallel.tensor * self.parallel.context
+        world_size = world_size or replica
+        if not training and replica > 0 and world_size % replica == 0:
+            ranks = world_size // replica
+            if self.training.global_batch_size % (self.training.micro_batch_size * ranks):
                 found.append(
                     f"training.global_batch_size {self.training.global_batch_size} is not a multiple of "
                     f"training.micro_batch_size * data-parallel ranks = {self.training.micro_batch_size} * {ranks}"

@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine with python3, g++ and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# torch comes first and bounded, so that nothing else can pull a newer build.
+TORCH := "torch>=2.8,<2.14"
+
+.PHONY: install demo test test-all check format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,export,wandb]" --constraint constraints.txt
+	touch $@
+
+demo: install
+	$(BIN)/python launch/demo.py --output demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

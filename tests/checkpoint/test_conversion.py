@@ -1,0 +1,92 @@
+"""Checkpoints of every layout become one model folder, equal to what the trainer held."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ecp_scale.checkpoint.export import ExportedModel, export
+from ecp_scale.checkpoint.folder import find_checkpoint
+from ecp_scale.errors import InputError
+from ecp_scale.parallel.groups import Groups
+from tests.corpus import ShardedText
+from tests.launching import run_successfully
+from tests.parallel.layouts import Layout, trained
+
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2, zero=1),
+    Layout(tensor=2, zero=3),
+    Layout(data=2, zero=2),
+    Layout(data=2, zero=3),
+    Layout(tensor=2, data=2, zero=1),
+    Layout(data=2, zero=1, precision="bf16"),
+]
+
+
+@pytest.fixture(params=LAYOUTS, ids=str)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return request.param
+
+
+def test_the_converted_model_has_the_trainers_logits(
+    layout: Layout, sharded_text: ShardedText, groups: Groups, tmp_path: Path
+) -> None:
+    run = trained(layout, sharded_text)
+    tokens = np.random.default_rng(1).integers(0, 400, (2, 64))
+    np.save(tmp_path / "tokens.npy", tokens)
+    resumed = ("--config", run / "config.yaml", "--deepspeed_config", run / "deepspeed.json")
+    files = (tmp_path / "tokens.npy", tmp_path / "logits.npy")
+    first = ("--local_rank=0",) if layout.ranks == 1 else ()
+    run_successfully("tests/checkpoint/trainer_logits.py", *first, *files, *resumed, ranks=layout.ranks)
+    trainers = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+
+    output = tmp_path / "model"
+    run_successfully("launch/convert_checkpoint.py", "--checkpoint", run, "--output", output)
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    exported = ExportedModel.open(output)
+    dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
+    model = exported.load(groups, dtype)
+    with torch.no_grad():
+        logits = model.logits(torch.from_numpy(tokens)).float()
+    tolerance = 0.05 if layout.precision == "bf16" else 1e-5
+    assert_close(logits, trainers, rtol=tolerance, atol=tolerance)
+    assert logits.shape[-1] == exported.tokenizer.vocab_size
+
+
+def test_master_weights_are_exported_in_fp32(sharded_text: ShardedText, tmp_path: Path) -> None:
+    export(find_checkpoint(trained(Layout(data=2, zero=1, precision="bf16"), sharded_text)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())
+
+
+@pytest.fixture
+def model_folder(sharded_text: ShardedText, tmp_path: Path) -> Path:
+    export(find_checkpoint(trained(Layout(), sharded_text)), tmp_path)
+    return tmp_path
+
+
+def test_another_tokenizer_beside_the_model_is_refused(model_folder: Path) -> None:
+    path = model_folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"tokenizer\.model has sha256 .* but the model was trained with"):
+        ExportedModel.open(model_folder)
+
+
+def test_damaged_model_folders_are_named(model_folder: Path, groups: Groups) -> None:
+    with pytest.raises(InputError, match=r"nowhere/config\.json: No such file"):
+        ExportedModel.open(model_folder / "nowhere")
+    exported = ExportedModel.open(model_folder)
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
+        exported.load(groups)
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "format": "else"}))
+    with pytest.raises(InputError, match="format else"):
+        ExportedModel.open(model_folder)

@@ -1,0 +1,33 @@
+"""What many tests need: real text, shards of it, a process group of one, launches of several ranks."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import ShardedText, write_sharded_text
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def sharded_text(tmp_path_factory: pytest.TempPathFactory) -> ShardedText:
+    """A small tokenizer and shards of real text."""
+    return write_sharded_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[object]:
+    """This process as the only rank; its groups are what models take."""
+    from ecp_scale.config import ParallelConfig
+    from ecp_scale.parallel.groups import process_groups
+
+    with process_groups(ParallelConfig()) as groups:
+        yield groups
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Golden numbers of the authors' release."""
+    return Path(__file__).parent / "golden" / "ecp.safetensors"

@@ -1,0 +1,97 @@
+"""The card: each protocol against a plain forward, and the units against each other."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation import perplexity
+from ecp_scale.evaluation.perplexity import Card, Text, default_protocol, evaluate, unigram_card
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.parallel.groups import Groups
+from tests.models.settings import BOTH, NAMES, PAPER, SCALED, build
+
+END = 1
+LENGTH = 101
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    ids = np.random.default_rng(1).integers(0, 29, LENGTH)
+    return Text(ids, bytes=300, words=50)
+
+
+def plain_losses(model: LanguageModel, ids: list[int]) -> list[float]:
+    """NLL of every id but the first, by one full forward."""
+    logits = model.logits(torch.tensor([ids[:-1]]))[0].float()
+    return [-logits[i].log_softmax(-1)[ids[i + 1]].item() for i in range(len(ids) - 1)]
+
+
+def test_stream_equals_one_forward_over_everything(
+    groups: Groups, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(SCALED, groups)
+    expected = sum(plain_losses(model, [END, *text.ids.tolist()]))
+    for chunk in (8, 40, 4096):
+        monkeypatch.setattr(perplexity, "STREAM_CHUNK_TOKENS", chunk)
+        card = evaluate(model, text, END, "stream")
+        assert card.tokens_scored == LENGTH
+        assert card.nll == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", BOTH, ids=NAMES)
+def test_sliding_scores_every_token_once_with_half_a_window_of_context(
+    config: object, groups: Groups, text: Text
+) -> None:
+    model = build(config, groups)  # type: ignore[arg-type]
+    n = model.config.sequence_length
+    ids = [END, *text.ids.tolist()]
+    expected = {}
+    for end in [n, *range(n + n // 2, LENGTH + 1, n // 2), LENGTH]:
+        for position, loss in zip(range(end - n + 1, end + 1), plain_losses(model, ids[end - n : end + 1]), strict=True):
+            expected.setdefault(position, loss)
+    card = evaluate(model, text, END, "sliding")
+    assert card.tokens_scored == len(expected) == LENGTH
+    assert card.nll == pytest.approx(sum(expected.values()), rel=1e-6)
+
+
+def test_release_drops_the_tail_and_scores_every_position_of_every_window(groups: Groups, text: Text) -> None:
+    model = build(PAPER, groups)
+    n = PAPER.sequence_length
+    ids = [END, *text.ids.tolist()]
+    windows = [ids[start : start + n + 1] for start in range(0, len(ids) - n, n // 2)]
+    means = [np.mean(plain_losses(model, window)) for window in windows]
+    card = evaluate(model, text, END, "release")
+    assert card.tokens_scored == n * len(windows)
+    assert card.nll_per_token == pytest.approx(np.mean(means), rel=1e-6)
+
+
+def test_the_default_protocol_needs_relative_positions_to_stream() -> None:
+    assert default_protocol(SCALED) == "stream"
+    assert default_protocol(PAPER) == "sliding"
+
+
+def test_short_texts(groups: Groups) -> None:
+    model = build(PAPER, groups)
+    short = Text(np.array([3, 4, 5]), bytes=9, words=2)
+    assert evaluate(model, short, END, "sliding").nll == pytest.approx(sum(plain_losses(model, [END, 3, 4, 5])), rel=1e-6)
+    with pytest.raises(InputError, match="needs a window of 32"):
+        evaluate(model, short, END, "release")
+    with pytest.raises(InputError, match="no words"):
+        evaluate(model, dataclasses.replace(short, words=0), END, "sliding")
+
+
+def test_units() -> None:
+    card = Card("stream", nll=200.0, tokens_scored=100, tokens=100, bytes=400, words=80)
+    assert card.token_perplexity == pytest.approx(math.exp(2))
+    assert card.word_perplexity == pytest.approx(math.exp(2.5))
+    assert card.bits_per_byte == pytest.approx(0.5 / math.log(2))
+    assert card.tokens_per_word == 1.25
+
+
+def test_unigram_is_the_entropy_of_smoothed_counts() -> None:
+    card = unigram_card(Text(np.array([0, 0, 1]), bytes=3, words=1), np.array([3, 1, 0]))
+    assert card.nll == pytest.approx(-2 * math.log(4 / 7) - math.log(2 / 7))

@@ -1,0 +1,54 @@
+"""Launches of the real programs: one rank with python, several with the deepspeed launcher on gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 300
+
+
+def command(script: str, ranks: int, options: Sequence[object]) -> list[str]:
+    """Words that start a script of this repository on ``ranks`` ranks."""
+    if ranks == 1:
+        launcher: list[object] = [sys.executable]
+    else:
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        launcher = [deepspeed, "--num_gpus", ranks, "--master_port", _free_port()]
+    return [str(word) for word in [*launcher, ROOT / script, *options]]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a launch: no ranks of this process, one thread per rank, no GPU."""
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def run(script: str, *options: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end and return its output."""
+    words = command(script, ranks, options)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+
+
+def run_successfully(script: str, *options: object, ranks: int = 1) -> str:
+    """Run a script that must succeed; return its standard output."""
+    done = run(script, *options, ranks=ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Records of a run."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

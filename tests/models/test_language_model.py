@@ -1,0 +1,163 @@
+"""The language model: causality, reach, streaming, counts, padding, initialisation."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from ecp_scale.config import ModelConfig
+from ecp_scale.models.blocks import Attention
+from ecp_scale.parallel.groups import Groups
+from tests.models.settings import BOTH, NAMES, PAPER, SCALED, build, random_tokens
+
+
+@pytest.fixture(params=BOTH, ids=NAMES)
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return request.param
+
+
+def test_token_by_token_equals_the_full_forward_at_every_position(config: ModelConfig, groups: Groups) -> None:
+    model = build(config, groups)
+    tokens = random_tokens(config, 2 * config.sequence_length + 3)
+    whole = model.logits(tokens)
+    caches = model.new_caches()
+    for position in range(tokens.shape[1]):
+        step = model.logits(tokens[:, position : position + 1], position, caches)
+        assert_close(step[:, 0], whole[:, position], rtol=1e-10, atol=1e-10)
+        assert all(cache.positions <= 2 * config.segment_length for cache in caches)
+
+
+def test_streaming_in_chunks_equals_the_full_forward(config: ModelConfig, groups: Groups) -> None:
+    model = build(config, groups)
+    tokens = random_tokens(config, 75)
+    caches = model.new_caches()
+    parts = [model.logits(tokens[:, a:b], a, caches) for a, b in ((0, 24), (24, 25), (25, 64), (64, 75))]
+    assert_close(torch.cat(parts, dim=1), model.logits(tokens), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_later_token_changes_nothing_before_it_to_the_bit(config: ModelConfig, groups: Groups) -> None:
+    for dtype in (torch.float32, torch.float64):
+        model = build(config, groups, dtype)
+        tokens = random_tokens(config, config.sequence_length + 5)
+        before = model.logits(tokens)
+        for t in range(tokens.shape[1]):
+            changed = tokens.clone()
+            changed[:, t] = (changed[:, t] + 1) % config.known_vocab_size
+            after = model.logits(changed)
+            assert torch.equal(after[:, :t], before[:, :t])
+            assert not torch.equal(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_gradient_reaches_as_far_as_the_config_says(config: ModelConfig, layers: int, groups: Groups) -> None:
+    config = dataclasses.replace(config, layers=layers)
+    model = build(config, groups)
+    tokens = random_tokens(config, 8 * config.segment_length, batch=1)
+    embedded: list[torch.Tensor] = []
+    hook = model.embedding.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    last = tokens.shape[1] - 1
+    model.logits(tokens)[0, last].square().sum().backward()
+    hook.remove()
+    gradient = embedded[0].grad
+    assert gradient is not None
+    touched = gradient[:, 0].abs().sum(-1).nonzero().flatten()
+    assert last - touched.min().item() + 1 == config.reach_tokens
+    assert touched.max().item() == last
+
+
+def test_counts_of_the_config_equal_the_built_model(config: ModelConfig, groups: Groups) -> None:
+    model = build(config, groups)
+    padding = config.padded_vocab_size(1) - config.known_vocab_size
+    assert padding > 0
+    built = sum(parameter.numel() for parameter in model.parameters())
+    stored_padding = padding * (2 * config.width + (1 if config.bias else 0))
+    assert config.parameters == built - stored_padding
+
+
+def test_flops_of_the_config_equal_those_counted_by_torch(
+    config: ModelConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Attention is counted apart: the dispatcher counts whole rectangles, the config the visible pairs.
+    monkeypatch.setattr(Attention, "_attend", lambda self, q, k, v, cache: q + 0 * (k.sum() + v.sum()))
+    config = dataclasses.replace(config, vocab_multiple=1)
+    model = build(config, groups)
+    tokens = random_tokens(config, config.sequence_length + 1, batch=1)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+    attention = 3 * config.layers * 4 * config.width * config.score_pairs
+    assert counter.get_total_flops() == config.flops_per_token * config.sequence_length - attention
+
+
+def test_score_pairs_are_the_visible_ones() -> None:
+    n, m = SCALED.sequence_length, SCALED.segment_length
+    visible = sum(1 for i in range(n) for j in range(i + 1) if j // m >= i // m - 1)
+    assert SCALED.score_pairs == visible
+
+
+@torch.no_grad()
+def test_vocabulary_padding_never_shows(config: ModelConfig, groups: Groups) -> None:
+    tokens = random_tokens(config, 17)
+    results = []
+    for multiple in (1, 29 * 3):
+        model = build(dataclasses.replace(config, vocab_multiple=multiple), groups)
+        logits = model.logits(tokens[:, :-1])
+        assert logits.shape[-1] == config.known_vocab_size
+        losses = model(tokens[:, :-1], tokens[:, 1:])
+        expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        assert_close(losses.flatten(), expected, rtol=1e-5, atol=1e-6)
+        results.append((logits, losses))
+    assert_close(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1])
+
+
+def test_padding_rows_get_no_gradient(config: ModelConfig, groups: Groups) -> None:
+    model = build(config, groups)
+    tokens = random_tokens(config, 17)
+    model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+    for parameter in (model.embedding.weight, *model.output.parameters()):
+        assert parameter.grad[config.known_vocab_size :].abs().sum() == 0
+        assert parameter.grad[: config.known_vocab_size].abs().sum() > 0
+
+
+def test_pytorch_initialisation_has_the_spread_of_pytorchs_layers(groups: Groups) -> None:
+    wide = dataclasses.replace(PAPER, width=192, vocab_size=500)
+    model = build(wide, groups)
+    reference = torch.nn.Linear(192, 500)
+    assert_close(model.output.weight[:500].std(), reference.weight.std().double(), rtol=0.02, atol=0)
+    assert model.output.weight.abs().max() <= 192**-0.5
+    assert model.output.bias[:500].abs().max() <= 192**-0.5
+    assert_close(model.embedding.weight[:500].std().item(), 1.0, rtol=0.02, atol=0)
+
+
+def test_scaled_initialisation_shrinks_the_ends_of_branches_with_depth(groups: Groups) -> None:
+    for layers in (2, 8):
+        model = build(dataclasses.replace(SCALED, layers=layers, width=96, feed_forward_width=192), groups)
+        block = model.layers[0]
+        expected = 0.02 / (2 * layers) ** 0.5
+        for weight, std in (
+            (block.feed_forward.up.weight, 0.02),
+            (block.feed_forward.down.weight, expected),
+            (block.attention.output.weight, expected),
+            (block.attention.query.weight, 0.02),
+        ):
+            assert_close(weight.std().item(), std, rtol=0.05, atol=0)
+
+
+def test_dropout_is_on_in_training_alone(groups: Groups) -> None:
+    from ecp_scale.parallel.random import seed_step
+
+    model = build(PAPER, groups)
+    tokens = random_tokens(PAPER, 33)
+    arguments = (tokens[:, :-1], tokens[:, 1:])
+    still = model(*arguments)
+    model.train()
+    draws = []
+    for step in (1, 1, 2):
+        seed_step(seed=3, step=step, groups=groups)
+        draws.append(model(*arguments))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], still)

@@ -1,0 +1,162 @@
+"""Every check of the config, presets, and the command line that reports them all at once."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ecp_scale import command_line, deepspeed_json
+from ecp_scale.command_line import load_preset, parse, preset_names, to_yaml
+from ecp_scale.config import Config, ModelConfig
+from ecp_scale.errors import InputError
+from tests.launching import ROOT
+
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def refused(*argv: str) -> str:
+    """The message of a command line that must be refused."""
+    with pytest.raises(InputError) as error:
+        parse(argv, "")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_survives_yaml(name: str, tmp_path: Path) -> None:
+    config = load_preset(name)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert parse(["--config", str(file)], "").config == config
+
+
+def test_presets_have_the_size_of_their_names() -> None:
+    assert round(load_preset("paper-12l").model.parameters / 1e6, 1) == 129.6
+    assert abs(load_preset("scaled-125m").model.parameters / 125e6 - 1) < 0.03
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=[path.stem for path in DS_CONFIGS])
+def test_every_deepspeed_json_fits_every_preset(path: Path) -> None:
+    content = deepspeed_json.read(str(path))
+    for name in preset_names():
+        config = load_preset(name)
+        assert deepspeed_json.problems(content, str(path), config, 1) == []
+        resolved = deepspeed_json.resolve(content, config, 1)
+        assert "auto" not in json.dumps(resolved)
+        assert resolved["bf16"]["enabled"] == (config.training.precision == "bf16")
+        assert resolved["gradient_accumulation_steps"] == config.accumulation_steps(1)
+        assert deepspeed_json.zero_stage(resolved) == int(path.stem.removeprefix("zero"))
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  preset: demo\n  layers: 6\noptimizer: {learning_rate: 1.0e-3}\n")
+    config = parse(["--config", str(file), "--model.layers", "8", "--training.seed=7"], "").config
+    assert config.model.layers == 8
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.training.seed == 7
+    assert config.model.width == load_preset("demo").model.width
+
+
+def test_all_problems_are_reported_at_once_with_their_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  layer: 3\n  segment_length: 100\ntrainig: {}\n")
+    message = refused(
+        *("--config", str(file), "--model.layers=2", "--model.width=390", "--model.heads=6", "--parallel.tensor=4"),
+        *("--training.global_batch_size=10", "--training.micro_batch_size=4", "--optimizer.beta1=2", "--what=1"),
+        *("--training.steps=many", "--data.prefix"),
+    )
+    for part in (
+        "unknown key 'model.layer'; did you mean 'model.layers'",
+        "unknown section 'trainig'; did you mean 'training'",
+        "unknown key 'what'",
+        "training.steps is 'many', expected int",
+        "--data.prefix needs a value",
+        "model.sequence_length 2048 is not a multiple of model.segment_length 100",
+        "(2 + 1) * 100 = 300 is shorter than model.sequence_length 2048",
+        "model.heads 6 is not divisible by parallel.tensor 4",
+        "training.global_batch_size 10 is not a multiple of training.micro_batch_size * data-parallel ranks = 4 * 1",
+        "optimizer.beta1 is 2.0",
+    ):
+        assert part in message, part
+    assert "head width" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 100, "heads": 3}, "model.width 100 is not divisible by model.heads 3"),
+        ({"heads": 6, "key_value_heads": 4}, "model.heads 6 is not divisible by model.key_value_heads 4"),
+        ({"layers": 0}, "model.layers is 0, expected more than 0"),
+        ({"dropout": 1.0}, "model.dropout is 1.0"),
+        ({"segment_length": 2048, "first_segment_projection": True}, "untrained"),
+    ],
+)
+def test_model_problems(options: dict[str, object], message: str) -> None:
+    assert any(message in problem for problem in dataclasses.replace(ModelConfig(), **options).problems())  # type: ignore[arg-type]
+
+
+def test_a_short_reach_can_be_accepted() -> None:
+    config = ModelConfig(layers=2, segment_length=128, allow_short_reach=True)
+    assert config.problems() == []
+
+
+def test_ranks_are_checked_when_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = refused("--config", "demo", "--parallel.tensor=2")
+    assert "the launch has 3 ranks, not a multiple of parallel.tensor * parallel.context = 2 * 1" in message
+
+
+def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    content = {
+        "train_batch_size": 99,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "Adam"},
+        "zero_optimization": {"stage": 7},
+    }
+    file.write_text(json.dumps(content))
+    message = refused("--config", "demo", "--deepspeed_config", str(file))
+    for part in (
+        "train_batch_size is 99 but training.global_batch_size says 4",
+        "gradient_clipping is 0.5 but optimizer.gradient_clipping says 1.0",
+        "bf16.enabled is True but training.precision says False",
+        "section 'optimizer' belongs to optimizer.*",
+        "zero_optimization.stage is 7",
+    ):
+        assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("model: [", "not valid YAML"), ("- 1", "expected sections"), ("model: 3", "holds 3, expected keys")],
+)
+def test_files_that_are_no_configs(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert message in refused("--config", str(file))
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    assert "nowhere.yaml: No such file" in refused("--config", "nowhere.yaml")
+    assert "nowhere.json: No such file" in refused("--config", "demo", "--deepspeed_config", "nowhere.json")
+    assert "expected one of demo" in refused("--model.preset=nothing")
+
+
+def test_required_fields_are_asked_for_unless_it_is_a_dry_run() -> None:
+    with pytest.raises(InputError, match=r"data\.prefix is not set"):
+        parse(["--config", "demo"], "", required=("data.prefix",))
+    assert parse(["--config", "demo", "--dry-run"], "", required=("data.prefix",)).dry_run
+
+
+def test_the_saved_config_has_every_section() -> None:
+    assert set(yaml.safe_load(to_yaml(Config()))) == set(command_line.SECTIONS)
+
+
+def test_a_preset_sits_under_a_file_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {preset: paper-12l, dropout: 0.0}\n")
+    config = parse(["--config", str(file)], "").config
+    assert (config.model.dropout, config.model.norm) == (0.0, "layernorm")

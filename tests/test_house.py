@@ -1,0 +1,119 @@
+"""The order of the house: imports run downhill, scripts shadow nothing, the README's words are true."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT
+
+FLOORS = [
+    {"config", "errors", "deepspeed_json", "command_line", "presets", "__init__"},
+    {"attention", "parallel"},
+    {"models", "data"},
+    {"checkpoint", "evaluation"},
+    {"training"},
+    {"launch", "data_tools"},
+]
+"""Rooms from the ground up; a file may import its own floor and everything below, and of its own floor no other room.
+
+training stands above checkpoint, which it calls to save.
+"""
+
+
+def room_of(path: Path) -> str:
+    """Room of a source file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "ecp_scale" else parts[0]
+
+
+def floor_of(room: str) -> int:
+    """Floor of a room, 0 for the ground."""
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def sources() -> list[Path]:
+    """Every file of the package and its programs."""
+    return [path for folder in ("ecp_scale", "launch", "data_tools") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downhill(path: Path) -> None:
+    room = room_of(path)
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] != "ecp_scale" or len(parts) < 2 or parts[1] == room:
+            continue
+        other = parts[1]
+        on_the_ground = floor_of(room) == floor_of(other) == 0
+        assert on_the_ground or floor_of(other) < floor_of(room), f"{path.name} in {room} imports {module}"
+
+
+@pytest.mark.parametrize("room", ["attention", "config", "command_line", "deepspeed_json", "data"])
+def test_rooms_that_need_little_import_little(room: str) -> None:
+    allowed = {
+        "attention": {"torch"},
+        "config": set(),
+        "command_line": {"jsonargparse", "yaml"},
+        "deepspeed_json": set(),
+        "data": {"numpy", "sentencepiece", "torch", "tqdm"},
+    }[room]
+    for path in sources():
+        if room_of(path) == room:
+            tops = {module.split(".")[0] for module in imported_modules(path)}
+            assert tops - set(sys.stdlib_module_names) - {"ecp_scale"} <= allowed, path
+
+
+def test_no_script_shadows_a_standard_module() -> None:
+    for folder in ("launch", "data_tools", "tests"):
+        names = {path.stem for path in (ROOT / folder).glob("*.py")}
+        assert not names & set(sys.stdlib_module_names)
+
+
+def test_files_and_functions_are_of_readable_size() -> None:
+    for path in sources():
+        text = path.read_text()
+        assert text.count("\n") <= 380, f"{path} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 65, f"{path}: {node.name} has {length} lines"
+
+
+def test_everything_public_has_a_docstring() -> None:
+    for path in sources():
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) is not None, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                if node.name == "contiguous":
+                    continue
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_commands_of_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for program in set(re.findall(r"(?:launch|data_tools|tests|ds_configs)/[\w./]+\.(?:py|json)", text)):
+        assert (ROOT / program).is_file(), program
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for target in set(re.findall(r"`make ([a-z-]+)`", text)):
+        assert target in targets, target
+    tree = re.search(r"```text\n(.*?)```", text, flags=re.DOTALL)
+    assert tree is not None
+    for line in tree.group(1).splitlines():
+        name = line.split()[0]
+        assert (ROOT / name).exists() or (ROOT / "ecp_scale" / name).exists(), name

@@ -1,0 +1,162 @@
+"""Every program from outside: one clear error and exit code 2 for bad input, help in about no time."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import ShardedText, write_sharded_text
+from tests.launching import ROOT, environment, run, run_successfully
+from tests.parallel.layouts import Layout, trained
+
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in ("launch", "data_tools") for path in (ROOT / folder).glob("*.py"))
+
+
+def refused(script: str, *options: object, ranks: int = 1) -> str:
+    """The one error of a program that must refuse its input."""
+    done = run(script, *options, ranks=ranks)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    return done.stderr[done.stderr.index("error: ") :]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_needs_no_torch(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / program, "--help"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert not imported & {"torch", "megatron.core", "deepspeed", "wandb", "matplotlib", "transformers"}
+
+
+@pytest.fixture(scope="module")
+def model(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model."""
+    output = tmp_path_factory.mktemp("model")
+    run_successfully(
+        "launch/convert_checkpoint.py", "--checkpoint", trained(Layout(), sharded_text), "--output", output
+    )
+    return output
+
+
+def test_dry_run_prints_config_and_counts() -> None:
+    out = run_successfully("launch/pretrain_ecp.py", "--config", "paper-12l", "--dry-run")
+    for part in ("segment_length: 256", "129,604,420", "639,737,856", "(L+1)*m = 3,328 tokens", "32,768"):
+        assert part in out
+
+
+@pytest.mark.parametrize("tool", ["data_tools/preprocess.py", "data_tools/train_tokenizer.py"])
+def test_missing_and_empty_corpora(tool: str, sharded_text: ShardedText, tmp_path: Path) -> None:
+    rest: tuple[object, ...] = ("--output", tmp_path / "t.model", "--vocab-size", 400)
+    if "preprocess" in tool:
+        rest = ("--tokenizer", f"sentencepiece:{sharded_text.tokenizer}", "--output-prefix", tmp_path / "out")
+    assert "nowhere.txt: no such file" in refused(tool, "--input", tmp_path / "nowhere.txt", *rest)
+    (tmp_path / "empty.txt").touch()
+    assert "the corpus is empty" in refused(tool, "--input", tmp_path / "empty.txt", *rest)
+    (tmp_path / "blank.txt").write_text("\n \n")
+    message = refused(tool, "--input", tmp_path / "blank.txt", *rest)
+    assert "blank.txt" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl, line 1: no key 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', "'text' is int, expected text"),
+        ("a.txt", b"abc \xff\xfe", "a.txt: not valid UTF-8 at byte 4"),
+        ("a.pdf", b"abc", "ends in '.pdf', expected one of .txt, .jsonl"),
+    ],
+)
+def test_files_that_are_no_text(name: str, content: bytes, message: str, sharded_text: ShardedText, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    options = ("--tokenizer", f"sentencepiece:{sharded_text.tokenizer}", "--output-prefix", tmp_path / "out")
+    assert message in refused("data_tools/preprocess.py", "--input", tmp_path / name, *options)
+    assert not list(tmp_path.glob("out*")), "something was left behind"
+
+
+def test_tokenizers_that_are_none(sharded_text: ShardedText, tmp_path: Path) -> None:
+    options = ("--input", sharded_text.text, "--output-prefix", tmp_path / "out", "--tokenizer")
+    assert "expected sentencepiece:FILE" in refused("data_tools/preprocess.py", *options, "bert")
+    assert "not a sentencepiece model" in refused(
+        "data_tools/preprocess.py", *options, f"sentencepiece:{sharded_text.text}"
+    )
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Callable[..., list[str]]:
+    """Options of a training run on a text."""
+
+    def options(text: ShardedText) -> list[str]:
+        return Layout().options(text, tmp_path / "run")
+
+    return options
+
+
+def test_training_refuses_shards_that_are_damaged(tmp_path: Path, training: Callable[..., list[str]]) -> None:
+    text = write_sharded_text(tmp_path / "text")
+    data = next(Path(text.prefix).parent.glob("*00000-of-*.bin"))
+    data.write_bytes(data.read_bytes()[:-2])
+    message = refused("launch/pretrain_ecp.py", *training(text), ranks=2)
+    assert f"{data.name}: {data.stat().st_size} bytes, expected {data.stat().st_size + 2}" in message
+    (Path(text.prefix).parent / "train.tokenizer.model").write_bytes(b"another")
+    assert "were made with" in refused("launch/pretrain_ecp.py", *training(text))
+
+
+def test_training_refuses_ranks_that_tensor_parallelism_does_not_divide(
+    sharded_text: ShardedText, training: Callable[..., list[str]]
+) -> None:
+    message = refused("launch/pretrain_ecp.py", *training(sharded_text), "--parallel.tensor=2", ranks=3)
+    assert "the launch has 3 ranks, not a multiple of parallel.tensor * parallel.context = 2 * 1" in message
+
+
+def test_training_refuses_a_vocabulary_smaller_than_the_tokenizers(
+    sharded_text: ShardedText, training: Callable[..., list[str]]
+) -> None:
+    message = refused("launch/pretrain_ecp.py", *training(sharded_text), "--model.vocab_size=300")
+    assert "model.vocab_size is 300, but the tokenizer of" in message
+
+
+def test_training_refuses_a_folder_that_cannot_be_written(
+    sharded_text: ShardedText, training: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    folder = f"--training.output_dir={tmp_path / 'file' / 'run'}"
+    assert "Not a directory" in refused("launch/pretrain_ecp.py", *training(sharded_text), folder)
+
+
+def test_conversion_refuses_a_folder_without_a_complete_checkpoint(tmp_path: Path) -> None:
+    message = refused("launch/convert_checkpoint.py", "--checkpoint", tmp_path, "--output", tmp_path / "model")
+    assert "expected a complete checkpoint" in message
+
+
+def test_generation(model: Path) -> None:
+    out = run_successfully("launch/generate.py", "--model", model, "--prompt", "def main(", "--max-new-tokens", 12)
+    assert out.startswith("def main(")
+    assert len(out) > len("def main(") + 5
+    assert "--prompt is empty" in refused("launch/generate.py", "--model", model, "--prompt", "")
+    assert "nowhere" in refused("launch/generate.py", "--model", model / "nowhere", "--prompt", "x")
+
+
+def test_evaluation_of_text_and_of_its_shards_agree(model: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
+    cards = []
+    for number, data in enumerate((sharded_text.text, sharded_text.prefix)):
+        output = tmp_path / f"{number}.json"
+        options = ("--model", model, "--data", data, "--json", output, "--unigram", sharded_text.prefix)
+        out = run_successfully("launch/evaluate.py", *options)
+        assert "bits_per_byte" in out
+        cards.append(json.loads(output.read_text()))
+        assert f"{cards[-1]['word_perplexity']:.4f}" in out
+    assert {**cards[0], "data": ""} == {**cards[1], "data": ""}
+    assert cards[0]["protocol"] == "stream"
+
+
+def test_evaluation_refuses_shards_of_another_tokenizer(model: Path, tmp_path: Path) -> None:
+    other = write_sharded_text(tmp_path / "other", vocab_size=500)
+    assert "were made with tokenizer" in refused("launch/evaluate.py", "--model", model, "--data", other.prefix)

@@ -1,0 +1,142 @@
+"""Runs that are killed, resumed, stopped, extended and refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ecp_scale.checkpoint.folder import RECORD, complete_checkpoints, find_checkpoint
+from tests.corpus import ShardedText
+from tests.launching import command, environment, metrics, run, run_successfully
+from tests.parallel.layouts import Layout
+
+SCRIPT = "launch/pretrain_ecp.py"
+LAYOUT = Layout(data=2, zero=1, settings="paper")
+KILLED_AT = 7
+
+
+def options(text: ShardedText, output: Path) -> list[str]:
+    """A run with dropout, accumulation and a checkpoint every 4 steps of 12."""
+    return [
+        *LAYOUT.options(text, output),
+        *("--model.dropout=0.1", "--checkpoint.every_steps=4", "--training.steps=12", "--resume=auto"),
+    ]
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of every record."""
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in metrics(folder)]
+
+
+def start_until(words: list[str], reached: Callable[[], bool]) -> subprocess.Popen[bytes]:
+    """Start a launch and return when ``reached`` says so."""
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, "the launch ended too early"
+        assert time.monotonic() < deadline, "the launch did not get there"
+        time.sleep(0.02)
+    return process
+
+
+def steps_done(folder: Path) -> int:
+    """Records in the metrics of a run that may not have begun."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is never killed."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run_successfully(SCRIPT, *options(sharded_text, output), ranks=2)
+    return output
+
+
+@pytest.fixture(scope="module")
+def killed(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, killed with SIGKILL at step 7 and left with a half-written newer checkpoint."""
+    output = tmp_path_factory.mktemp("killed") / "run"
+    words = command(SCRIPT, 2, options(sharded_text, output))
+    process = start_until(words, lambda: steps_done(output) >= KILLED_AT)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
+    process.wait()
+    done = steps_done(output)
+    assert KILLED_AT <= done < 12
+    newest = find_checkpoint(output)
+    torn = newest.with_name("step-00000099")
+    shutil.copytree(newest, torn)
+    (torn / RECORD).unlink()
+    return output
+
+
+def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one_to_the_bit(
+    uninterrupted: Path, killed: Path, sharded_text: ShardedText
+) -> None:
+    expected = losses(uninterrupted)
+    before = losses(killed)
+    assert before == expected[: len(before)]
+    assert run(SCRIPT, *options(sharded_text, killed), ranks=2).returncode == 0
+    assert losses(killed) == expected
+    assert len(expected) == 12
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten_without_resume(
+    uninterrupted: Path, sharded_text: ShardedText
+) -> None:
+    done = run(SCRIPT, *options(sharded_text, uninterrupted), "--resume=never", ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "holds checkpoints; pass --resume auto" in done.stderr
+
+
+def test_a_resume_with_another_model_or_layout_names_what_differs(
+    uninterrupted: Path, sharded_text: ShardedText
+) -> None:
+    changed = ("--model.heads=4", "--training.seed=9")
+    done = run(SCRIPT, *options(sharded_text, uninterrupted), *changed)
+    assert done.returncode == 2
+    for part in ("model.heads was 6 and is now 4", "world_size was 2 and is now 1", "data.seed was 1 and is now 9"):
+        assert part in done.stderr
+
+
+def test_the_run_folder_repeats_the_run(uninterrupted: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
+    again = ("--config", uninterrupted / "config.yaml", "--training.output_dir", tmp_path / "again")
+    resolved = json.loads((uninterrupted / "deepspeed.json").read_text())
+    assert resolved["train_batch_size"] == 4
+    run_successfully(SCRIPT, *again, "--deepspeed_config", uninterrupted / "deepspeed.json", ranks=2)
+    assert losses(tmp_path / "again") == losses(uninterrupted)
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_run_can_be_extended(
+    uninterrupted: Path, sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    single = [word for word in options(sharded_text, output) if "training.steps" not in word]
+    words = command(SCRIPT, 1, [*single, "--training.steps=2000"])
+    process = start_until(words, lambda: steps_done(output) >= 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    done = steps_done(output)
+    assert done < 2000
+    assert find_checkpoint(output).name == f"step-{done:08d}"
+    run_successfully(SCRIPT, *single, f"--training.steps={done + 2}")
+    assert steps_done(output) == done + 2
+
+
+def test_old_checkpoints_are_removed_when_asked(sharded_text: ShardedText, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    more = ("--checkpoint.every_steps=2", "--training.steps=7", "--checkpoint.keep=2", "--logging.wandb=offline")
+    run_successfully(SCRIPT, *options(sharded_text, output), *more)
+    assert [folder.name for folder in complete_checkpoints(output)] == ["step-00000006", "step-00000007"]
+    assert list((output / "wandb").glob("offline-run-*")), "no offline wandb run"
+    keys = {"step", "tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second", "mfu"}
+    keys |= {"peak_memory_bytes", "skipped_steps"}
+    assert all(keys <= record.keys() for record in metrics(output))

@@ -1,0 +1,72 @@
+"""What is decayed, and what a run does when its numbers stop being numbers."""
+
+import pytest
+import torch
+
+from ecp_scale.parallel.groups import Groups
+from ecp_scale.training.engine import parameter_groups
+from ecp_scale.training.step import DivergedError, optimizer_step
+from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
+
+
+@pytest.mark.parametrize("config", BOTH, ids=NAMES)
+def test_weights_of_linear_layers_decay_and_nothing_else(config: object, groups: Groups) -> None:
+    model = build(config, groups)  # type: ignore[arg-type]
+    decayed, rest = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {id(p) for p in [*decayed["params"], *rest["params"]]} == names.keys()
+    assert decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0.0
+    assert all(names[id(p)].endswith("weight") and p.dim() == 2 for p in decayed["params"])
+    assert all("norm" in names[id(p)] or "bias" in names[id(p)] or "embedding" in names[id(p)] for p in rest["params"])
+
+
+class FakeEngine:
+    """The part of a DeepSpeed engine that a step touches, with losses that a test chooses."""
+
+    skipped_steps = 0
+
+    def __init__(self, model: torch.nn.Module, factor: float) -> None:
+        self.module = model
+        self.factor = factor
+        self.steps = 0
+
+    def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.module(tokens, targets) * self.factor
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def zero_optimization(self) -> bool:
+        return False
+
+    def bfloat16_enabled(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_the_weights_are_not_updated_with_a_loss_that_is_not_finite(factor: float, groups: Groups) -> None:
+    engine = FakeEngine(build(SCALED, groups, torch.float32), factor)
+    with pytest.raises(DivergedError, match="have not been updated"):
+        optimizer_step(engine, [random_tokens(SCALED, 33)], groups, stop_requested=False)
+    assert engine.steps == 0
+
+
+def test_gradients_that_are_not_finite_are_found_before_the_update(groups: Groups) -> None:
+    engine = FakeEngine(build(SCALED, groups, torch.float32), 1.0)
+    engine.module.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(DivergedError, match="gradient norm"):
+        optimizer_step(engine, [random_tokens(SCALED, 33)], groups, stop_requested=False)
+    assert engine.steps == 0
+
+
+def test_the_loss_is_the_mean_over_micro_batches(groups: Groups) -> None:
+    model = build(SCALED, groups, torch.float32)
+    tokens = random_tokens(SCALED, 33, batch=4)
+    together = optimizer_step(FakeEngine(model, 1.0), [tokens], groups, stop_requested=True)
+    apart = optimizer_step(FakeEngine(model, 1.0), list(tokens.split(1)), groups, stop_requested=False)
+    assert apart.loss == pytest.approx(together.loss, rel=1e-6)
+    assert (together.stop_requested, apart.stop_requested) == (True, False)
