@@ -6,13 +6,13 @@ INSTALLED := $(VENV)/.installed
 # torch comes first and bounded, so that nothing else can pull a newer build.
 TORCH := "torch>=2.8,<2.14"
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo test check format clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,export,wandb]" --constraint constraints.txt
 	touch $@
@@ -21,9 +21,6 @@ demo: install
 	$(BIN)/python launch/demo.py --output demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
-
-test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: install

@@ -24,6 +24,8 @@ from ecp_scale.errors import InputError
 
 SECTIONS: dict[str, Any] = {item.name: get_type_hints(Config)[item.name] for item in dataclasses.fields(Config)}
 
+PARSE_ERRORS = (jsonargparse.ArgumentError, argparse.ArgumentError)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -204,17 +206,19 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _build(parser: jsonargparse.ArgumentParser, settings: list[Setting], problems: list[str]) -> Config:
-    options = []
-    for item in settings:
-        option = f"--{item.key}={item.value}"
-        try:
-            parser.parse_args([option])
-        except (jsonargparse.ArgumentError, argparse.ArgumentError):
-            expected = _type_of(item.key)
-            problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {expected}")
-        else:
-            options.append(option)
-    values = parser.parse_args(options)
+    options = [f"--{item.key}={item.value}" for item in settings]
+    try:
+        values = parser.parse_args(options)
+    except PARSE_ERRORS:
+        # One by one, to name all the values that do not fit.
+        good = []
+        for item, option in zip(settings, options, strict=True):
+            try:
+                parser.parse_args([option])
+                good.append(option)
+            except PARSE_ERRORS:
+                problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {_type_of(item.key)}")
+        values = parser.parse_args(good)
     return Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
 
 

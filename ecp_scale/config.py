@@ -1,7 +1,8 @@
 """The configuration of a run: frozen dataclasses, what they count, and every check on them.
 
 Symbols in the documentation follow the paper: L layers, D width, h heads, e = D/h, n sequence length, m segment length.
-Counts live here and are tested against the built model; nothing here imports torch.
+Counts live here and are tested against the built model; nothing here imports torch. The file is longer than the others
+because every field of a run is explained here, in the words that --help prints.
 """
 
 from dataclasses import dataclass, field
@@ -190,8 +191,7 @@ class ParallelConfig:
             )
         if model.feed_forward_width % self.tensor:
             found.append(
-                f"model.feed_forward_width {model.feed_forward_width} is not divisible by "
-                f"parallel.tensor {self.tensor}"
+                f"model.feed_forward_width {model.feed_forward_width} is not divisible by parallel.tensor {self.tensor}"
             )
         if world_size is not None and world_size % (self.tensor * self.context):
             found.append(

@@ -1,7 +1,7 @@
 """The whole road in minutes: real text in; a trained, resumed, converted and evaluated ECP model out.
 
-The text is what every machine with Python has: the source files of its standard library. Every step is a command that a user
-would type; the run is killed once on the way and must continue exactly where its last checkpoint stood.
+The text is what every machine with Python has: the source files of its standard library. Every step is a command that a
+user would type; the run is killed once on the way and must continue exactly where its last checkpoint stood.
 """
 
 import argparse
@@ -197,7 +197,9 @@ def rows(
 def main() -> None:
     """Run every step and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="demo", metavar="DIR", help="folder to write, emptied first (default: demo)")
+    parser.add_argument(
+        "--output", default="demo", metavar="DIR", help="folder to write, emptied first (default: demo)"
+    )
     parser.add_argument("--ranks", type=int, help="ranks of the launch (default: 2, or the only GPU)")
     options, training_options = parser.parse_known_args()
     began = time.monotonic()

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,7 +132,9 @@ def main() -> int:
     """Print one row per file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: those of the launch, or 1)")
+    parser.add_argument(
+        "--tp", type=int, metavar="N", help="tensor-parallel ranks (default: those of the launch, or 1)"
+    )
     arguments = parser.parse_args()
     ranks = Ranks.from_environment()
     if arguments.tp and "RANK" not in os.environ and arguments.tp > 1:
@@ -141,7 +144,7 @@ def main() -> int:
     failed = False
     with process_groups(ParallelConfig(tensor=arguments.tp or ranks.world_size)) as groups:
         for path in arguments.files:
-            errors = agreed(lambda path=path: compare(path, groups))  # type: ignore[misc]
+            errors = agreed(partial(compare, path, groups))
             failed |= any(errors[key] > tolerances[key] for key in tolerances)
             if ranks.rank == 0:
                 columns = "  ".join(f"{key} {errors[key]:.1e} (limit {tolerances[key]:.0e})" for key in tolerances)

@@ -94,7 +94,7 @@ def test_all_problems_are_reported_at_once_with_their_numbers(tmp_path: Path) ->
     ],
 )
 def test_model_problems(options: dict[str, object], message: str) -> None:
-    assert any(message in problem for problem in dataclasses.replace(ModelConfig(), **options).problems())  # type: ignore[arg-type]
+    assert any(message in problem for problem in dataclasses.replace(ModelConfig(), **options).problems())
 
 
 def test_a_short_reach_can_be_accepted() -> None:

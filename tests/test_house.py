@@ -87,7 +87,8 @@ def test_no_script_shadows_a_standard_module() -> None:
 def test_files_and_functions_are_of_readable_size() -> None:
     for path in sources():
         text = path.read_text()
-        assert text.count("\n") <= 380, f"{path} has {text.count(chr(10))} lines"
+        limit = 380 if path.name == "config.py" else 300
+        assert text.count("\n") <= limit, f"{path} has {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
@@ -98,11 +99,15 @@ def test_everything_public_has_a_docstring() -> None:
     for path in sources():
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree) is not None, path
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                if node.name == "contiguous":
-                    continue
-                assert ast.get_docstring(node), f"{path}: {node.name}"
+        public = [node for node in tree.body if _is_public(node)]
+        public += [item for node in public if isinstance(node, ast.ClassDef) for item in node.body if _is_public(item)]
+        for node in public:
+            assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+            assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def _is_public(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
 
 
 def test_commands_of_the_readme_exist() -> None:

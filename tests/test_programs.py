@@ -12,7 +12,9 @@ from tests.corpus import ShardedText, write_sharded_text
 from tests.launching import ROOT, environment, run, run_successfully
 from tests.parallel.layouts import Layout, trained
 
-PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in ("launch", "data_tools") for path in (ROOT / folder).glob("*.py"))
+PROGRAMS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("launch", "data_tools") for path in (ROOT / folder).glob("*.py")
+)
 
 
 def refused(script: str, *options: object, ranks: int = 1) -> str:
@@ -27,7 +29,10 @@ def refused(script: str, *options: object, ranks: int = 1) -> str:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_needs_no_torch(program: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", ROOT / program, "--help"], env=environment(), capture_output=True, text=True
+        [sys.executable, "-X", "importtime", ROOT / program, "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0
     assert "usage:" in done.stdout
@@ -74,7 +79,9 @@ def test_missing_and_empty_corpora(tool: str, sharded_text: ShardedText, tmp_pat
         ("a.pdf", b"abc", "ends in '.pdf', expected one of .txt, .jsonl"),
     ],
 )
-def test_files_that_are_no_text(name: str, content: bytes, message: str, sharded_text: ShardedText, tmp_path: Path) -> None:
+def test_files_that_are_no_text(
+    name: str, content: bytes, message: str, sharded_text: ShardedText, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     options = ("--tokenizer", f"sentencepiece:{sharded_text.tokenizer}", "--output-prefix", tmp_path / "out")
     assert message in refused("data_tools/preprocess.py", "--input", tmp_path / name, *options)

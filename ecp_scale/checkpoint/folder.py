@@ -1,8 +1,8 @@
 """The folder of one checkpoint, and what makes it complete.
 
-DeepSpeed writes its files into RUN/checkpoints/step-NNNNNNNN. The record ``checkpoint.json``, written last, lists them with
-their sizes: a folder without it, or with a file missing or short, is no checkpoint. Nothing else is trusted, in particular no
-``latest`` file, which a kill can leave pointing at half a checkpoint.
+DeepSpeed writes its files into RUN/checkpoints/step-NNNNNNNN. The record ``checkpoint.json``, written last, lists
+them with their sizes: a folder without it, or with a file missing or short, is no checkpoint. Nothing else is
+trusted, in particular no ``latest`` file, which a kill can leave pointing at half a checkpoint.
 """
 
 import dataclasses

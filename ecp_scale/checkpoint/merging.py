@@ -1,8 +1,8 @@
 """Whole fp32 weights out of a checkpoint of any tensor-parallel size and ZeRO stage.
 
-DeepSpeed's own converter knows its flat partitions but refuses checkpoints with tensor parallelism, mistaking the files of
-the other ranks for leftovers. It is shown the files of one tensor rank at a time; the shares are then merged by what the
-parameters said of themselves when the checkpoint was written.
+DeepSpeed's own converter knows its flat partitions but refuses checkpoints with tensor parallelism, mistaking the
+files of the other ranks for leftovers. It is shown the files of one tensor rank at a time; the shares are then merged
+by what the parameters said of themselves when the checkpoint was written.
 """
 
 import contextlib
@@ -47,7 +47,9 @@ def whole_weights(folder: Path, record: CheckpointRecord) -> Iterator[tuple[str,
 
 
 def _rank_weights(folder: Path, rank: int) -> dict[str, _Lazy]:
-    files = [path for path in folder.iterdir() if re.search(rf"mp_rank_{rank:02d}_(model|optim)_states\.pt$", path.name)]
+    files = [
+        path for path in folder.iterdir() if re.search(rf"mp_rank_{rank:02d}_(model|optim)_states\.pt$", path.name)
+    ]
     if not files:
         raise InputError(f"{folder}: no files of tensor rank {rank}")
     if not any(path.name.endswith("optim_states.pt") for path in files):
@@ -56,11 +58,11 @@ def _rank_weights(folder: Path, rank: int) -> dict[str, _Lazy]:
         content: dict[str, Any] = torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)
         return content["module"]
 
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     with tempfile.TemporaryDirectory() as view:
         for path in files:
             (Path(view) / path.name).symlink_to(path.resolve())
         # Its progress bars and prints say nothing to a user of this package.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
             return get_fp32_state_dict_from_zero_checkpoint(view, tag=".", lazy_mode=True)

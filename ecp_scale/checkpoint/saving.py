@@ -28,6 +28,9 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run:
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
+        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+            # DeepSpeed's copies refuse every checkpoint with tensor parallelism; launch/convert_checkpoint.py does not.
+            (folder.parent / script).unlink(missing_ok=True)
         tokenizer_file = corpus.tokenizer.path.name
         shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
         record = CheckpointRecord(

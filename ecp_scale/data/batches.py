@@ -35,9 +35,7 @@ class TrainingBatches:
             yield stack(self.corpus, windows)
 
 
-def validation_batches(
-    corpus: Corpus, config: TrainingConfig, ranks: int, rank: int
-) -> Iterator[tuple[Tensor, int]]:
+def validation_batches(corpus: Corpus, config: TrainingConfig, ranks: int, rank: int) -> Iterator[tuple[Tensor, int]]:
     """This rank's share of the first windows, in order: batches (micro, n + 1) and how many of their rows count.
 
     Every rank gets as many batches, as the collectives inside a forward pass require; surplus rows do not count.

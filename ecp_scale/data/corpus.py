@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 
 from ecp_scale.data.manifest import Manifest
-from ecp_scale.data.shards import TokenShard, Tokens
+from ecp_scale.data.shards import Tokens, TokenShard
 from ecp_scale.errors import InputError
 
 
 class Corpus:
     """Token stream of a prefix, mapped into memory.
 
-    Window i holds the ``sequence_length`` + 1 tokens from ``i * sequence_length`` on, so that every token but the first is
-    a target exactly once per epoch.
+    Window i holds the ``sequence_length`` + 1 tokens from ``i * sequence_length`` on, so that every token but the
+    first is a target exactly once per epoch.
     """
 
     def __init__(self, prefix: str, sequence_length: int) -> None:

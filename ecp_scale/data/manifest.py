@@ -73,7 +73,9 @@ class Manifest:
             shards = tuple(ShardRecord(item["name"], TextCounts(**item["counts"])) for item in content["shards"])
             return cls(TokenizerRecord(**content["tokenizer"]), shards, TextCounts(**content["totals"]))
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}; expected the prefix of preprocessed shards") from error
+            raise InputError(
+                f"{path}: {error.strerror or error}; expected the prefix of preprocessed shards"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise

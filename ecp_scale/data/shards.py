@@ -1,8 +1,8 @@
 """Token shards in Megatron's format: PREFIX.bin holds token ids, PREFIX.idx the documents' lengths and places.
 
-Layout of .idx (little endian): magic "MMIDIDX\\0\\0", uint64 version 1, uint8 type code, uint64 number of sequences, uint64
-number of document borders, int32 length of each sequence, int64 byte offset of each sequence, int64 borders. Here every
-document is one sequence.
+Layout of .idx (little endian): magic "MMIDIDX\\0\\0", uint64 version 1, uint8 type code, uint64 number of sequences,
+uint64 number of document borders, int32 length of each sequence, int64 byte offset of each sequence, int64 borders.
+Here every document is one sequence.
 """
 
 import struct

@@ -19,8 +19,8 @@ def train_tokenizer(
 ) -> None:
     """Train byte-pair encoding with byte fallback on .txt and .jsonl files and write OUTPUT (a .model file).
 
-    No normalisation, all white space kept, line ends and tabs pieces of their own, unknown characters as bytes: decoding
-    what was encoded returns the text.
+    No normalisation, all white space kept, line ends and tabs pieces of their own, unknown characters as bytes:
+    decoding what was encoded returns the text.
 
     Raises:
         InputError: if an input cannot be used, or the text is too small for the vocabulary.

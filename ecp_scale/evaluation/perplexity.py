@@ -1,12 +1,11 @@
 """How well a model predicts a text: negative log-likelihood under a named protocol, in three units.
 
-``stream``: one pass over the whole text in chunks of full segments, every token scored once, with all the context that the
-model can reach (exact, by ``segment_attention``'s left and right). It needs positions that are relative: models whose every
-layer is rotated.
-``sliding``: windows of n tokens, moved by a stride of n/2, only the last n/2 of each scored (the first window: all), so
-every token counts once with at least n/2 of context.
-``release``: how the authors' release measures, for comparison with its figures alone: windows of n+1 tokens moved by n/2,
-the ragged tail dropped, every position scored, the mean over windows.
+- ``stream``: one pass over the whole text in chunks of full segments, every token scored once, with all the context
+  that the model can reach (exact: the caches hand the last segment on). It needs rotary positions in every layer.
+- ``sliding``: windows of n tokens moved by n/2, only the last n/2 of each scored (of the first: all), so every token
+  counts once, with at least n/2 tokens of context.
+- ``release``: as the authors' release measures, for comparison with its figures alone: windows of n + 1 tokens moved by
+  n/2, the ragged tail dropped, every position scored, the mean over windows.
 """
 
 import math
@@ -104,7 +103,7 @@ def evaluate(
         for losses in scores:
             nll += losses.double().sum().item()
             scored += losses.numel()
-            bar.update(min(losses.numel(), bar.total - bar.n))
+            bar.update(losses.numel())
     return Card(protocol, nll, scored, len(text.ids), text.bytes, text.words)
 
 

@@ -1,7 +1,7 @@
 """The residual block (paper section 3): attention and a feed-forward network, each after a normalisation.
 
-Activations are (N, B, D): positions first, as Megatron-core's linears want them. Heads and hidden widths are this rank's
-share of the tensor group.
+Activations are (N, B, D): positions first, as Megatron-core's linears want them. Heads and hidden widths are this
+rank's share of the tensor group.
 """
 
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ def norm(kind: str, width: int, dtype: torch.dtype) -> nn.Module:
 class HeadNorm(nn.RMSNorm):
     """RMSNorm over every head, with one weight for all heads of the layer.
 
-    Trap: a rank sees the gradient of its own heads only. The copy's backward sums them over the tensor group; without it
+    Trap: a rank sees the gradient of its own heads only. The copy's backward sums them over the group; without that
     the replicas of the weight drift apart in silence.
     """
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ecp_scale.config import ModelConfig
-from ecp_scale.models.linear import Embedding, Shard
+from ecp_scale.models.linear import ColumnLinear, Embedding, RowLinear, Shard
 from ecp_scale.models.sharding import Layout, whole_shape
 
 RESIDUAL_BRANCH_ENDS = ("attention.output", "attention.first_output", "feed_forward.down")
@@ -30,7 +30,7 @@ def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
             whole = torch.empty(whole_shape(parameter, shard.size))
             if config.initialization == "pytorch":
-                _pytorch_default(whole, module, shard.size, generator)
+                _pytorch_default(whole, module, generator)
             elif name == "bias":
                 whole.zero_()
             else:
@@ -41,9 +41,10 @@ def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -
             parameter.copy_(share)
 
 
-def _pytorch_default(whole: Tensor, module: nn.Module, size: int, generator: torch.Generator) -> None:
+def _pytorch_default(whole: Tensor, module: nn.Module, generator: torch.Generator) -> None:
     if isinstance(module, Embedding):
         whole.normal_(generator=generator)
         return
+    assert isinstance(module, ColumnLinear | RowLinear)
     bound = 1 / math.sqrt(module.input_size)
     whole.uniform_(-bound, bound, generator=generator)

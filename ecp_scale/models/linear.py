@@ -1,7 +1,8 @@
 """Megatron-core's parallel layers as this package uses them: (n, b, width) activations, one tensor out.
 
-Every parameter says how it is shared, by the attributes that Megatron-core and DeepSpeed read: ``tensor_model_parallel`` and
-``partition_dim``. Weights are left empty here; ``ecp_scale.models.initialization`` fills them.
+Every parameter says how it is shared, by the attributes that Megatron-core and DeepSpeed read:
+``tensor_model_parallel`` and ``partition_dim``. Weights are left empty here; ``ecp_scale.models.initialization``
+fills them.
 """
 
 from dataclasses import dataclass
@@ -57,9 +58,7 @@ class ColumnLinear(ColumnParallelLinear):
     get_extra_state = nn.Module.get_extra_state
 
     def __init__(self, inputs: int, outputs: int, bias: bool, shard: Shard) -> None:
-        super().__init__(
-            inputs, outputs, bias=bias, config=shard.megatron, init_method=_empty, tp_group=shard.group
-        )
+        super().__init__(inputs, outputs, bias=bias, config=shard.megatron, init_method=_empty, tp_group=shard.group)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:

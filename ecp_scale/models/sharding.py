@@ -25,7 +25,8 @@ class Layout:
     def of(cls, parameter: nn.Parameter) -> "Layout":
         """Read the attributes that Megatron-core and the language model set."""
         sharded = getattr(parameter, "tensor_model_parallel", False)
-        return cls(parameter.partition_dim if sharded else None, getattr(parameter, "vocabulary_rows", None))
+        partition_dim = getattr(parameter, "partition_dim", None) if sharded else None
+        return cls(partition_dim, getattr(parameter, "vocabulary_rows", None))
 
     def split(self, whole: Tensor, size: int, rank: int, padded_rows: int) -> Tensor:
         """The share of one rank; the vocabulary's padding rows are 0."""

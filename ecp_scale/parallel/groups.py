@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -57,29 +57,34 @@ class Groups:
 def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     """Join the launch, build Megatron's groups, and leave both in order.
 
-    Without a launcher this is a group of one on an in-memory store: one program, whatever the number of ranks.
+    Without a launcher this is a group of one on an in-memory store: one program, whatever the number of ranks. Where
+    torch.distributed is up already, its world is used and left as it is.
     """
     ranks = Ranks.from_environment()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
     device = local_device(ranks.local_rank)
-    timeout = timedelta(seconds=config.timeout_seconds)
-    store = dist.HashStore() if "RANK" not in os.environ else None
-    options = {"store": store, "rank": 0, "world_size": 1} if store else {}
-    dist.init_process_group(backend(device), timeout=timeout, **options)  # type: ignore[arg-type]
-    try:
+    with ExitStack() as stack:
+        if not dist.is_initialized():
+            _init_process_group(device, timedelta(seconds=config.timeout_seconds))
+            stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             context_parallel_size=config.context,
             distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
         )
+        stack.callback(parallel_state.destroy_model_parallel)
         yield Groups(
             tensor=parallel_state.get_tensor_model_parallel_group(),
             data=parallel_state.get_data_parallel_group(with_context_parallel=True),
             device=device,
         )
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(device), timeout=timeout)
+    else:
+        dist.init_process_group(backend(device), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def agreed(action: Callable[[], T]) -> T:

@@ -1,8 +1,8 @@
 """The seam between DeepSpeed and Megatron-core: what DeepSpeed calls an ``mpu``, answered by Megatron's groups.
 
-DeepSpeed asks for get_model_parallel_* and get_data_parallel_*; Megatron-core has get_tensor_model_parallel_* and several
-data-parallel groups. tests/parallel/test_mpu.py checks this class against every ``mpu.`` access of the installed
-DeepSpeed.
+DeepSpeed asks for get_model_parallel_* and get_data_parallel_*; Megatron-core has get_tensor_model_parallel_* and
+several data-parallel groups. tests/parallel/test_mpu.py checks this class against every ``mpu.`` access of the
+installed DeepSpeed.
 """
 
 import torch.distributed as dist

@@ -1,13 +1,11 @@
 """Random state as arithmetic: dropout is a function of (seed, step, rank), so no generator is ever saved.
 
-Two streams, as in Megatron: the default one is equal on all ranks that share a matrix, the forked one differs.
+Two streams, as in Megatron: the default one is equal on all ranks that share a matrix, the forked one differs. DeepSpeed
+tracks them, and is imported only when there is something to draw: evaluation and generation start without it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
 from ecp_scale.parallel.groups import Groups
 
@@ -16,6 +14,9 @@ _TENSOR_PARALLEL_STREAM = "model-parallel-rng"
 
 def seed_step(seed: int, step: int, groups: Groups) -> None:
     """Start both streams of one optimizer step; a resumed run draws what the uninterrupted one draws."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
     replica = (seed * 1_000_003 + step) * 65_536 + groups.data_rank
     tracker = get_cuda_rng_tracker()
     tracker.reset()
@@ -26,6 +27,8 @@ def seed_step(seed: int, step: int, groups: Groups) -> None:
 @contextmanager
 def tensor_parallel_random() -> Iterator[None]:
     """Draw from the stream that differs between the ranks of a tensor group (dropout on sharded activations)."""
+    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
     with get_cuda_rng_tracker().fork(_TENSOR_PARALLEL_STREAM):
         yield
 

@@ -144,8 +144,8 @@ def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
     validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
     if validation.tokenizer.sha256 != corpus.tokenizer.sha256:
         raise InputError(
-            f"data.validation_prefix {validation.prefix} was made with tokenizer {validation.tokenizer.sha256[:12]}..., "
-            f"data.prefix {corpus.prefix} with {corpus.tokenizer.sha256[:12]}..."
+            f"data.validation_prefix {validation.prefix} was made with tokenizer "
+            f"{validation.tokenizer.sha256[:12]}..., data.prefix {corpus.prefix} with {corpus.tokenizer.sha256[:12]}..."
         )
     return corpus, validation
 

@@ -77,4 +77,6 @@ def check_wandb(config: Config) -> None:
     import importlib.util
 
     if config.logging.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise InputError(f"logging.wandb is {config.logging.wandb} but wandb is missing: pip install 'ecp-scale[wandb]'")
+        raise InputError(
+            f"logging.wandb is {config.logging.wandb} but wandb is missing: pip install 'ecp-scale[wandb]'"
+        )

@@ -33,8 +33,8 @@ def optimizer_step(
     """Accumulate over the micro-batches (micro, n + 1) and update the weights.
 
     Raises:
-        DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the gradients
-            not finite and has not skipped the update.
+        DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the
+            gradients not finite and has not skipped the update.
     """
     losses = []
     batches = list(micro_batches)
@@ -68,9 +68,7 @@ def optimizer_step(
 
 
 @torch.no_grad()
-def mean_loss(
-    engine: deepspeed.DeepSpeedEngine, batches: Iterable[tuple[Tensor, int]], groups: Groups
-) -> float:
+def mean_loss(engine: deepspeed.DeepSpeedEngine, batches: Iterable[tuple[Tensor, int]], groups: Groups) -> float:
     """Mean loss in nats per token over all ranks' batches (micro, n + 1), of which the first rows count."""
     engine.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=groups.device)

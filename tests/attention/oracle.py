@@ -26,4 +26,4 @@ def segment_attention_oracle(q: Tensor, k: Tensor, v: Tensor, segment_length: in
                 weights = torch.exp(scores - scores.max().detach())
                 weights = weights / weights.sum()
                 rows.append(sum(weights[i] * values[j] for i, j in enumerate(seen)))
-    return torch.stack(rows).view(batch, heads, positions, width)  # type: ignore[arg-type]
+    return torch.stack(rows).view(batch, heads, positions, width)

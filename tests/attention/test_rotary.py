@@ -13,7 +13,9 @@ def test_adjacent_pairs_turn_like_complex_numbers() -> None:
     for n, position in enumerate(positions.tolist()):
         for pair in range(4):
             angle = torch.tensor(position * 10000.0 ** (-2 * pair / 8), dtype=torch.float64)
-            z = torch.complex(x[:, :, n, 2 * pair], x[:, :, n, 2 * pair + 1]) * torch.polar(torch.ones_like(angle), angle)
+            z = torch.complex(x[:, :, n, 2 * pair], x[:, :, n, 2 * pair + 1]) * torch.polar(
+                torch.ones_like(angle), angle
+            )
             assert_close(turned[:, :, n, 2 * pair], z.real)
             assert_close(turned[:, :, n, 2 * pair + 1], z.imag)
 

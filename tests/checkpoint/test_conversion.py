@@ -14,21 +14,11 @@ from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import Groups
 from tests.corpus import ShardedText
-from tests.launching import run_successfully
-from tests.parallel.layouts import Layout, trained
-
-LAYOUTS = [
-    Layout(),
-    Layout(tensor=2, zero=1),
-    Layout(tensor=2, zero=3),
-    Layout(data=2, zero=2),
-    Layout(data=2, zero=3),
-    Layout(tensor=2, data=2, zero=1),
-    Layout(data=2, zero=1, precision="bf16"),
-]
+from tests.parallel.layouts import BF16, CONVERTED, Layout, trained
+from tests.parallel.train_layouts import LOGITS, probe_tokens
 
 
-@pytest.fixture(params=LAYOUTS, ids=str)
+@pytest.fixture(params=CONVERTED, ids=str)
 def layout(request: pytest.FixtureRequest) -> Layout:
     return request.param
 
@@ -37,29 +27,22 @@ def test_the_converted_model_has_the_trainers_logits(
     layout: Layout, sharded_text: ShardedText, groups: Groups, tmp_path: Path
 ) -> None:
     run = trained(layout, sharded_text)
-    tokens = np.random.default_rng(1).integers(0, 400, (2, 64))
-    np.save(tmp_path / "tokens.npy", tokens)
-    resumed = ("--config", run / "config.yaml", "--deepspeed_config", run / "deepspeed.json")
-    files = (tmp_path / "tokens.npy", tmp_path / "logits.npy")
-    first = ("--local_rank=0",) if layout.ranks == 1 else ()
-    run_successfully("tests/checkpoint/trainer_logits.py", *first, *files, *resumed, ranks=layout.ranks)
-    trainers = torch.from_numpy(np.load(tmp_path / "logits.npy"))
-
+    trainers = torch.from_numpy(np.load(run / LOGITS))
     output = tmp_path / "model"
-    run_successfully("launch/convert_checkpoint.py", "--checkpoint", run, "--output", output)
+    export(find_checkpoint(run), output)
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
     exported = ExportedModel.open(output)
     dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
     model = exported.load(groups, dtype)
     with torch.no_grad():
-        logits = model.logits(torch.from_numpy(tokens)).float()
+        logits = model.logits(probe_tokens()).float()
     tolerance = 0.05 if layout.precision == "bf16" else 1e-5
     assert_close(logits, trainers, rtol=tolerance, atol=tolerance)
     assert logits.shape[-1] == exported.tokenizer.vocab_size
 
 
 def test_master_weights_are_exported_in_fp32(sharded_text: ShardedText, tmp_path: Path) -> None:
-    export(find_checkpoint(trained(Layout(data=2, zero=1, precision="bf16"), sharded_text)), tmp_path)
+    export(find_checkpoint(trained(BF16, sharded_text)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())

@@ -46,7 +46,9 @@ def test_shards_of_megatrons_builder_open_in_ours(tmp_path: Path) -> None:
 def test_the_result_does_not_depend_on_the_number_of_workers(sharded_text: ShardedText, tmp_path: Path) -> None:
     many = tmp_path / "documents.jsonl"
     lines = [line for text in sharded_text.documents for line in text.splitlines() if line.strip()]
-    many.write_text("".join(json.dumps({"body": "\n".join(lines[i : i + 5])}) + "\n" for i in range(0, len(lines), 5)) * 20)
+    many.write_text(
+        "".join(json.dumps({"body": "\n".join(lines[i : i + 5])}) + "\n" for i in range(0, len(lines), 5)) * 20
+    )
     spec = f"sentencepiece:{sharded_text.tokenizer}"
     for workers in (1, 2):
         output = tmp_path / str(workers) / "out"

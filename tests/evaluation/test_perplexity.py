@@ -30,9 +30,7 @@ def plain_losses(model: LanguageModel, ids: list[int]) -> list[float]:
     return [-logits[i].log_softmax(-1)[ids[i + 1]].item() for i in range(len(ids) - 1)]
 
 
-def test_stream_equals_one_forward_over_everything(
-    groups: Groups, text: Text, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stream_equals_one_forward_over_everything(groups: Groups, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(SCALED, groups)
     expected = sum(plain_losses(model, [END, *text.ids.tolist()]))
     for chunk in (8, 40, 4096):
@@ -46,12 +44,14 @@ def test_stream_equals_one_forward_over_everything(
 def test_sliding_scores_every_token_once_with_half_a_window_of_context(
     config: object, groups: Groups, text: Text
 ) -> None:
-    model = build(config, groups)  # type: ignore[arg-type]
+    model = build(config, groups)
     n = model.config.sequence_length
     ids = [END, *text.ids.tolist()]
     expected = {}
     for end in [n, *range(n + n // 2, LENGTH + 1, n // 2), LENGTH]:
-        for position, loss in zip(range(end - n + 1, end + 1), plain_losses(model, ids[end - n : end + 1]), strict=True):
+        for position, loss in zip(
+            range(end - n + 1, end + 1), plain_losses(model, ids[end - n : end + 1]), strict=True
+        ):
             expected.setdefault(position, loss)
     card = evaluate(model, text, END, "sliding")
     assert card.tokens_scored == len(expected) == LENGTH
@@ -77,7 +77,9 @@ def test_the_default_protocol_needs_relative_positions_to_stream() -> None:
 def test_short_texts(groups: Groups) -> None:
     model = build(PAPER, groups)
     short = Text(np.array([3, 4, 5]), bytes=9, words=2)
-    assert evaluate(model, short, END, "sliding").nll == pytest.approx(sum(plain_losses(model, [END, 3, 4, 5])), rel=1e-6)
+    assert evaluate(model, short, END, "sliding").nll == pytest.approx(
+        sum(plain_losses(model, [END, 3, 4, 5])), rel=1e-6
+    )
     with pytest.raises(InputError, match="needs a window of 32"):
         evaluate(model, short, END, "release")
     with pytest.raises(InputError, match="no words"):

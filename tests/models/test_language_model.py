@@ -106,7 +106,9 @@ def test_vocabulary_padding_never_shows(config: ModelConfig, groups: Groups) -> 
         logits = model.logits(tokens[:, :-1])
         assert logits.shape[-1] == config.known_vocab_size
         losses = model(tokens[:, :-1], tokens[:, 1:])
-        expected = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        expected = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
         assert_close(losses.flatten(), expected, rtol=1e-5, atol=1e-6)
         results.append((logits, losses))
     assert_close(results[0][0], results[1][0])

@@ -7,27 +7,17 @@ import pytest
 
 from tests.corpus import ShardedText
 from tests.launching import metrics
-from tests.parallel.layouts import STEPS, Layout, trained
+from tests.parallel.layouts import BF16, CURVES, STEPS, Layout, trained
 
 TOLERANCE = 1e-5
-LAYOUTS = [
-    Layout(tensor=2),
-    Layout(data=2, zero=0),
-    Layout(data=2, zero=1),
-    Layout(data=2, zero=2),
-    Layout(data=2, zero=3),
-    Layout(tensor=2, data=2, zero=1),
-    # SGD shows a wrong scale of the gradient, which AdamW hides.
-    Layout(tensor=2, data=2, zero=1, settings="paper", optimizer="sgd"),
-]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", CURVES, ids=str)
 def test_loss_and_gradient_norm_equal_those_of_one_process(layout: Layout, sharded_text: ShardedText) -> None:
     single = metrics(trained(dataclasses.replace(layout, tensor=1, data=1, zero=0), sharded_text))
     spread = metrics(trained(layout, sharded_text))
     assert len(single) == len(spread) == STEPS
-    assert single[-1]["loss"] < single[0]["loss"] - 0.5
+    assert single[-1]["loss"] < single[0]["loss"] - 0.2
     for expected, got in zip(single, spread, strict=True):
         for key in ("loss", "grad_norm"):
             assert got[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=TOLERANCE), (got["step"], key)
@@ -37,10 +27,9 @@ def test_loss_and_gradient_norm_equal_those_of_one_process(layout: Layout, shard
     assert spread[-1]["validation_loss"] == pytest.approx(single[-1]["validation_loss"], rel=TOLERANCE, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", [Layout(data=2, zero=1, precision="bf16")], ids=str)
-def test_bf16_follows_the_fp32_curve(layout: Layout, sharded_text: ShardedText) -> None:
+def test_bf16_follows_the_fp32_curve(sharded_text: ShardedText) -> None:
     single = metrics(trained(Layout(), sharded_text))
-    rounded = metrics(trained(layout, sharded_text))
+    rounded = metrics(trained(BF16, sharded_text))
     assert all(math.isfinite(record["grad_norm"]) for record in rounded)
     assert rounded[-1]["skipped_steps"] == 0
     # bf16 keeps 8 bits: a relative error near 2^-8 of each loss, here a few hundredths.

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from ecp_scale.checkpoint.folder import RECORD, complete_checkpoints, find_checkpoint
+from ecp_scale.command_line import parse
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
@@ -134,9 +135,13 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_can_be_extended(
 def test_old_checkpoints_are_removed_when_asked(sharded_text: ShardedText, tmp_path: Path) -> None:
     output = tmp_path / "run"
     more = ("--checkpoint.every_steps=2", "--training.steps=7", "--checkpoint.keep=2", "--logging.wandb=offline")
-    run_successfully(SCRIPT, *options(sharded_text, output), *more)
+    peak = ("--logging.peak_teraflops=0.5",)
+    run_successfully(SCRIPT, *options(sharded_text, output), *more, *peak)
     assert [folder.name for folder in complete_checkpoints(output)] == ["step-00000006", "step-00000007"]
     assert list((output / "wandb").glob("offline-run-*")), "no offline wandb run"
     keys = {"step", "tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second", "mfu"}
     keys |= {"peak_memory_bytes", "skipped_steps"}
     assert all(keys <= record.keys() for record in metrics(output))
+    flops_per_token = parse(["--config", str(output / "config.yaml")], "").config.model.flops_per_token
+    for record in metrics(output):
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops_per_token / 0.5e12)

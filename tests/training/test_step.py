@@ -11,7 +11,7 @@ from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
 
 @pytest.mark.parametrize("config", BOTH, ids=NAMES)
 def test_weights_of_linear_layers_decay_and_nothing_else(config: object, groups: Groups) -> None:
-    model = build(config, groups)  # type: ignore[arg-type]
+    model = build(config, groups)
     decayed, rest = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {id(p) for p in [*decayed["params"], *rest["params"]]} == names.keys()

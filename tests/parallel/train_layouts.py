@@ -1,0 +1,66 @@
+"""Run by ``tests.parallel.layouts``: train several layouts one after another on the ranks of one launch.
+
+Argument: a JSON file that lists [command line of the run, ...]. Beside each run's metrics it leaves trainer_logits.npy,
+what the engine computes after it has resumed the run's last checkpoint.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ecp_scale import deepspeed_json
+from ecp_scale.checkpoint.saving import resume
+from ecp_scale.command_line import Request, parse
+from ecp_scale.data.corpus import Corpus
+from ecp_scale.parallel.groups import process_groups
+from ecp_scale.training.engine import build_engine
+from ecp_scale.training.loop import train, with_vocabulary
+
+LOGITS = "trainer_logits.npy"
+
+
+def probe_tokens() -> torch.Tensor:
+    """Token ids (2, 64) whose logits are compared."""
+    return torch.from_numpy(np.random.default_rng(1).integers(0, 400, (2, 64)))
+
+
+def write_logits(request: Request) -> None:
+    """Resume as a trainer does, and save what it computes."""
+    prefix, output = request.config.data.prefix, request.config.training.output_dir
+    assert prefix is not None
+    assert output is not None
+    with process_groups(request.config.parallel) as groups:
+        corpus = Corpus(prefix, request.config.model.sequence_length)
+        config = with_vocabulary(request.config, corpus)
+        settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+        engine = build_engine(config, settings, groups)
+        assert resume(engine, config, corpus, Path(output)) == config.training.steps
+        engine.eval()
+        with torch.no_grad():
+            logits = engine.module.logits(probe_tokens())
+        if dist.get_rank() == 0:
+            np.save(Path(output) / LOGITS, logits.float().numpy())
+        engine.destroy()
+
+
+def main() -> None:
+    """Train and probe every run of the list."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    dist.init_process_group("gloo")
+    for words in json.loads(Path(sys.argv[-1]).read_text()):
+        request = parse(words, "")
+        train(request)
+        write_logits(request)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
