@@ -144,7 +144,7 @@ def _section_parser(description: str) -> jsonargparse.ArgumentParser:
 
 
 def _file_settings(path: str, problems: list[str]) -> list[Setting]:
-    if path in preset_names() and not Path(path).exists():
+    if path in preset_names() and not Path(path).is_file():
         path = str(preset_path(path))
     try:
         content = yaml.safe_load(Path(path).read_text())

@@ -242,4 +242,11 @@ def _ranks() -> int:
 
 if __name__ == "__main__":
     with input_errors_exit():
-        main()
+        try:
+            main()
+        except subprocess.CalledProcessError as failed:
+            print(
+                f"\nthe demo stopped: {shlex.join(map(str, failed.cmd))} ended with {failed.returncode}",
+                file=sys.stderr,
+            )
+            sys.exit(1)

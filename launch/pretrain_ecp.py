@@ -39,9 +39,16 @@ def main() -> None:
         print(describe(request))
         return
     # Imported here: Megatron-core and DeepSpeed take seconds, and --help or a typing error should not wait for them.
+    from ecp_scale.parallel.groups import Ranks
     from ecp_scale.training.loop import train
+    from ecp_scale.training.step import DivergedError
 
-    train(request)
+    try:
+        train(request)
+    except DivergedError as error:
+        if Ranks.from_environment().rank == 0:
+            print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,16 @@ def test_every_deepspeed_json_fits_every_preset(path: Path) -> None:
         assert deepspeed_json.zero_stage(resolved) == int(path.stem.removeprefix("zero"))
 
 
+def test_a_folder_with_the_name_of_a_preset_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--config", "demo"], "").config == dataclasses.replace(load_preset("demo"), model=_without_preset())
+
+
+def _without_preset() -> ModelConfig:
+    return dataclasses.replace(load_preset("demo").model, preset=None)
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model:\n  preset: demo\n  layers: 6\noptimizer: {learning_rate: 1.0e-3}\n")

@@ -1,7 +1,7 @@
 """Random state as arithmetic: dropout is a function of (seed, step, rank), so no generator is ever saved.
 
-Two streams, as in Megatron: the default one is equal on all ranks that share a matrix, the forked one differs. DeepSpeed
-tracks them, and is imported only when there is something to draw: evaluation and generation start without it.
+Two streams, as in Megatron: the default one is equal on all ranks that share a matrix, the forked one differs.
+DeepSpeed tracks them, and is imported only when there is something to draw: evaluation starts without it.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar, Weights & Biases. Rank 0 only."""
 
 import dataclasses
+import importlib.util
 import json
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ecp_scale.config import Config
+from ecp_scale.data.files import write_text
 from ecp_scale.errors import InputError
 
 
@@ -19,7 +22,7 @@ class MetricsLog:
         """Open the log of a run that continues after ``first_step`` steps."""
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
         self._file = path.open("a")
         self._bar = tqdm(total=config.training.steps, initial=first_step, unit="step", desc=folder.name)
         self._wandb = _start_wandb(config, folder)
@@ -56,11 +59,14 @@ def _start_wandb(config: Config, folder: Path) -> Any | None:
         return None
     import wandb
 
-    name = config.logging.run_name or folder.name
+    # Kept in the run folder, so that a resumed run continues its own record and no other.
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        write_text(identity, uuid.uuid4().hex[:8])
     return wandb.init(
         project=config.logging.wandb_project,
-        name=name,
-        id=f"{name}-{config.training.seed}",
+        name=config.logging.run_name or folder.name,
+        id=identity.read_text(),
         resume="allow",
         mode=config.logging.wandb,
         dir=folder,
@@ -74,8 +80,6 @@ def check_wandb(config: Config) -> None:
     Raises:
         InputError: naming the extra to install.
     """
-    import importlib.util
-
     if config.logging.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"logging.wandb is {config.logging.wandb} but wandb is missing: pip install 'ecp-scale[wandb]'"

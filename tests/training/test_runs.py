@@ -145,3 +145,13 @@ def test_old_checkpoints_are_removed_when_asked(sharded_text: ShardedText, tmp_p
     flops_per_token = parse(["--config", str(output / "config.yaml")], "").config.model.flops_per_token
     for record in metrics(output):
         assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops_per_token / 0.5e12)
+
+
+def test_a_run_that_diverges_says_so_in_one_message(sharded_text: ShardedText, tmp_path: Path) -> None:
+    wild = ("--optimizer.name=sgd", "--optimizer.learning_rate=1e30", "--optimizer.gradient_clipping=0")
+    done = run(SCRIPT, *options(sharded_text, tmp_path / "run"), *wild)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "stopped: step 2: the loss is nan; the weights have not been updated with it; last checkpoint: step 0" in (
+        done.stderr
+    )
