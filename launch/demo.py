@@ -176,7 +176,8 @@ def rows(
     last = records[max(records)]
     same = all(records[record["step"]]["loss"] == record["loss"] for record in undone)
     below = 1 - card["bits_per_byte"] / card["unigram_bits_per_byte"]
-    yield "text", f"{documents} files of the standard library in {paths.text}"
+    files = ", ".join(f"{count} {part}" for part, count in documents.items())
+    yield "text", f"files of the standard library: {files}, in {paths.text}"
     yield "tokenizer", f"{paths.tokenizer}"
     yield "shards", f"{paths.shards('*')}"
     yield "training", f"{last['step']} steps, {last['tokens']:,} tokens, {last['tokens_per_second']:.0f} tokens/s"

@@ -139,6 +139,14 @@ def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path)
         assert part in message, part
 
 
+def test_a_combination_whose_checkpoints_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}))
+    options = ("--config", "demo", "--deepspeed_config", str(file))
+    assert "grad_accum_dtype is 'fp32' under ZeRO-1" in refused(*options, "--training.precision=bf16")
+    parse(options, "")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("model: [", "not valid YAML"), ("- 1", "expected sections"), ("model: 3", "holds 3, expected keys")],

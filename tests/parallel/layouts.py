@@ -100,6 +100,8 @@ CONVERTED = [
     Layout(tensor=2, data=2, zero=1),
     Layout(tensor=2, data=2, zero=3),
     BF16,
+    Layout(data=2, zero=2, precision="bf16"),
+    Layout(data=2, zero=3, precision="bf16"),
 ]
 """Layouts whose checkpoints are converted."""
 ALL = {*CURVES, *CONVERTED, Layout(settings="paper", optimizer="sgd")}
