@@ -72,8 +72,8 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
         found.append(f"{where}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
     if stage == 1 and config.training.precision == "bf16" and _get(content, "data_types.grad_accum_dtype") == "fp32":
         found.append(
-            f"{where}: data_types.grad_accum_dtype is 'fp32' under ZeRO-1 with training.precision bf16, whose checkpoints "
-            "DeepSpeed's converter cannot read; use stage 2"
+            f"{where}: data_types.grad_accum_dtype is 'fp32' under ZeRO-1 with training.precision bf16, whose "
+            "checkpoints DeepSpeed's converter cannot read; use stage 2"
         )
     return found
 

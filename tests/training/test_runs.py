@@ -116,19 +116,20 @@ def test_the_run_folder_repeats_the_run(uninterrupted: Path, sharded_text: Shard
     assert losses(tmp_path / "again") == losses(uninterrupted)
 
 
-def test_sigterm_saves_and_exits_cleanly_and_the_run_can_be_extended(
-    uninterrupted: Path, sharded_text: ShardedText, tmp_path: Path
+def test_sigterm_to_one_rank_saves_and_ends_all_cleanly_and_the_run_can_be_extended(
+    sharded_text: ShardedText, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    single = [word for word in options(sharded_text, output) if "training.steps" not in word]
-    words = command(SCRIPT, 1, [*single, "--training.steps=2000"])
-    process = start_until(words, lambda: steps_done(output) >= 5)
-    process.send_signal(signal.SIGTERM)
+    unlimited = [word for word in options(sharded_text, output) if "training.steps" not in word]
+    process = start_until(command(SCRIPT, 2, [*unlimited, "--training.steps=2000"]), lambda: steps_done(output) >= 5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (rank,) = [child for child in children if "--local_rank=1" in child.cmdline()]
+    rank.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     done = steps_done(output)
     assert done < 2000
     assert find_checkpoint(output).name == f"step-{done:08d}"
-    run_successfully(SCRIPT, *single, f"--training.steps={done + 2}")
+    run_successfully(SCRIPT, *unlimited, f"--training.steps={done + 2}", ranks=2)
     assert steps_done(output) == done + 2
 
 
