@@ -161,9 +161,10 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
         elif not isinstance(values, dict):
             problems.append(f"{path}: section {section} holds {values!r}, expected keys and values")
         else:
-            # JSON is YAML on one line, in every case that a YAML file can hold here.
-            pairs = [(f"{section}.{key}", json.dumps(value, default=str)) for key, value in values.items()]
-            settings += [Setting(key, value.strip('"'), path) for key, value in pairs]
+            # Text goes as it is; of everything else JSON is YAML on one line.
+            for key, value in values.items():
+                text = value if isinstance(value, str) else json.dumps(value, default=str)
+                settings.append(Setting(f"{section}.{key}", text, path))
     return [item for item in settings if _is_known(item.key, item.source, problems)]
 
 

@@ -59,6 +59,14 @@ def _without_preset() -> ModelConfig:
     return dataclasses.replace(load_preset("demo").model, preset=None)
 
 
+@pytest.mark.parametrize("prefix", ["/tmp/ä ö/x", "a: b", '"quoted"', "5", "null file"])
+def test_text_in_a_file_stays_as_it_is(prefix: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"data": {"prefix": prefix, "validation_prefix": None}}))
+    config = parse(["--config", str(file)], "").config
+    assert (config.data.prefix, config.data.validation_prefix) == (prefix, None)
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model:\n  preset: demo\n  layers: 6\noptimizer: {learning_rate: 1.0e-3}\n")
