@@ -68,13 +68,9 @@ def parse(argv: Sequence[str], description: str, required: Sequence[str] = ()) -
         settings = _file_settings(str(preset_path(preset)), problems) + settings
     config = _build(parser, settings, problems)
     content = deepspeed_json.read(known.deepspeed_config)
-    # Before a launch there is no world size to check against.
-    launched = world_size if "WORLD_SIZE" in os.environ else None
-    found = config.problems(launched)
-    problems += found
-    if not found:
-        ranks = launched or config.parallel.tensor * config.parallel.context
-        problems += deepspeed_json.problems(content, known.deepspeed_config, config, ranks)
+    # A dry run without a launcher has no world size to check against.
+    problems += config.problems(None if known.dry_run and "WORLD_SIZE" not in os.environ else world_size)
+    problems += deepspeed_json.problems(content, known.deepspeed_config, config, world_size)
     if not known.dry_run:
         problems += [f"{key} is not set" for key in required if _value(config, key) is None]
     if problems:

@@ -201,8 +201,8 @@ class ParallelConfig:
         return found
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model."""
-        return world_size // (self.tensor * self.context)
+        """Replicas of the model; at least 1, so that other checks can go on where the layout is wrong."""
+        return max(1, world_size // max(1, self.tensor * self.context))
 
 
 @dataclass(frozen=True)
@@ -341,18 +341,16 @@ class Config:
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one rank in one optimizer step."""
-        ranks = self.parallel.data_parallel_size(world_size)
-        return self.training.global_batch_size // (self.training.micro_batch_size * ranks)
+        together = self.training.micro_batch_size * self.parallel.data_parallel_size(world_size)
+        return max(1, self.training.global_batch_size // max(1, together))
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""
         training = self.training.problems()
         found = self.model.problems() + self.parallel.problems(self.model, world_size) + self.optimizer.problems()
         found += training + self.checkpoint.problems()
-        replica = self.parallel.tensor * self.parallel.context
-        world_size = world_size or replica
-        if not training and replica > 0 and world_size % replica == 0:
-            ranks = world_size // replica
+        if not training:
+            ranks = self.parallel.data_parallel_size(world_size or 1)
             if self.training.global_batch_size % (self.training.micro_batch_size * ranks):
                 found.append(
                     f"training.global_batch_size {self.training.global_batch_size} is not a multiple of "

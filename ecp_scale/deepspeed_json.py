@@ -43,7 +43,7 @@ def read(path: str | None) -> dict[str, Any]:
 def _decided(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
     """JSON key (dotted) -> (value, the field of the run config that decides it)."""
     training = config.training
-    accumulation = max(1, config.accumulation_steps(world_size))
+    accumulation = config.accumulation_steps(world_size)
     bf16 = training.precision == "bf16"
     return {
         "train_batch_size": (training.global_batch_size, "training.global_batch_size"),

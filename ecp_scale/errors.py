@@ -10,6 +10,11 @@ class InputError(ValueError):
     """Bad input: names the file, field or rank, what was found and what was expected."""
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for the launch: rank 0, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
     """Print an ``InputError`` as one message and exit with code 2; anything else is a bug and keeps its traceback.
@@ -19,6 +24,6 @@ def input_errors_exit() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

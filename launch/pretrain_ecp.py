@@ -7,7 +7,7 @@
 import sys
 
 from ecp_scale.command_line import Request, parse, to_yaml
-from ecp_scale.errors import input_errors_exit
+from ecp_scale.errors import input_errors_exit, is_first_rank
 
 
 def describe(request: Request) -> str:
@@ -36,17 +36,17 @@ def main() -> None:
     required = ("data.prefix", "training.output_dir")
     request = parse(sys.argv[1:], __doc__, required)
     if request.dry_run:
-        print(describe(request))
+        if is_first_rank():
+            print(describe(request))
         return
     # Imported here: Megatron-core and DeepSpeed take seconds, and --help or a typing error should not wait for them.
-    from ecp_scale.parallel.groups import Ranks
     from ecp_scale.training.loop import train
     from ecp_scale.training.step import DivergedError
 
     try:
         train(request)
     except DivergedError as error:
-        if Ranks.from_environment().rank == 0:
+        if is_first_rank():
             print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -126,6 +126,11 @@ def test_ranks_are_checked_when_launched(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "the launch has 3 ranks, not a multiple of parallel.tensor * parallel.context = 2 * 1" in message
 
 
+def test_a_run_without_a_launcher_is_one_rank_and_a_dry_run_is_any() -> None:
+    assert "the launch has 1 ranks, not a multiple" in refused("--config", "demo", "--parallel.tensor=2")
+    assert parse(["--config", "demo", "--parallel.tensor=2", "--dry-run"], "").config.parallel.tensor == 2
+
+
 def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     content = {
@@ -136,8 +141,10 @@ def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path)
         "zero_optimization": {"stage": 7},
     }
     file.write_text(json.dumps(content))
-    message = refused("--config", "demo", "--deepspeed_config", str(file))
+    message = refused("--config", "demo", "--deepspeed_config", str(file), "--model.layers=0", "--parallel.tensor=0")
     for part in (
+        "model.layers is 0",
+        "parallel.tensor is 0",
         "train_batch_size is 99 but training.global_batch_size says 4",
         "gradient_clipping is 0.5 but optimizer.gradient_clipping says 1.0",
         "bf16.enabled is True but training.precision says False",
