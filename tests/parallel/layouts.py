@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 from tests.corpus import ShardedText
 from tests.launching import ROOT, run_successfully
@@ -110,7 +109,8 @@ ALL = {*CURVES, *CONVERTED, Layout(settings="paper", optimizer="sgd")}
 @cache
 def _trained_on(ranks: int, text: ShardedText) -> Path:
     """Folder with the runs of all layouts of ``ranks`` ranks; one launch for all, since its start takes longest."""
-    folder = Path(mkdtemp(prefix=f"layouts-of-{ranks}-"))
+    folder = text.folder / f"layouts-of-{ranks}"
+    folder.mkdir()
     layouts = sorted((layout for layout in ALL if layout.ranks == ranks), key=str)
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps([layout.options(text, folder / str(layout)) for layout in layouts]))
