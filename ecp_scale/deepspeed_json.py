@@ -22,13 +22,13 @@ OWNED_BY_RUN_CONFIG = {
 
 
 def read(path: str | None) -> dict[str, Any]:
-    """Read the JSON; no path means plain data parallelism without ZeRO.
+    """Read the JSON; no path means ZeRO-1 with its defaults.
 
     Raises:
         InputError: if the file is missing or is not a JSON object.
     """
     if path is None:
-        return {"zero_optimization": {"stage": 0}}
+        return {"zero_optimization": {"stage": 1, "overlap_comm": False}}
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
@@ -70,7 +70,13 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
     stage = _get(content, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         found.append(f"{where}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
-    if stage == 1 and config.training.precision == "bf16" and _get(content, "data_types.grad_accum_dtype") == "fp32":
+    bf16 = config.training.precision == "bf16"
+    if bf16 and stage in (None, 0):
+        found.append(
+            f"{where}: ZeRO-0 with training.precision bf16 strays from the fp32 curve and exports no fp32 weights; "
+            "use stage 1 to 3"
+        )
+    if bf16 and stage == 1 and _get(content, "data_types.grad_accum_dtype") == "fp32":
         found.append(
             f"{where}: data_types.grad_accum_dtype is 'fp32' under ZeRO-1 with training.precision bf16, whose "
             "checkpoints DeepSpeed's converter cannot read; use stage 2"

@@ -41,6 +41,8 @@ def test_every_deepspeed_json_fits_every_preset(path: Path) -> None:
     content = deepspeed_json.read(str(path))
     for name in preset_names():
         config = load_preset(name)
+        if path.stem == "zero0":
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="fp32"))
         assert deepspeed_json.problems(content, str(path), config, 1) == []
         resolved = deepspeed_json.resolve(content, config, 1)
         assert "auto" not in json.dumps(resolved)
@@ -154,9 +156,11 @@ def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path)
         assert part in message, part
 
 
-def test_a_combination_whose_checkpoints_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+def test_combinations_of_bf16_and_zero_that_do_harm_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}))
+    zero0 = str(ROOT / "ds_configs" / "zero0.json")
+    assert "use stage 1 to 3" in refused("--config", "scaled-125m", "--deepspeed_config", zero0)
     options = ("--config", "demo", "--deepspeed_config", str(file))
     assert "grad_accum_dtype is 'fp32' under ZeRO-1" in refused(*options, "--training.precision=bf16")
     parse(options, "")

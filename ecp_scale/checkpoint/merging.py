@@ -53,7 +53,7 @@ def _rank_weights(folder: Path, rank: int) -> dict[str, _Lazy]:
     if not files:
         raise InputError(f"{folder}: no files of tensor rank {rank}")
     if not any(path.name.endswith("optim_states.pt") for path in files):
-        # ZeRO-0: the model file holds the weights of the forward pass, in bf16 those and not the fp32 master weights.
+        # ZeRO-0, which is fp32: the model file holds the weights as they are.
         (model_file,) = files
         content: dict[str, Any] = torch.load(model_file, map_location="cpu", mmap=True, weights_only=False)
         return content["module"]

@@ -41,8 +41,9 @@ def test_the_converted_model_has_the_trainers_logits(
     assert logits.shape[-1] == exported.tokenizer.vocab_size
 
 
-def test_master_weights_are_exported_in_fp32(sharded_text: ShardedText, tmp_path: Path) -> None:
-    export(find_checkpoint(trained(BF16, sharded_text)), tmp_path)
+@pytest.mark.parametrize("layout", BF16, ids=str)
+def test_master_weights_are_exported_in_fp32(layout: Layout, sharded_text: ShardedText, tmp_path: Path) -> None:
+    export(find_checkpoint(trained(layout, sharded_text)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors.values())

@@ -88,19 +88,17 @@ CURVES = [
     Layout(tensor=2, data=2, zero=1, settings="paper", optimizer="sgd"),
 ]
 """Layouts whose curves must equal the one of a single process."""
-BF16 = Layout(data=2, zero=1, precision="bf16")
+BF16 = [Layout(data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)]
+"""Layouts that train in bf16 with fp32 master weights."""
 CONVERTED = [
     Layout(),
     Layout(tensor=2, zero=1),
     Layout(tensor=2, zero=3),
-    Layout(data=2, zero=0, precision="bf16"),
     Layout(data=2, zero=2),
     Layout(data=2, zero=3),
     Layout(tensor=2, data=2, zero=1),
     Layout(tensor=2, data=2, zero=3),
-    BF16,
-    Layout(data=2, zero=2, precision="bf16"),
-    Layout(data=2, zero=3, precision="bf16"),
+    *BF16,
 ]
 """Layouts whose checkpoints are converted."""
 ALL = {*CURVES, *CONVERTED, Layout(settings="paper", optimizer="sgd")}

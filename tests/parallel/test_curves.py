@@ -27,11 +27,12 @@ def test_loss_and_gradient_norm_equal_those_of_one_process(layout: Layout, shard
     assert spread[-1]["validation_loss"] == pytest.approx(single[-1]["validation_loss"], rel=TOLERANCE, abs=TOLERANCE)
 
 
-def test_bf16_follows_the_fp32_curve(sharded_text: ShardedText) -> None:
+@pytest.mark.parametrize("layout", BF16, ids=str)
+def test_bf16_follows_the_fp32_curve(layout: Layout, sharded_text: ShardedText) -> None:
     single = metrics(trained(Layout(), sharded_text))
-    rounded = metrics(trained(BF16, sharded_text))
+    rounded = metrics(trained(layout, sharded_text))
     assert all(math.isfinite(record["grad_norm"]) for record in rounded)
     assert rounded[-1]["skipped_steps"] == 0
-    # bf16 keeps 8 bits: a relative error near 2^-8 of each loss, here a few hundredths.
-    assert [record["loss"] for record in rounded] == pytest.approx([record["loss"] for record in single], abs=0.06)
+    # bf16 keeps 8 bits of each number; over the mean of 256 tokens their errors cancel to about 1e-3.
+    assert [record["loss"] for record in rounded] == pytest.approx([record["loss"] for record in single], abs=5e-3)
     assert [record["loss"] for record in rounded] != [record["loss"] for record in single]
