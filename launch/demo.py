@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_SHARE = 16
@@ -129,7 +130,7 @@ def train_with_one_kill(paths: Paths, ranks: int, options: list[str]) -> tuple[i
         saved = sorted((paths.run / "checkpoints").glob("step-*/checkpoint.json"))
         if saved and checkpoint is None:
             checkpoint = int(saved[0].parent.name.removeprefix("step-"))
-        if checkpoint is not None and len(read_metrics(paths)) >= checkpoint + KILLED_AFTER_CHECKPOINT_STEPS:
+        if checkpoint is not None and len(read_metrics(paths.run)) >= checkpoint + KILLED_AFTER_CHECKPOINT_STEPS:
             break
         time.sleep(0.2)
     if checkpoint is None or process.poll() is not None:
@@ -137,17 +138,10 @@ def train_with_one_kill(paths: Paths, ranks: int, options: list[str]) -> tuple[i
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         victim.kill()
     process.wait()
-    undone = [record for record in read_metrics(paths) if record["step"] > checkpoint]
+    undone = [record for record in read_metrics(paths.run) if record["step"] > checkpoint]
     print(f"\nkilled after step {undone[-1]['step']}; the newest checkpoint is of step {checkpoint}", flush=True)
     subprocess.run(shell(*training_command(paths, ranks, options)), check=True)
     return checkpoint, undone
-
-
-def read_metrics(paths: Paths) -> list[Record]:
-    """Records of the run so far."""
-    file = paths.run / "metrics.jsonl"
-    lines = file.read_text().splitlines(True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_losses(records: list[Record], resumed_at: int, file: Path) -> None:
@@ -171,7 +165,7 @@ def rows(
     paths: Paths, documents: dict[str, int], checkpoint: int, undone: list[Record], seconds: float
 ) -> Iterator[tuple[str, str]]:
     """What was done and where it is."""
-    records = {record["step"]: record for record in read_metrics(paths)}
+    records = {record["step"]: record for record in read_metrics(paths.run)}
     card = json.loads((paths.report / "card.json").read_text())
     last = records[max(records)]
     same = all(records[record["step"]]["loss"] == record["loss"] for record in undone)
@@ -227,7 +221,7 @@ def main() -> None:
     sample = shell(sys.executable, ROOT / "launch/generate.py", "--model", paths.model, *prompt)
     text = subprocess.run(sample, check=True, stdout=subprocess.PIPE, text=True).stdout
     (paths.report / "sample.txt").write_text(text)
-    plot_losses(read_metrics(paths), checkpoint, paths.report / "loss.png")
+    plot_losses(read_metrics(paths.run), checkpoint, paths.report / "loss.png")
 
     table = list(rows(paths, documents, checkpoint, undone, time.monotonic() - began))
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table)]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.checkpoint.merging import whole_weights
 from ecp_scale.config import ModelConfig
-from ecp_scale.data.files import sha256_of, write_text
+from ecp_scale.data.files import write_text
 from ecp_scale.data.manifest import TokenizerRecord
-from ecp_scale.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from ecp_scale.data.tokenizer import SentencePieceTokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
@@ -59,13 +59,7 @@ class ExportedModel:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not an exported model ({type(error).__name__}: {error})") from error
-        found = sha256_of(folder / record.file)
-        if found != record.sha256:
-            raise InputError(
-                f"{folder / record.file} has sha256 {found[:12]}..., but the model was trained with "
-                f"{record.sha256[:12]}..."
-            )
-        return cls(folder, config, load_tokenizer(f"{record.kind}:{folder / record.file}"), step, tokens)
+        return cls(folder, config, record.load(folder, "the model was trained with"), step, tokens)
 
     def load(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
         """Build the model on this rank's device, in evaluation mode.

@@ -124,8 +124,10 @@ def find_checkpoint(path: Path) -> Path:
 
 def remove_old(run: Path, keep: int | None) -> None:
     """Remove all but the newest ``keep`` complete checkpoints, and incomplete ones older than the newest."""
+    if keep is None:
+        return
     complete = complete_checkpoints(run)
-    if keep is None or not complete:
+    if not complete:
         return
     kept = {folder.name for folder in complete[-keep:]}
     for folder in checkpoints_folder(run).glob("step-*"):

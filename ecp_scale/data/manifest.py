@@ -22,6 +22,18 @@ class TokenizerRecord:
     vocab_size: int
     end_of_document: int
 
+    def load(self, folder: Path, owner: str) -> SentencePieceTokenizer:
+        """Load the tokenizer that lies in ``folder``; ``owner`` says in an error what was made with it.
+
+        Raises:
+            InputError: if it is missing or is another one.
+        """
+        path = folder / self.file
+        found = sha256_of(path)
+        if found != self.sha256:
+            raise InputError(f"tokenizer {path} has sha256 {found[:12]}..., but {owner} {self.sha256[:12]}...")
+        return load_tokenizer(f"{self.kind}:{path}")
+
 
 @dataclass(frozen=True)
 class TextCounts:
@@ -87,14 +99,7 @@ class Manifest:
         Raises:
             InputError: if it is missing or is not the one that made the shards.
         """
-        path = prefix.parent / self.tokenizer.file
-        found = sha256_of(path)
-        if found != self.tokenizer.sha256:
-            raise InputError(
-                f"tokenizer {path} has sha256 {found[:12]}..., but the shards of {manifest_path(prefix).name} "
-                f"were made with {self.tokenizer.sha256[:12]}..."
-            )
-        return load_tokenizer(f"{self.tokenizer.kind}:{path}")
+        return self.tokenizer.load(prefix.parent, f"the shards of {manifest_path(prefix).name} were made with")
 
 
 def manifest_path(prefix: Path) -> Path:

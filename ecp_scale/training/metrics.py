@@ -14,15 +14,17 @@ from ecp_scale.config import Config
 from ecp_scale.data.files import write_text
 from ecp_scale.errors import InputError
 
+FILE = "metrics.jsonl"
+
 
 class MetricsLog:
     """Writes one record per optimizer step; on a resume the records of steps that are done again are dropped."""
 
     def __init__(self, config: Config, folder: Path, first_step: int) -> None:
         """Open the log of a run that continues after ``first_step`` steps."""
-        path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
-        write_text(path, "".join(kept))
+        path = folder / FILE
+        kept = [record for record in read_metrics(folder) if record["step"] <= first_step] if first_step else []
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._bar = tqdm(total=config.training.steps, initial=first_step, unit="step", desc=folder.name)
         self._wandb = _start_wandb(config, folder)
@@ -49,9 +51,12 @@ class MetricsLog:
             self._wandb.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
 
 
-def _lines(path: Path) -> list[str]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Records of a run so far, oldest first; none where it has not begun."""
+    path = folder / FILE
+    lines = path.read_text().splitlines(True) if path.exists() else []
     # A killed run may leave half a line behind.
-    return [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _start_wandb(config: Config, folder: Path) -> Any | None:
