@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.errors import input_errors_exit
 
 
@@ -16,6 +17,9 @@ def main() -> None:
     parser.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
     parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
     parser.add_argument("--unigram", metavar="PREFIX", help="also score the unigram model of these training shards")
+    for name in GEOMETRY_FIELDS:
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
     parser.add_argument("--json", metavar="FILE", help="write the card here too")
     options = parser.parse_args()
 
@@ -25,7 +29,8 @@ def main() -> None:
     from ecp_scale.evaluation.texts import count_tokens, open_shards, read_text
     from ecp_scale.parallel.groups import process_groups
 
-    exported = ExportedModel.open(options.model)
+    geometry = {name: getattr(options, name) for name in GEOMETRY_FIELDS if getattr(options, name) is not None}
+    exported = ExportedModel.open(options.model).with_geometry(**geometry)
     tokenizer = exported.tokenizer
     text = read_text(options.data, tokenizer, options.text_key)
     protocol = options.protocol or default_protocol(exported.config)

@@ -1,6 +1,6 @@
-"""Compare the paper model with golden numbers of the authors' release: logits, loss and every gradient.
+"""Compare the paper's models with golden numbers of the authors' release: logits, loss and every gradient.
 
-    python tests/parity.py tests/golden/ecp.safetensors [--tp N]
+    python tests/parity.py tests/golden/*.safetensors [--tp N]
 
 With ``--tp N`` it starts N ranks itself; under torchrun it uses the ranks that are there. Exits 1 above tolerance.
 """
@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,9 @@ NAMES = [
     (r"^layers\.(\d+)\.0\.fn\.to_q\.", r"layers.\1.attention.query."),
     (r"^layers\.(\d+)\.0\.fn\.to_kv\.", r"layers.\1.attention.key."),
     (r"^layers\.(\d+)\.0\.fn\.to_out_0\.", r"layers.\1.attention.first_output."),
-    (r"^layers\.(\d+)\.0\.fn\.to_out\.", r"layers.\1.attention.output."),
+    (r"^layers\.(\d+)\.0\.fn\.(?:to_out|w_out)\.", r"layers.\1.attention.output."),
+    (r"^layers\.(\d+)\.0\.fn\.norm\.", r"layers.\1.attention.key_value_norm."),
+    (r"^layers\.(\d+)\.0\.fn\.projection_hist\.", r"layers.\1.attention.pattern.compression."),
     (r"^layers\.(\d+)\.1\.norm\.", r"layers.\1.feed_forward_norm."),
     (r"^layers\.(\d+)\.1\.fn\.net\.0\.", r"layers.\1.feed_forward.up."),
     (r"^layers\.(\d+)\.1\.fn\.net\.3\.", r"layers.\1.feed_forward.down."),
@@ -44,6 +47,16 @@ NAMES = [
     (r"^to_logits\.1\.", "output."),
 ]
 """The release's parameter names and ours."""
+
+
+SEGMENTED: dict[str, Callable[[int, int], int]] = {
+    "ecp": lambda length, latents: length,
+    "split_attention": lambda length, latents: length - latents,
+    **dict.fromkeys(
+        ("perceiver_ar", "double_attention", "compressed_double_attention"), lambda length, latents: length
+    ),
+}
+"""The architectures of the release, and the positions that its ``segments`` divide."""
 
 
 def our_name(name: str) -> str:
@@ -65,10 +78,12 @@ def read_golden(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def golden_config(metadata: dict[str, str]) -> ModelConfig:
     """The paper's settings at the file's sizes."""
-    if metadata["architecture"] != "ecp":
-        raise InputError(f"architecture {metadata['architecture']!r}: this version has 'ecp'")
-    width, length = int(metadata["dim"]), int(metadata["sequence_length"])
+    architecture = metadata["architecture"]
+    if architecture not in SEGMENTED:
+        raise InputError(f"architecture {architecture!r}, expected one of {', '.join(SEGMENTED)}")
+    width, length, latents = (int(metadata[name]) for name in ("dim", "sequence_length", "latent_length"))
     return ModelConfig(
+        architecture=architecture,
         vocab_size=int(metadata["vocab"]),
         vocab_multiple=1,
         layers=int(metadata["layers"]),
@@ -76,13 +91,17 @@ def golden_config(metadata: dict[str, str]) -> ModelConfig:
         heads=int(metadata["heads"]),
         feed_forward_width=int(metadata["ff_mult"]) * width,
         sequence_length=length,
-        segment_length=length // int(metadata["segments"]),
+        segment_length=SEGMENTED[architecture](length, latents) // int(metadata["segments"]),
+        latents=latents,
+        compressed_context=int(metadata["compression"]),
+        compression_residual="release",
         norm="layernorm",
         activation="gelu",
         bias=True,
         tied_key_value=True,
-        rotary="first_layer",
+        rotary="every_layer" if architecture == "double_attention" else "first_layer",
         qk_norm=False,
+        key_value_norm=architecture != "ecp",
         first_segment_projection=True,
         initialization="pytorch",
     )

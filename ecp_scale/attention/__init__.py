@@ -1,7 +1,18 @@
 """Pure maths on this rank's heads: imports torch alone and knows no process group."""
 
+from ecp_scale.attention.attend import KeyValue, attend
 from ecp_scale.attention.cache import SegmentCache
+from ecp_scale.attention.latent import latent_attention
 from ecp_scale.attention.rotary import Rotation, rotate, rotation
-from ecp_scale.attention.segment import KeyValue, segment_attention
+from ecp_scale.attention.segment import segment_attention
 
-__all__ = ["KeyValue", "Rotation", "SegmentCache", "rotate", "rotation", "segment_attention"]
+__all__ = [
+    "KeyValue",
+    "Rotation",
+    "SegmentCache",
+    "attend",
+    "latent_attention",
+    "rotate",
+    "rotation",
+    "segment_attention",
+]

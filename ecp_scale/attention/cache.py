@@ -2,48 +2,73 @@
 
 from torch import Tensor
 
-from ecp_scale.attention.segment import KeyValue, join, segment_attention
+from ecp_scale.attention.attend import KeyValue, join
+from ecp_scale.attention.segment import segment_attention
 
 
 class SegmentCache:
     """Keys and values that later positions of one layer can still see: at most two segments.
 
     ``left`` is the last full segment, ``open`` the segment being filled. Chunks of any length may be fed one after
-    another; the results equal one call over all of them.
+    another; the results equal one call over all of them. The arguments are those of ``segment_attention``.
     """
 
-    def __init__(self, segment_length: int) -> None:
+    def __init__(
+        self,
+        segment_length: int,
+        *,
+        look_back: bool = True,
+        window: int | None = None,
+        first_length: int | None = None,
+    ) -> None:
         self.segment_length = segment_length
+        self.look_back = look_back
+        self.window = window
+        self.open_length = first_length or segment_length
         self.left: KeyValue | None = None
         self.open: KeyValue | None = None
 
     @property
     def positions(self) -> int:
         """Positions held, at most 2m."""
-        return sum(part[0].shape[-2] for part in (self.left, self.open) if part is not None)
+        return sum(part.positions for part in (self.left, self.open) if part is not None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, key_value: KeyValue) -> Tensor:
         """Attend with the next positions of the stream and remember what the ones after them need.
 
         Args:
             q: queries (B, H, T, E) of the next T positions.
-            k: keys (B, G, T, E) of the same positions.
-            v: values (B, G, T, E), ``k`` itself where tied.
+            key_value: keys, values and documents of the same positions.
 
         Returns:
             The attended values (B, H, T, E).
         """
-        chunk = (k, v) if self.open is None else join(self.open, (k, v))
-        out, _ = segment_attention(q, *chunk, self.segment_length, self.left)
-        end = chunk[0].shape[-2]
-        border = end - end % self.segment_length
-        if border:
+        chunk = key_value if self.open is None else join(self.open, key_value)
+        out, _ = segment_attention(
+            q,
+            chunk.keys,
+            chunk.values,
+            self.segment_length,
+            self.left,
+            look_back=self.look_back,
+            window=self.window,
+            first_length=self.open_length,
+            documents=chunk.documents,
+        )
+        end = chunk.positions
+        if end < self.open_length:
+            self.open = chunk
+            return out
+        border = end - (end - self.open_length) % self.segment_length
+        if self.look_back:
             self.left = _positions(chunk, border - self.segment_length, border)
         self.open = _positions(chunk, border, end) if border < end else None
+        self.open_length = self.segment_length
         return out
 
 
 def _positions(chunk: KeyValue, start: int, stop: int) -> KeyValue:
     # clone(): a view would keep the whole chunk alive.
-    keys = chunk[0][..., start:stop, :].clone()
-    return keys, keys if chunk[0] is chunk[1] else chunk[1][..., start:stop, :].clone()
+    keys = chunk.keys[..., start:stop, :].clone()
+    values = keys if chunk.keys is chunk.values else chunk.values[..., start:stop, :].clone()
+    return KeyValue(keys, values, None if chunk.documents is None else chunk.documents[..., start:stop])

@@ -7,24 +7,30 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every (position, pair), each (N, E/2)."""
+    """Cosine and sine of every (position, pair), each (N, E/2), or (B, 1, N, E/2) where batch rows differ."""
 
     cos: Tensor
     sin: Tensor
+
+    def rows(self, index: Tensor | slice) -> "Rotation":
+        """The rotations of some positions."""
+        return Rotation(self.cos[..., index, :], self.sin[..., index, :])
 
 
 def rotation(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Rotation:
     """The rotation of each position: pair i turns by ``position * theta^(-2i / E)``.
 
     Args:
-        positions: absolute positions (N,), any integer type.
+        positions: positions (N,), or (B, N) where batch rows differ; any integer type.
         head_width: E, even.
         theta: base of the frequencies; 10000 in the paper.
         dtype: type of the result, at least float32.
     """
     # float64 inside: at position 1e6 a float32 angle is wrong by up to 0.06.
     exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64) / head_width
-    angles = torch.outer(positions.to(torch.float64), theta**-exponents)
+    angles = positions.to(torch.float64)[..., None] * theta**-exponents
+    if angles.dim() == 3:
+        angles = angles[:, None]
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 

@@ -1,22 +1,19 @@
-"""Segment attention, the one primitive of ECP (arXiv 2412.06106, section 3).
-
-Shape suffixes: B batch, H query heads (local), G key/value heads (local, H a multiple of G), N positions,
-M positions of one segment, E head width.
+"""Segment attention, the one primitive of ECP (arXiv 2412.06106, section 3), and of every causal pattern here.
 
 Seen from one segment, the pattern is plain: its queries face the keys of [segment to the left, own segment]
 under a causal mask aligned to the lower right corner. All of the left segment lies behind every query, the own
 segment is causal; a segment without a left neighbour, a last segment that is not full, and one query of a
-generation step are the same statement with other sizes.
+generation step are the same statement with other sizes. So are other patterns: full causal attention is one segment,
+a sliding window of w tokens is segments of w with all but the last w keys hidden, groups are segments that do not
+look back.
 """
 
-from typing import TypeAlias
+import itertools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-KeyValue: TypeAlias = tuple[Tensor, Tensor]
-"""Keys and values, each (B, G, positions, E); the same tensor twice where K and V are tied."""
+from ecp_scale.attention.attend import KeyValue, attend, join
 
 
 def segment_attention(
@@ -26,6 +23,10 @@ def segment_attention(
     segment_length: int,
     left: KeyValue | None = None,
     *,
+    look_back: bool = True,
+    window: int | None = None,
+    first_length: int | None = None,
+    documents: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, KeyValue]:
     """Attend from every segment to itself, causally, and to all of the segment on its left.
@@ -39,6 +40,10 @@ def segment_attention(
         v: values (B, G, N, E); pass ``k`` itself where K and V are tied.
         segment_length: positions per segment, m in the paper. The last segment need not be full.
         left: keys and values of the segment before the chunk; None at the start of a sequence.
+        look_back: False hides the left segment, so that every segment is alone.
+        window: how many positions a query sees at most, its own included; at most ``segment_length`` + 1 are in view.
+        first_length: positions of the chunk's first segment, where it is shorter.
+        documents: number of the document (B, N) of every position; attention does not cross documents.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -49,49 +54,30 @@ def segment_attention(
         ValueError: if the shapes do not fit together.
     """
     _check_shapes(q, k, v, segment_length, left)
-    # split() and not slices: the gradient of S slices is S tensors of full length, that of a split is one.
-    keys = k.split(segment_length, dim=-2)
-    values = keys if v is k else v.split(segment_length, dim=-2)
+    lengths = segment_lengths(k.shape[-2], segment_length, first_length)
+    segments = KeyValue(k, v, documents).split(lengths)
     answered = k.shape[-2] - q.shape[-2]
-    first = answered // segment_length
-    queries = q.split(_query_lengths(q.shape[-2], answered, segment_length), dim=-2)
+    asking = [min(length, max(0, end - answered)) for length, end in zip(lengths, _ends(lengths), strict=True)]
 
     outputs = []
-    for segment, q_BHME in enumerate(queries, start=first):
-        previous = (keys[segment - 1], values[segment - 1]) if segment else left
-        outputs.append(_attend(q_BHME, (keys[segment], values[segment]), previous, dropout))
-    return torch.cat(outputs, dim=-2), (keys[-1], values[-1])
+    for number, q_BHME in enumerate(q.split(asking, dim=-2)):
+        if q_BHME.shape[-2] == 0:
+            continue
+        previous = segments[number - 1] if number else left
+        seen = segments[number] if previous is None or not look_back else join(previous, segments[number])
+        outputs.append(attend(q_BHME, seen, window=window, dropout=dropout))
+    return torch.cat(outputs, dim=-2), segments[-1]
 
 
-def _attend(q: Tensor, own: KeyValue, left: KeyValue | None, dropout: float) -> Tensor:
-    k, v = own if left is None else join(left, own)
-    n_query, n_key = q.shape[-2], k.shape[-2]
-    mask = None
-    if 1 < n_query < n_key:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)
-    return scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=1 < n_query == n_key,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+def segment_lengths(positions: int, segment_length: int, first_length: int | None = None) -> list[int]:
+    """Lengths of the segments that ``positions`` fall into; the last may be shorter, and so may the first."""
+    first = min(positions, first_length or segment_length)
+    full, tail = divmod(positions - first, segment_length)
+    return [first] + [segment_length] * full + [tail] * (tail > 0)
 
 
-def join(left: KeyValue, right: KeyValue) -> KeyValue:
-    """Concatenate along the positions, keeping tied keys and values one tensor."""
-    keys = torch.cat((left[0], right[0]), dim=-2)
-    tied = left[0] is left[1] and right[0] is right[1]
-    return keys, keys if tied else torch.cat((left[1], right[1]), dim=-2)
-
-
-def _query_lengths(n_query: int, answered: int, segment_length: int) -> list[int]:
-    """How the queries fall into segments when the first ``answered`` positions of the chunk ask nothing."""
-    head = min(n_query, segment_length - answered % segment_length)
-    full, tail = divmod(n_query - head, segment_length)
-    return [head] + [segment_length] * full + [tail] * (tail > 0)
+def _ends(lengths: list[int]) -> list[int]:
+    return list(itertools.accumulate(lengths))
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | None) -> None:
@@ -106,6 +92,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: Ke
     if left is None:
         return
     expected = (*k.shape[:2], segment_length, k.shape[-1])
-    for name, tensor in zip(("keys", "values"), left, strict=True):
+    for name, tensor in (("keys", left.keys), ("values", left.values)):
         if tensor.shape != expected:
             raise ValueError(f"left {name} are {tuple(tensor.shape)}, expected one full segment {expected}")

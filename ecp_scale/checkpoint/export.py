@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.checkpoint.merging import whole_weights
-from ecp_scale.config import ModelConfig
+from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.data.files import write_text
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.tokenizer import SentencePieceTokenizer
@@ -23,7 +24,7 @@ from ecp_scale.models.sharding import load_whole
 from ecp_scale.parallel.groups import Groups
 
 FORMAT = "ecp-scale"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENIZER_FILE = "tokenizer.model"
 
 
@@ -33,6 +34,7 @@ class ExportedModel:
 
     folder: Path
     config: ModelConfig
+    attention: AttentionConfig
     tokenizer: SentencePieceTokenizer
     step: int
     tokens: int
@@ -49,8 +51,10 @@ class ExportedModel:
         try:
             content = json.loads(path.read_text())
             if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
-                raise InputError(f"{path}: format {content['format']} {content['format_version']}, expected {FORMAT} 1")
+                found = f"{content['format']} {content['format_version']}"
+                raise InputError(f"{path}: format {found}, expected {FORMAT} {FORMAT_VERSION}")
             config = ModelConfig(**content["model"])
+            attention = AttentionConfig(**content["attention"])
             record = TokenizerRecord(**content["tokenizer"])
             step, tokens = int(content["step"]), int(content["tokens"])
         except OSError as error:
@@ -59,7 +63,19 @@ class ExportedModel:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not an exported model ({type(error).__name__}: {error})") from error
-        return cls(folder, config, record.load(folder, "the model was trained with"), step, tokens)
+        return cls(folder, config, attention, record.load(folder, "the model was trained with"), step, tokens)
+
+    def with_geometry(self, **changes: Any) -> "ExportedModel":
+        """The same weights with another sequence length, segment length, latents, window or group length.
+
+        Raises:
+            InputError: if the weights do not allow it, or the numbers do not fit together.
+        """
+        config = dataclasses.replace(self.config, **changes, allow_short_reach=True)
+        problems = config.problems() + config.weights_problems(self.config)
+        if problems:
+            raise InputError(f"{self.folder}: the model cannot be used so:\n" + "\n".join(f"  - {x}" for x in problems))
+        return dataclasses.replace(self, config=config)
 
     def load(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
         """Build the model on this rank's device, in evaluation mode.
@@ -73,7 +89,7 @@ class ExportedModel:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
         shard = Shard(groups.tensor, dtype)
-        model = LanguageModel(self.config, shard)
+        model = LanguageModel(self.config, shard, self.attention)
         load_whole(model, shard, tensors, str(path))
         return model.to(groups.device).eval()
 
@@ -95,6 +111,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": record.model,
+        "attention": record.attention,
         "tokenizer": dataclasses.asdict(dataclasses.replace(record.tokenizer, file=TOKENIZER_FILE)),
         "step": record.step,
         "tokens": record.tokens,

@@ -20,7 +20,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import Layout
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TAG = re.compile(r"step-(\d{8})")
 
 
@@ -35,6 +35,7 @@ class CheckpointRecord:
     zero_stage: int
     precision: str
     model: dict[str, Any]
+    attention: dict[str, Any]
     data: dict[str, Any]
     tokenizer: TokenizerRecord
     tokenizer_file: str

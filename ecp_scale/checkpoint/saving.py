@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,28 @@ import deepspeed
 import torch.distributed as dist
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint, remove_old, tag
-from ecp_scale.config import Config
+from ecp_scale.config import Config, ModelConfig
+from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import layouts
 from ecp_scale.parallel.groups import agreed
 
-HARMLESS_MODEL_FIELDS = {"preset", "allow_short_reach", "dropout"}
-"""Model fields that may change over a resume."""
+HARMLESS_MODEL_FIELDS = {"preset", "allow_short_reach", "dropout", *GEOMETRY_FIELDS}
+"""Model fields that may change over a resume; of the geometry, if the weights allow it."""
 
 
-def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path, step: int) -> None:
-    """Write the checkpoint after ``step`` steps; all ranks take part."""
-    folder = checkpoints_folder(run) / tag(step)
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Steps may differ in tokens where the sequence length has been changed."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path, done: Progress) -> None:
+    """Write the checkpoint of what is done; all ranks take part."""
+    folder = checkpoints_folder(run) / tag(done.step)
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
@@ -34,8 +44,8 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run:
         tokenizer_file = corpus.tokenizer.path.name
         shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
         record = CheckpointRecord(
-            step=step,
-            tokens=step * config.tokens_per_step,
+            step=done.step,
+            tokens=done.tokens,
             tokenizer=corpus.manifest.tokenizer,
             tokenizer_file=tokenizer_file,
             layouts=layouts(engine.module),
@@ -47,18 +57,18 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run:
     dist.barrier()
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path) -> int:
-    """Load the newest complete checkpoint and return its step; 0 where the run has not saved any yet.
+def resume(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path) -> Progress:
+    """Load the newest complete checkpoint and return how far it is; nothing where the run has not saved any yet.
 
     Raises:
         InputError: on all ranks, if the checkpoint was written by another model, layout or data.
     """
     if not any(checkpoints_folder(run).glob("step-*")):
-        return 0
+        return Progress()
     folder = agreed(lambda: find_checkpoint(run))
     record = agreed(lambda: _matching_record(folder, _identity(engine, config, corpus)))
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    return record.step
+    return Progress(record.step, record.tokens)
 
 
 def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -69,6 +79,7 @@ def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus)
         "zero_stage": engine.zero_optimization_stage(),
         "precision": config.training.precision,
         "model": dataclasses.asdict(config.model),
+        "attention": dataclasses.asdict(config.attention),
         "data": {
             "tokens": corpus.tokens,
             "tokenizer_sha256": corpus.tokenizer.sha256,
@@ -80,6 +91,7 @@ def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus)
 
 def _matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
     record = CheckpointRecord.read(folder)
+    differences = ModelConfig(**now["model"]).weights_problems(ModelConfig(**record.model))
     pairs: dict[str, tuple[Any, Any]] = {}
     for key, value in now.items():
         saved = getattr(record, key)
@@ -87,7 +99,7 @@ def _matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
             pairs |= {f"{key}.{name}": (saved.get(name), value[name]) for name in value}
         else:
             pairs[key] = (saved, value)
-    differences = [
+    differences += [
         f"{key} was {saved!r} and is now {value!r}"
         for key, (saved, value) in pairs.items()
         if saved != value and key.removeprefix("model.") not in HARMLESS_MODEL_FIELDS

@@ -26,10 +26,10 @@ class TrainingBatches:
         self.ranks = ranks
         self.rank = rank
 
-    def step(self, step: int) -> Iterator[Tensor]:
-        """Micro-batches (micro, n + 1) of an optimizer step, counted from 0."""
+    def after(self, tokens: int) -> Iterator[Tensor]:
+        """Micro-batches (micro, n + 1) of the optimizer step that follows ``tokens`` tokens of the run."""
         stride = self.micro * self.ranks
-        first = step * self.batch + self.rank * self.micro
+        first = tokens // self.corpus.sequence_length + self.rank * self.micro
         for start in range(first, first + self.batch, stride):
             windows = [self.order.window(sample) for sample in range(start, start + self.micro)]
             yield stack(self.corpus, windows)

@@ -1,6 +1,6 @@
-"""Token by token, with a cache of at most two segments per layer."""
+"""Token by token: with caches (two segments per layer for ecp), or by re-reading the last window (latent models)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,23 +33,40 @@ def generate(
     Yields:
         New ids, one at a time.
     """
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    caches = model.new_caches()
-    chunk = model.config.sequence_length
-    position = 0
-    logits = torch.empty(0)
-    for start in range(0, len(prompt), chunk):
-        ids = torch.tensor([prompt[start : start + chunk]], device=device)
-        logits = model.logits(ids, position, caches)[0, -1]
-        position += ids.shape[1]
+    follow = _streamed(model) if model.config.geometry.streams else _windowed(model, end_of_document or 0)
+    logits = follow(prompt)
     for _ in range(max_new_tokens):
         token = _sample(logits.float().cpu(), temperature, top_k, generator)
         if token == end_of_document:
             return
         yield token
-        logits = model.logits(torch.tensor([[token]], device=device), position, caches)[0, -1]
-        position += 1
+        logits = follow([token])
+
+
+def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:
+    """Feeds further ids through the caches, and returns the logits (V,) after them."""
+    stream = model.new_stream()
+    device = next(model.parameters()).device
+
+    def follow(ids: list[int]) -> Tensor:
+        chunks = [ids[i : i + model.config.sequence_length] for i in range(0, len(ids), model.config.sequence_length)]
+        return [model.logits(torch.tensor([chunk], device=device), stream)[0, -1] for chunk in chunks][-1]
+
+    return follow
+
+
+def _windowed(model: LanguageModel, padding: int) -> Callable[[list[int]], Tensor]:
+    """The same for models whose context is not causal: each call reads the last n ids anew, ``padding`` before them."""
+    seen = [padding] * model.config.sequence_length
+    device = next(model.parameters()).device
+
+    def follow(ids: list[int]) -> Tensor:
+        seen.extend(ids)
+        del seen[: -model.config.sequence_length]
+        return model.logits(torch.tensor([seen], device=device))[0, -1]
+
+    return follow
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

@@ -2,10 +2,11 @@
 
 - ``stream``: one pass over the whole text in chunks of full segments, every token scored once, with all the context
   that the model can reach (exact: the caches hand the last segment on). It needs rotary positions in every layer.
-- ``sliding``: windows of n tokens moved by n/2, only the last n/2 of each scored (of the first: all), so every token
-  counts once, with at least n/2 tokens of context.
+- ``sliding``: windows of n tokens moved by n/2 (by the latents, where these are fewer), only the new tokens of each
+  scored (of the first: all), so every token counts once, with at least n/2 tokens of context. Latent models score no
+  more than their latents in a window; their first windows begin with ends of documents in place of text.
 - ``release``: as the authors' release measures, for comparison with its figures alone: windows of n + 1 tokens moved by
-  n/2, the ragged tail dropped, every position scored, the mean over windows.
+  n/2, the ragged tail dropped, every trained position scored, the mean over windows.
 """
 
 import math
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from ecp_scale.config import ModelConfig
 from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.rows import Stream
 
 Protocol = Literal["stream", "sliding", "release"]
 Ids = npt.NDArray[np.int64]
@@ -76,9 +78,9 @@ class Card:
 
 
 def default_protocol(config: ModelConfig) -> Protocol:
-    """``stream`` where every position looks like every other; else ``sliding``."""
-    relative = config.rotary == "every_layer" and not config.tied_key_value and not config.first_segment_projection
-    return "stream" if relative else "sliding"
+    """``stream`` where memory is bounded and every position looks like every other; else ``sliding``."""
+    relative = config.rotary == "every_layer" and not config.tied_key_value and not config.has_first_projection
+    return "stream" if relative and config.geometry.bounded_cache else "sliding"
 
 
 def evaluate(
@@ -89,7 +91,7 @@ def evaluate(
     An end of document is put before the first token, so that the first one is predicted too.
 
     Raises:
-        InputError: if the text is too short for the protocol.
+        InputError: if the text is too short for the protocol, or the architecture cannot follow it.
     """
     ids = np.concatenate(([end_of_document], text.ids)).astype(np.int64)
     n = model.config.sequence_length
@@ -97,6 +99,8 @@ def evaluate(
         raise InputError("the text to evaluate has no words")
     if protocol == "release" and len(ids) < n + 1:
         raise InputError(f"protocol release needs a window of {n} + 1 tokens, the text has {len(ids)}")
+    if protocol == "stream" and not model.config.geometry.streams:
+        raise InputError(f"protocol stream: the context of {model.config.architecture} is not causal; use sliding")
     scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids)
     nll, scored = 0.0, 0
     with tqdm(total=len(text.ids), unit="token", disable=not progress, desc=protocol) as bar:
@@ -108,17 +112,16 @@ def evaluate(
 
 
 def _stream(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
-    m = model.config.segment_length
-    chunk = max(1, STREAM_CHUNK_TOKENS // m) * m
-    caches = model.new_caches()
-    for start in range(0, len(ids) - 1, chunk):
-        yield _losses(model, ids[start : start + chunk + 1], start, caches)
+    stream = model.new_stream()
+    for start in range(0, len(ids) - 1, STREAM_CHUNK_TOKENS):
+        yield _losses(model, ids[start : start + STREAM_CHUNK_TOKENS + 1], stream)
 
 
 def _sliding(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
-    n = model.config.sequence_length
+    n, scored_at_most = model.config.sequence_length, model.config.geometry.trained_positions
+    ids = np.concatenate((np.full(n - scored_at_most, ids[0]), ids))
     yield _losses(model, ids[: n + 1])
-    stride = n // 2
+    stride = min(n // 2, scored_at_most)
     for start in range(n, len(ids) - 1, stride):
         scored = min(stride, len(ids) - 1 - start)
         yield _losses(model, ids[start + scored - n : start + scored + 1])[-scored:]
@@ -131,11 +134,11 @@ def _release(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _losses(model: LanguageModel, ids: Ids, start: int = 0, caches: list | None = None) -> Tensor:
-    """NLL (T - 1,) of every token of ``ids`` (T,) but the first."""
+def _losses(model: LanguageModel, ids: Ids, stream: Stream | None = None) -> Tensor:
+    """NLL of every token of ``ids`` (T,) that follows a trained position."""
     tokens = torch.from_numpy(ids).to(next(model.parameters()).device)[None]
-    logits = model.logits(tokens[:, :-1], start, caches)
-    return cross_entropy(logits[0].float(), tokens[0, 1:], reduction="none")
+    logits = model.logits(tokens[:, :-1], stream)[0]
+    return cross_entropy(logits.float(), tokens[0, -len(logits) :], reduction="none")
 
 
 def unigram_card(text: Text, training_counts: Ids) -> Card:

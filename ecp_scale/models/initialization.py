@@ -45,6 +45,7 @@ def _pytorch_default(whole: Tensor, module: nn.Module, generator: torch.Generato
     if isinstance(module, Embedding):
         whole.normal_(generator=generator)
         return
-    assert isinstance(module, ColumnLinear | RowLinear)
-    bound = 1 / math.sqrt(module.input_size)
+    assert isinstance(module, ColumnLinear | RowLinear | nn.Linear)
+    inputs = module.in_features if isinstance(module, nn.Linear) else module.input_size
+    bound = 1 / math.sqrt(inputs)
     whole.uniform_(-bound, bound, generator=generator)

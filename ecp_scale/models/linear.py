@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
@@ -49,6 +50,15 @@ class Shard:
 
 def _empty(weight: Tensor) -> Tensor:
     return weight
+
+
+def shared_by_heads(parameter: Tensor, group: ProcessGroup) -> Tensor:
+    """A replicated parameter for use on this rank's heads alone.
+
+    Trap: its gradient there is the share of the local heads. The copy's backward sums the shares over the group;
+    without that the replicas of the parameter drift apart in silence.
+    """
+    return copy_to_tensor_model_parallel_region(parameter, group=group)
 
 
 class ColumnLinear(ColumnParallelLinear):

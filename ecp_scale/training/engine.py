@@ -28,7 +28,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
     # inference all-reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     shard = Shard(groups.tensor)
-    model = LanguageModel(config.model, shard)
+    model = LanguageModel(config.model, shard, config.attention)
     initialize(model, config.model, shard, config.training.seed)
     model.to(groups.device)
     engine, *_ = deepspeed.initialize(
@@ -42,7 +42,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weights of linear layers decay; biases, norms and embeddings do not (ecp.md: the paper's recipe)."""
-    decayed = [module.weight for module in model.modules() if isinstance(module, ColumnLinear | RowLinear)]
+    decayed = [module.weight for module in model.modules() if isinstance(module, ColumnLinear | RowLinear | nn.Linear)]
     chosen = {id(parameter) for parameter in decayed}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ecp_scale import deepspeed_json
 from ecp_scale.checkpoint.folder import checkpoints_folder
-from ecp_scale.checkpoint.saving import resume, save
+from ecp_scale.checkpoint.saving import Progress, resume, save
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.data.batches import TrainingBatches, validation_batches
@@ -46,11 +46,11 @@ def train(request: Request) -> None:
         agreed(lambda: _prepare_run(config, run, request.resume))
         settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
-        first_step = resume(engine, config, corpus, run) if request.resume else 0
+        progress = resume(engine, config, corpus, run) if request.resume else Progress()
         if dist.get_rank() == 0:
             write_text(run / "config.yaml", to_yaml(config))
             write_text(run / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
-        _Run(config, groups, engine, corpus, validation, run).steps(first_step)
+        _Run(config, groups, engine, corpus, validation, run).steps(progress)
         engine.destroy()
 
 
@@ -74,8 +74,9 @@ class _Run:
         self.folder = folder
         self.saved_step = 0
 
-    def steps(self, first_step: int) -> None:
-        """Train from after ``first_step`` to the end, or until SIGTERM."""
+    def steps(self, done: Progress) -> None:
+        """Train from after what is done to the end, or until SIGTERM."""
+        first_step = done.step
         config, ranks = self.config, self.groups.data.size()
         batches = TrainingBatches(self.corpus, config.training, ranks, self.groups.data_rank)
         self.saved_step = first_step
@@ -85,17 +86,20 @@ class _Run:
             terminated = stack.enter_context(_sigterm_flag())
             for step in range(first_step + 1, config.training.steps + 1):
                 began = time.perf_counter()
-                tokens = step * config.tokens_per_step
-                rate = learning_rate(config.optimizer, tokens, config.training.steps * config.tokens_per_step)
+                before = done.tokens + (step - 1 - first_step) * config.tokens_per_step
+                tokens = before + config.tokens_per_step
+                rate = learning_rate(
+                    config.optimizer, tokens, tokens + (config.training.steps - step) * config.tokens_per_step
+                )
                 set_learning_rate(self.engine, rate)
                 seed_step(config.training.seed, step, self.groups)
                 try:
-                    result = optimizer_step(self.engine, batches.step(step - 1), self.groups, bool(terminated))
+                    result = optimizer_step(self.engine, batches.after(before), self.groups, bool(terminated))
                 except DivergedError as error:
                     raise DivergedError(f"step {step}: {error}; last checkpoint: step {self.saved_step}") from None
                 seconds = time.perf_counter() - began
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-                record = self._record(step, result, rate, seconds)
+                record = self._record(step, tokens, result, rate, seconds)
                 if self._is_due(step, config.training.validation_every_steps) and self.validation is not None:
                     shares = validation_batches(self.validation, config.training, ranks, self.groups.data_rank)
                     record["validation_loss"] = mean_loss(self.engine, shares, self.groups)
@@ -107,7 +111,7 @@ class _Run:
                         f"finite; last checkpoint: step {self.saved_step}"
                     )
                 if result.stop_requested or self._is_due(step, config.checkpoint.every_steps):
-                    save(self.engine, config, self.corpus, self.folder, step)
+                    save(self.engine, config, self.corpus, self.folder, Progress(step, tokens))
                     self.saved_step = step
                 if result.stop_requested:
                     break
@@ -115,7 +119,7 @@ class _Run:
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
 
-    def _record(self, step: int, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
+    def _record(self, step: int, tokens: int, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
         config = self.config
         speed = config.tokens_per_step / seconds
         peak = config.logging.peak_teraflops or known_peak_teraflops(self.groups.device, config.training.precision)
@@ -124,7 +128,7 @@ class _Run:
             utilisation = speed * config.model.flops_per_token / (peak * 1e12 * dist.get_world_size())
         return {
             "step": step,
-            "tokens": step * config.tokens_per_step,
+            "tokens": tokens,
             "loss": result.loss,
             "grad_norm": result.gradient_norm,
             "lr": rate,
@@ -151,12 +155,20 @@ def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
 
 
 def with_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """The config with the vocabulary of the corpus, unless it names its own.
+    """The config with the vocabulary and the end of documents of the corpus, unless it names its own.
 
     Raises:
         InputError: if its own is too small.
     """
     entries = corpus.tokenizer.vocab_size
+    if (config.attention.end_of_document or 0) >= entries:
+        raise InputError(
+            f"attention.end_of_document is {config.attention.end_of_document}, but the tokenizer of {corpus.prefix} "
+            f"has {entries} entries"
+        )
+    if config.attention.end_of_document is None:
+        attention = dataclasses.replace(config.attention, end_of_document=corpus.tokenizer.end_of_document)
+        config = dataclasses.replace(config, attention=attention)
     if config.model.vocab_size is None:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=entries))
     if config.model.vocab_size < entries:

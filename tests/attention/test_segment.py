@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ecp_scale.attention import SegmentCache, segment_attention
+from ecp_scale.attention import KeyValue, SegmentCache, segment_attention
 from tests.attention.oracle import segment_attention_oracle
 
 
@@ -84,7 +84,7 @@ def test_a_cache_fed_with_chunks_of_any_length_equals_the_whole(seed: int) -> No
     outputs, start = [], 0
     while start < q.shape[2]:
         stop = min(q.shape[2], start + rng.randint(1, 2 * m + 1))
-        outputs.append(cache.attend(*(x[:, :, start:stop] for x in (q, k, v))))
+        outputs.append(cache.attend(q[:, :, start:stop], KeyValue(k[:, :, start:stop], v[:, :, start:stop])))
         assert cache.positions <= 2 * m
         start = stop
     assert_close(torch.cat(outputs, dim=2), attend(q, k, v, m), rtol=1e-12, atol=1e-12)
@@ -134,6 +134,6 @@ def test_dropout_acts_on_the_attention_weights() -> None:
 def test_shapes_that_do_not_fit_are_named(
     shapes: list[tuple[int, ...]], m: int, left: tuple[int, ...] | None, message: str
 ) -> None:
-    neighbour = None if left is None else (torch.zeros(left), torch.zeros(left))
+    neighbour = None if left is None else KeyValue(torch.zeros(left), torch.zeros(left))
     with pytest.raises(ValueError, match=message):
         segment_attention(*(torch.zeros(shape) for shape in shapes), m, neighbour)

@@ -22,18 +22,18 @@ def test_token_by_token_equals_the_full_forward_at_every_position(config: ModelC
     model = build(config, groups)
     tokens = random_tokens(config, 2 * config.sequence_length + 3)
     whole = model.logits(tokens)
-    caches = model.new_caches()
+    stream = model.new_stream()
     for position in range(tokens.shape[1]):
-        step = model.logits(tokens[:, position : position + 1], position, caches)
+        step = model.logits(tokens[:, position : position + 1], stream)
         assert_close(step[:, 0], whole[:, position], rtol=1e-10, atol=1e-10)
-        assert all(cache.positions <= 2 * config.segment_length for cache in caches)
+        assert all(cache.positions <= 2 * config.segment_length for caches in stream.caches for cache in caches)
 
 
 def test_streaming_in_chunks_equals_the_full_forward(config: ModelConfig, groups: Groups) -> None:
     model = build(config, groups)
     tokens = random_tokens(config, 75)
-    caches = model.new_caches()
-    parts = [model.logits(tokens[:, a:b], a, caches) for a, b in ((0, 24), (24, 25), (25, 64), (64, 75))]
+    stream = model.new_stream()
+    parts = [model.logits(tokens[:, a:b], stream) for a, b in ((0, 24), (24, 25), (25, 64), (64, 75))]
     assert_close(torch.cat(parts, dim=1), model.logits(tokens), rtol=1e-10, atol=1e-10)
 
 
@@ -81,20 +81,20 @@ def test_flops_of_the_config_equal_those_counted_by_torch(
     config: ModelConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Attention is counted apart: the dispatcher counts whole rectangles, the config the visible pairs.
-    monkeypatch.setattr(Attention, "_attend", lambda self, q, k, v, cache: q + 0 * (k.sum() + v.sum()))
+    monkeypatch.setattr(Attention, "_attend", lambda self, q, kv, cache: q + 0 * (kv.keys.sum() + kv.values.sum()))
     config = dataclasses.replace(config, vocab_multiple=1)
     model = build(config, groups)
     tokens = random_tokens(config, config.sequence_length + 1, batch=1)
     with FlopCounterMode(display=False) as counter:
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
-    attention = 3 * config.layers * 4 * config.width * config.score_pairs
+    attention = 3 * 4 * config.width * config.score_pairs
     assert counter.get_total_flops() == config.flops_per_token * config.sequence_length - attention
 
 
 def test_score_pairs_are_the_visible_ones() -> None:
     n, m = SCALED.sequence_length, SCALED.segment_length
     visible = sum(1 for i in range(n) for j in range(i + 1) if j // m >= i // m - 1)
-    assert SCALED.score_pairs == visible
+    assert SCALED.score_pairs == SCALED.layers * visible
 
 
 @torch.no_grad()

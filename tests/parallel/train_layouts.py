@@ -39,7 +39,7 @@ def write_logits(request: Request) -> None:
         config = with_vocabulary(request.config, corpus)
         settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
-        assert resume(engine, config, corpus, Path(output)) == config.training.steps
+        assert resume(engine, config, corpus, Path(output)).step == config.training.steps
         engine.eval()
         with torch.no_grad():
             logits = engine.module.logits(probe_tokens())

@@ -1,0 +1,25 @@
+"""The configuration of a run: frozen dataclasses, what they count, and every check on them. Imports no torch."""
+
+from ecp_scale.config.model import ModelConfig
+from ecp_scale.config.run import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+]

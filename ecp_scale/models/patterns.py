@@ -1,0 +1,225 @@
+"""Attention patterns of one layer, and what a layer does to the residual stream.
+
+Each is the maths of ``ecp_scale.attention`` with its sizes; a pattern has no parameters but the compression.
+Shape suffixes as there; x is (N, B, D).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool1d, linear
+
+from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
+from ecp_scale.models.linear import Shard, shared_by_heads
+from ecp_scale.models.rows import LayerCache, Rows
+
+
+class Pattern(nn.Module):
+    """One layer's attention pattern. The residual stream passes unchanged unless a pattern says otherwise."""
+
+    def asking(self, positions: int) -> int:
+        """How many of the last ``positions`` rows have a query."""
+        return positions
+
+    def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
+        """Queries (B, H, Nq, E) to attended values (B, H, N', E), one for each row that leaves the layer."""
+        raise NotImplementedError
+
+    def residual(self, x: Tensor, rows: Rows) -> Tensor:
+        """The rows (N', B, D) to which the layer's output is added, from those that it received (N, B, D)."""
+        return x
+
+    def outgoing(self, rows: Rows) -> Rows:
+        """What is known of the rows that leave the layer."""
+        return rows
+
+    def new_cache(self) -> LayerCache:
+        """Empty caches of the layer, for streaming."""
+        raise NotImplementedError(f"{type(self).__name__} does not stream")
+
+    def stream(self, q: Tensor, key_value: KeyValue, cache: LayerCache) -> Tensor:
+        """``attend`` for positions that follow those in the cache."""
+        (only,) = cache
+        return only.attend(q, key_value)
+
+
+class CausalSegments(Pattern):
+    """Every segment sees itself causally, and what a window leaves of its left neighbour."""
+
+    def __init__(self, segment_length: int, window: int | None = None) -> None:
+        super().__init__()
+        self.segment_length, self.window = segment_length, window
+
+    def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
+        """The primitive itself."""
+        k, v, documents = key_value
+        out, _ = segment_attention(
+            q, k, v, self.segment_length, window=self.window, documents=documents, dropout=dropout
+        )
+        return out
+
+    def new_cache(self) -> LayerCache:
+        """Two segments at most."""
+        return [SegmentCache(self.segment_length, window=self.window)]
+
+
+class ShiftedGroups(Pattern):
+    """Causal groups that see nothing but themselves; for the second half of the heads they lie half a group later.
+
+    Trap: rolling the sequence by half a group, as this pattern is often written, puts the sequence's end and its start
+    into one group, where a plain causal mask lets the start see the end. Here the shifted heads begin and end with half
+    a group instead.
+    """
+
+    def __init__(self, group_length: int, key_value_heads: int, shard: Shard) -> None:
+        super().__init__()
+        self.group_length = group_length
+        local = key_value_heads // shard.size
+        plain = min(max(key_value_heads // 2 - shard.rank * local, 0), local)
+        kinds = ((plain, group_length), (local - plain, group_length // 2))
+        self.kinds = [(heads, first_length) for heads, first_length in kinds if heads]
+        """Key/value heads (local) of each kind, and the length of their first group."""
+
+    def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
+        """Each kind of heads with its own groups."""
+        outputs = [
+            segment_attention(
+                queries,
+                part.keys,
+                part.values,
+                self.group_length,
+                look_back=False,
+                first_length=first_length,
+                documents=part.documents,
+                dropout=dropout,
+            )[0]
+            for queries, part, (_, first_length) in zip(*self._split(q, key_value), self.kinds, strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def new_cache(self) -> LayerCache:
+        """One group for each kind of heads."""
+        return [SegmentCache(self.group_length, look_back=False, first_length=first) for _, first in self.kinds]
+
+    def stream(self, q: Tensor, key_value: KeyValue, cache: LayerCache) -> Tensor:
+        """Each kind of heads through its own cache."""
+        parts = zip(cache, *self._split(q, key_value), strict=True)
+        return torch.cat([kind.attend(queries, part) for kind, queries, part in parts], dim=1)
+
+    def _split(self, q: Tensor, key_value: KeyValue) -> tuple[list[Tensor], list[KeyValue]]:
+        k, v, documents = key_value
+        counts = [heads for heads, _ in self.kinds]
+        keys = k.split(counts, dim=1)
+        values = keys if v is k else v.split(counts, dim=1)
+        queries = q.split([count * (q.shape[1] // k.shape[1]) for count in counts], dim=1)
+        return list(queries), [KeyValue(*pair, documents) for pair in zip(keys, values, strict=True)]
+
+
+class LatentQueries(Pattern):
+    """The latents see everything, causally among themselves; nothing but the latents is left of the stream."""
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def asking(self, positions: int) -> int:
+        """The latents alone."""
+        return min(self.latents, positions)
+
+    def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
+        """A causal mask aligned to the end."""
+        return attend(q, key_value, dropout=dropout)
+
+    def residual(self, x: Tensor, rows: Rows) -> Tensor:
+        """The latents' rows."""
+        return x[-self.latents :]
+
+    def outgoing(self, rows: Rows) -> Rows:
+        """The latents' rows."""
+        return rows.last(self.asking(rows.rotation.cos.shape[-2]))
+
+
+class LatentsAndContext(Pattern):
+    """The context sees itself, or its own segment of it, in both directions; the latents see everything."""
+
+    def __init__(self, latents: int, context_segment_length: int | None = None, drop_context: bool = True) -> None:
+        super().__init__()
+        self.latents, self.context_segment_length, self.drop_context = latents, context_segment_length, drop_context
+
+    def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
+        """Context and latents."""
+        return latent_attention(
+            q,
+            key_value,
+            min(self.latents, q.shape[-2]),
+            self.context_segment_length,
+            dropout=dropout,
+            context_dropout=dropout if self.drop_context else 0.0,
+        )
+
+
+class Compression(nn.Linear):
+    """One Linear(n - l -> c) along the sequence, shared by all channels: (B, H, n - l, E) -> (B, H, c, E)."""
+
+    def __init__(self, context: int, compressed: int, shard: Shard) -> None:
+        super().__init__(context, compressed, dtype=shard.dtype)
+        self.group = shard.group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compress the positions."""
+        weight, bias = (shared_by_heads(parameter, self.group) for parameter in (self.weight, self.bias))
+        return linear(x.transpose(-1, -2), weight, bias).transpose(-1, -2)
+
+
+class CompressingContext(LatentsAndContext):
+    """Latents and context, whose attended values are then compressed to c rows.
+
+    With a document mask the compressed rows belong to the document that spans the border of context and latents, the
+    only one that has positions on both sides; positions of other documents count as zeros.
+    """
+
+    def __init__(self, latents: int, context: int, compressed: int, residual: str, shard: Shard) -> None:
+        super().__init__(latents, drop_context=False)
+        self.context, self.compressed, self.aligned = context, compressed, residual == "aligned"
+        self.compression = Compression(context, compressed, shard)
+
+    def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
+        """Attend, then compress the context's part."""
+        expected = self.context + self.latents
+        if q.shape[-2] != expected:
+            raise ValueError(f"the compression of this model reads {expected} positions, found {q.shape[-2]}")
+        out = super().attend(q, key_value, dropout)
+        context, latents = out.split([self.context, self.latents], dim=-2)
+        if key_value.documents is not None:
+            context = context * self._of_border_document(key_value.documents)[:, None, :, None]
+        return torch.cat((self.compression(context), latents), dim=-2)
+
+    def residual(self, x: Tensor, rows: Rows) -> Tensor:
+        """Context rows averaged over the share that each compressed row stands for, and the latents' own rows."""
+        if not self.aligned:
+            return x[: self.compressed + self.latents]
+        context, latents = x.split([self.context, self.latents])
+        if rows.documents is None:
+            return torch.cat((self._pool(context), latents))
+        counts = self._of_border_document(rows.documents).t()[..., None].to(x.dtype)
+        pooled, share = self._pool(context * counts), self._pool(counts)
+        return torch.cat((pooled / share.clamp(min=1 / self.context), latents))
+
+    def outgoing(self, rows: Rows) -> Rows:
+        """A compressed row stands at the last position of its share."""
+        device = rows.rotation.cos.device
+        shares = torch.arange(1, self.compressed + 1, device=device)
+        last = (shares * self.context + self.compressed - 1) // self.compressed - 1
+        positions = torch.cat((last, torch.arange(self.context, self.context + self.latents, device=device)))
+        documents = rows.documents
+        if documents is not None:
+            border = documents[:, self.context - 1 : self.context]
+            documents = torch.cat((border.expand(-1, self.compressed), documents[:, self.context :]), dim=1)
+        return Rows(rows.rotation.rows(positions), documents, rows.start)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Mean of the rows of each share: (n - l, B, D) -> (c, B, D)."""
+        return adaptive_avg_pool1d(x.permute(1, 2, 0), self.compressed).permute(2, 0, 1)
+
+    def _of_border_document(self, documents: Tensor) -> Tensor:
+        """Which context positions (B, n - l) belong to the document of the last one."""
+        return documents[:, : self.context] == documents[:, self.context - 1 : self.context]
