@@ -47,8 +47,12 @@ class Setting(NamedTuple):
     source: str
 
 
-def parse(argv: Sequence[str], description: str, required: Sequence[str] = ()) -> Request:
+def parse(
+    argv: Sequence[str], description: str, required: Sequence[str] = (), world_size: int | None = None
+) -> Request:
     """Read a training command line; fields named in ``required`` must be set unless it is a dry run.
+
+    ``world_size`` is that of the launch to come; None takes this process's own.
 
     Raises:
         InputError: listing every problem of the files and of the command line together.
@@ -58,18 +62,16 @@ def parse(argv: Sequence[str], description: str, required: Sequence[str] = ()) -
     if known.help:
         parser.print_help()
         raise SystemExit(0)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = world_size is not None or "WORLD_SIZE" in os.environ
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
 
     problems: list[str] = []
     settings = _file_settings(known.config, problems) if known.config else []
     settings += _command_line_settings(rest, problems)
-    preset = next((item.value for item in reversed(settings) if item.key == "model.preset"), "null")
-    if preset != "null":
-        settings = _file_settings(str(preset_path(preset)), problems) + settings
-    config = _build(parser, settings, problems)
+    config = _build(parser, _above_presets(settings, problems), problems)
     content = deepspeed_json.read(known.deepspeed_config)
     # A dry run without a launcher has no world size to check against.
-    problems += config.problems(None if known.dry_run and "WORLD_SIZE" not in os.environ else world_size)
+    problems += config.problems(None if known.dry_run and not launched else world_size)
     problems += deepspeed_json.problems(content, known.deepspeed_config, config, world_size)
     if not known.dry_run:
         problems += [f"{key} is not set" for key in required if _value(config, key) is None]
@@ -162,6 +164,15 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
                 text = value if isinstance(value, str) else json.dumps(value, default=str)
                 settings.append(Setting(f"{section}.{key}", text, path))
     return [item for item in settings if _is_known(item.key, item.source, problems)]
+
+
+def _above_presets(settings: list[Setting], problems: list[str]) -> list[Setting]:
+    """The settings on top of the preset that they name, which may stand on another one itself."""
+    top = settings
+    while (preset := next((item.value for item in reversed(top) if item.key == "model.preset"), "null")) != "null":
+        top = _file_settings(str(preset_path(preset)), problems)
+        settings = top + settings
+    return settings
 
 
 def _command_line_settings(tokens: list[str], problems: list[str]) -> list[Setting]:

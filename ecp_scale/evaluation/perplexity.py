@@ -12,7 +12,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +22,10 @@ from tqdm import tqdm
 
 from ecp_scale.config import ModelConfig
 from ecp_scale.errors import InputError
+from ecp_scale.evaluation.comparison import Protocol
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.rows import Stream
 
-Protocol = Literal["stream", "sliding", "release"]
 Ids = npt.NDArray[np.int64]
 STREAM_CHUNK_TOKENS = 4096
 
