@@ -1,38 +1,72 @@
-"""Draw the figures of the documentation: python docs/figures.py (needs the extra `export`)."""
+"""Draw the figures of the documentation from the code that they describe: python docs/figures.py (extra `export`)."""
 
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot
+import torch
+from matplotlib import pyplot, rcParams
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
+from ecp_scale.attention import KeyValue
+from ecp_scale.config import ModelConfig, ParallelConfig
+from ecp_scale.models.architectures import ARCHITECTURES
+from ecp_scale.models.linear import Shard
+from ecp_scale.models.patterns import CompressingContext, LatentsAndContext
+from ecp_scale.parallel.groups import process_groups
+
 SEGMENTS, LENGTH = 5, 4
-COLORS = ListedColormap(["white", "#9ecae1", "#3182bd"])
+DARK, LIGHT, OTHER = "#3182bd", "#9ecae1", "#fdae6b"
+
+PANELS = [
+    ("ecp", 0, "ecp"),
+    ("transformer", 0, "transformer"),
+    ("sliding_window", 0, "sliding_window"),
+    ("longlora", 0, "longlora"),
+    ("split_attention", 0, "split_attention"),
+    ("perceiver_ar", 0, "perceiver_ar, first layer"),
+    ("perceiver_ar", 1, "perceiver_ar, others"),
+    ("double_attention", 0, "double_attention"),
+    ("compressed_double_attention", 0, "compressed_..., first layer"),
+    ("compressed_double_attention", 1, "compressed_..., others"),
+]
+"""Architecture, layer and title of each drawing."""
 
 
-def pattern() -> np.ndarray:
-    """Who sees whom in one layer: 0 nobody, 1 the segment to the left, 2 the own segment."""
-    positions = np.arange(SEGMENTS * LENGTH)
-    query, key = positions[:, None], positions[None, :]
-    own = (query // LENGTH == key // LENGTH) & (key <= query)
-    left = query // LENGTH == key // LENGTH + 1
-    return own * 2 + left
+def seen(config: ModelConfig, layer: int, shard: Shard) -> np.ndarray:
+    """Who sees whom in a layer, by head: (heads, queries, keys), asked of the pattern itself.
+
+    With equal scores and one-hot values, what comes out of a query is not 0 where it sees.
+    """
+    pattern = ARCHITECTURES[config.architecture](config, layer, shard)
+    keys, heads = config.geometry.key_rows(layer), config.heads
+    values = torch.eye(keys).expand(1, heads, keys, keys)
+    queries = torch.zeros(1, heads, pattern.asking(keys), keys)
+    # The pattern before the compression.
+    attend = LatentsAndContext.attend if isinstance(pattern, CompressingContext) else type(pattern).attend
+    return attend(pattern, queries, KeyValue(torch.zeros_like(values), values), 0.0)[0].numpy() > 0
 
 
-def reach(layers: int) -> np.ndarray:
-    """Layer by layer, how far back the last token depends on earlier ones: (layers + 1, positions)."""
-    sees = pattern() > 0
-    rows = [np.arange(SEGMENTS * LENGTH) == SEGMENTS * LENGTH - 1]
+def ecp_pattern(shard: Shard, layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """ECP with segments of LENGTH: who sees whom in a layer (1 the segment to the left, 2 the own one), and what the
+    last token depends on, layer by layer.
+    """
+    n = SEGMENTS * LENGTH
+    config = ModelConfig(heads=2, width=8, sequence_length=n, segment_length=LENGTH)
+    sees = seen(config, 0, shard)[0]
+    segment = np.arange(n) // LENGTH
+    rows = [np.arange(n) == n - 1]
     for _ in range(layers):
         rows.append(sees[rows[-1]].any(axis=0))
-    return np.array(rows)
+    return sees * (1 + (segment[:, None] == segment[None, :])), np.array(rows)
 
 
-def main() -> None:
-    """Write docs/attention_pattern.svg."""
+def draw_ecp(shard: Shard, file: Path) -> None:
+    """The README's figure."""
+    pattern, reach = ecp_pattern(shard, layers=3)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.imshow(pattern(), cmap=COLORS, vmin=0, vmax=2)
-    right.imshow(reach(3), cmap=ListedColormap(["white", "#fdae6b"]), aspect=2.6, origin="lower")
+    left.imshow(pattern, cmap=ListedColormap(["white", LIGHT, DARK]), vmin=0, vmax=2)
+    right.imshow(reach, cmap=ListedColormap(["white", OTHER]), aspect=2.6, origin="lower")
     for axes in (left, right):
         for border in range(SEGMENTS + 1):
             axes.axvline(border * LENGTH - 0.5, color="grey", linewidth=0.8)
@@ -43,7 +77,56 @@ def main() -> None:
     left.set(title="one layer", xlabel="keys (by segment)", ylabel="queries")
     right.set_yticks(range(4), ["output", "layer 3 input", "layer 2 input", "layer 1 input"])
     right.set(title="what the last token depends on", xlabel="positions (by segment)")
-    figure.savefig(Path(__file__).with_name("attention_pattern.svg"), metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None})
+
+
+def draw_architectures(shard: Shard, file: Path) -> None:
+    """Every architecture: n 24, m 4, l 12, c 6, w 6, g 8."""
+    figure, panels = pyplot.subplots(2, 5, figsize=(13, 5.6), layout="constrained")
+    for axes, (architecture, layer, title) in zip(panels.flat, PANELS, strict=True):
+        config = ModelConfig(
+            architecture=architecture,  # type: ignore[arg-type]
+            layers=3,
+            width=8,
+            heads=2,
+            sequence_length=24,
+            segment_length=4,
+            latents=12,
+            compressed_context=6,
+            window=6,
+            group_length=8,
+        )
+        sees = seen(config, layer, shard)
+        draw_panel(axes, sees, sees.shape[2] - 12 if not config.geometry.streams else 0)
+        axes.set_title(title, fontsize=10)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def draw_panel(axes: Axes, sees: np.ndarray, context: int) -> None:
+    """One pattern; queries of the context and heads of the second kind have colours of their own."""
+    first, second = sees
+    colours = np.where(first & second, 1, np.where(first, 2, np.where(second, 3, 0)))
+    queries_of_context = max(0, context - (sees.shape[2] - sees.shape[1]))
+    colours[:queries_of_context] = np.where(colours[:queries_of_context] > 0, 3, 0)
+    axes.imshow(colours, cmap=ListedColormap(["white", DARK, LIGHT, OTHER]), vmin=0, vmax=3)
+    for border in range(sees.shape[2] + 1):
+        axes.axvline(border - 0.5, color="white", linewidth=0.5)
+    for border in range(sees.shape[1] + 1):
+        axes.axhline(border - 0.5, color="white", linewidth=0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(f"{sees.shape[2]} keys", fontsize=8)
+    axes.set_ylabel(f"{sees.shape[1]} queries", fontsize=8)
+
+
+def main() -> None:
+    """Write docs/attention_pattern.svg and docs/architectures.svg."""
+    rcParams["svg.hashsalt"] = "ecp-scale"
+    folder = Path(__file__).parent
+    with process_groups(ParallelConfig()) as groups:
+        shard = Shard(groups.tensor)
+        draw_ecp(shard, folder / "attention_pattern.svg")
+        draw_architectures(shard, folder / "architectures.svg")
 
 
 if __name__ == "__main__":

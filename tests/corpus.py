@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.tokenizer_training import train_tokenizer
+from ecp_scale.evaluation.texts import count_tokens
 
 MODULES: tuple[ModuleType, ...] = (argparse, ast, inspect, json, textwrap)
 
@@ -36,6 +38,10 @@ class ShardedText:
     def prefix(self) -> str:
         """Prefix of the shards."""
         return str(self.folder / "shards" / "train")
+
+    def most_frequent_token(self) -> int:
+        """Id that occurs most often."""
+        return int(count_tokens(Corpus(self.prefix, sequence_length=1)).argmax())
 
 
 def write_sharded_text(folder: Path, vocab_size: int = 400) -> ShardedText:

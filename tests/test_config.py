@@ -10,6 +10,7 @@ import yaml
 from ecp_scale import command_line, deepspeed_json
 from ecp_scale.command_line import load_preset, parse, preset_names, to_yaml
 from ecp_scale.config import Config, ModelConfig
+from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.errors import InputError
 from tests.launching import ROOT
 
@@ -115,6 +116,116 @@ def test_all_problems_are_reported_at_once_with_their_numbers(tmp_path: Path) ->
 )
 def test_model_problems(options: dict[str, object], message: str) -> None:
     assert any(message in problem for problem in dataclasses.replace(ModelConfig(), **options).problems())
+
+
+def test_everything_wrong_with_a_pattern_is_reported_together() -> None:
+    message = refused(
+        *("--config", "paper-12l-compressed", "--model.architecture=split_attention", "--attention.document_mask=true"),
+        *("--model.segment_length=100", "--model.window=5000", "--model.group_length=4097"),
+        *("--model.compressed_context=1025", "--attention.restart_positions=false"),
+    )
+    for part in (
+        "model.window 5000 is larger than model.sequence_length 2048",
+        "model.group_length 4097 is larger than model.sequence_length 2048",
+        "model.compressed_context 1025 is larger than the context, model.sequence_length 2048 - model.latents 1024 =",
+        "2048 - 1024 = 1024, is not a multiple of model.segment_length 100",
+        "attention.document_mask is true without document ids: attention.end_of_document is null",
+    ):
+        assert part in message, part
+    assert message.startswith("5 problems")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"architecture": "perceiver_ar", "latents": 2049},
+            "model.latents 2049 is larger than model.sequence_length 2048",
+        ),
+        ({"architecture": "double_attention", "latents": 2048}, "model.latents 2048 equals model.sequence_length"),
+        (
+            {"architecture": "compressed_double_attention", "layers": 1},
+            "model.layers is 1; compressed_double_attention",
+        ),
+        ({"architecture": "longlora", "group_length": 511}, "model.group_length 511 is odd"),
+        ({"architecture": "longlora", "heads": 3}, "longlora shifts half of the key/value heads, and 3 of them"),
+        ({"architecture": "longlora", "group_length": 128}, "(12 + 1) * 128 / 2 = 832 is shorter than"),
+        ({"architecture": "sliding_window", "window": 100}, "12 * (100 - 1) + 1 = 1189 is shorter than"),
+        ({"latents": 0}, "model.latents is 0, expected more than 0"),
+        ({"key_value_norm": True}, "model.tied_key_value is false"),
+    ],
+)
+def test_pattern_problems(options: dict[str, object], message: str) -> None:
+    problems = dataclasses.replace(ModelConfig(), **options).problems()
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+def test_the_largest_sizes_that_fit_are_accepted() -> None:
+    model = ModelConfig(architecture="perceiver_ar", latents=2048, window=2048, group_length=2048)
+    assert model.problems() == []
+    assert dataclasses.replace(model, latents=1024, compressed_context=1024).problems() == []
+
+
+def test_problems_of_the_document_mask() -> None:
+    options = ("--config", "demo", "--attention.document_mask=true")
+    assert "expected an id from 0 to 28" in refused(*options, "--attention.end_of_document=29", "--model.vocab_size=29")
+    assert "attention.document_mask is false" in refused("--config", "demo", "--attention.restart_positions=true")
+    released = ("--model.architecture=compressed_double_attention", "--model.compression_residual=release")
+    assert "adds the rows of other documents" in refused(*options, *released, "--attention.end_of_document=2")
+    assert parse([*options, "--data.prefix=shards/train"], "").config.attention.document_mask
+    assert parse([*options, "--attention.end_of_document=2"], "").config.attention.end_of_document == 2
+
+
+def test_one_word_changes_the_architecture() -> None:
+    for preset in ("paper-12l", "scaled-125m", "demo"):
+        for architecture in GEOMETRIES:
+            config = parse(["--config", preset, f"--model.architecture={architecture}"], "").config
+            assert config.model.architecture == architecture
+
+
+def test_presets_of_the_papers_five_have_one_budget() -> None:
+    budget = load_preset("paper-12l").model.parameters
+    names = [name for name in preset_names() if name.startswith("paper-12l")]
+    assert {load_preset(name).model.architecture for name in names} == {
+        "ecp",
+        "perceiver_ar",
+        "double_attention",
+        "compressed_double_attention",
+        "split_attention",
+    }
+    for name in names:
+        assert abs(load_preset(name).model.parameters / budget - 1) < 0.005, name
+
+
+def test_the_documentation_tells_the_presets_true_counts() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text()
+    budget = load_preset("paper-12l").model.parameters
+    for name in preset_names():
+        if name.startswith("paper-12l"):
+            model = load_preset(name).model
+            share = "" if name == "paper-12l" else f"{model.parameters / budget - 1:+.2%}"
+            cells = (name, f"{model.parameters:,}", share, f"{model.flops_per_token / 1e9:.3f}")
+            assert "| " + " | ".join(cells).replace("|  |", "| |") + " |" in text, name
+
+
+def test_a_preset_may_stand_on_another() -> None:
+    config = load_preset("paper-12l-double")
+    assert config.optimizer == load_preset("paper-12l").optimizer
+    assert (config.model.preset, config.model.rotary, config.model.norm) == (
+        "paper-12l-double",
+        "every_layer",
+        "layernorm",
+    )
+
+
+def test_weights_of_a_compression_keep_its_sizes() -> None:
+    trained = ModelConfig(architecture="compressed_double_attention", sequence_length=2048, latents=1024)
+    moved = dataclasses.replace(trained, sequence_length=2304, latents=1280)
+    assert moved.weights_problems(trained) == []
+    (problem,) = dataclasses.replace(trained, sequence_length=4096).weights_problems(trained)
+    assert "a context of 1024 tokens to 512 rows and cannot compress 3072 to 1536" in problem
+    assert dataclasses.replace(trained, architecture="ecp", sequence_length=4096).weights_problems(trained) == []
 
 
 def test_a_short_reach_can_be_accepted() -> None:

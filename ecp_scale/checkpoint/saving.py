@@ -66,7 +66,7 @@ def resume(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, ru
     if not any(checkpoints_folder(run).glob("step-*")):
         return Progress()
     folder = agreed(lambda: find_checkpoint(run))
-    record = agreed(lambda: _matching_record(folder, _identity(engine, config, corpus)))
+    record = agreed(lambda: matching_record(folder, _identity(engine, config, corpus)))
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
     return Progress(record.step, record.tokens)
 
@@ -89,7 +89,12 @@ def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus)
     }
 
 
-def _matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
+def matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
+    """The record of a checkpoint that the run described by ``now`` continues.
+
+    Raises:
+        InputError: listing what differs.
+    """
     record = CheckpointRecord.read(folder)
     differences = ModelConfig(**now["model"]).weights_problems(ModelConfig(**record.model))
     pairs: dict[str, tuple[Any, Any]] = {}

@@ -184,20 +184,16 @@ class CompressingContext(LatentsAndContext):
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
         """Attend, then compress the context's part."""
-        expected = self.context + self.latents
-        if q.shape[-2] != expected:
-            raise ValueError(f"the compression of this model reads {expected} positions, found {q.shape[-2]}")
-        out = super().attend(q, key_value, dropout)
-        context, latents = out.split([self.context, self.latents], dim=-2)
+        context, latents = self._parts(super().attend(q, key_value, dropout), dim=-2)
         if key_value.documents is not None:
             context = context * self._of_border_document(key_value.documents)[:, None, :, None]
         return torch.cat((self.compression(context), latents), dim=-2)
 
     def residual(self, x: Tensor, rows: Rows) -> Tensor:
         """Context rows averaged over the share that each compressed row stands for, and the latents' own rows."""
+        context, latents = self._parts(x, dim=0)
         if not self.aligned:
             return x[: self.compressed + self.latents]
-        context, latents = x.split([self.context, self.latents])
         if rows.documents is None:
             return torch.cat((self._pool(context), latents))
         counts = self._of_border_document(rows.documents).t()[..., None].to(x.dtype)
@@ -215,6 +211,13 @@ class CompressingContext(LatentsAndContext):
             border = documents[:, self.context - 1 : self.context]
             documents = torch.cat((border.expand(-1, self.compressed), documents[:, self.context :]), dim=1)
         return Rows(rows.rotation.rows(positions), documents, rows.start)
+
+    def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Context and latents."""
+        expected = self.context + self.latents
+        if x.shape[dim] != expected:
+            raise ValueError(f"the compression of this model reads {expected} positions, found {x.shape[dim]}")
+        return x.split([self.context, self.latents], dim=dim)
 
     def _pool(self, x: Tensor) -> Tensor:
         """Mean of the rows of each share: (n - l, B, D) -> (c, B, D)."""

@@ -27,3 +27,23 @@ def segment_attention_oracle(q: Tensor, k: Tensor, v: Tensor, segment_length: in
                 weights = weights / weights.sum()
                 rows.append(sum(weights[i] * values[j] for i, j in enumerate(seen)))
     return torch.stack(rows).view(batch, heads, positions, width)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Attend from q (B, H, Nq, E) over k, v (B, G, Nk, E) where ``visible`` (broadcast to B, H, Nq, Nk) says so."""
+    per_group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(per_group, dim=1) for x in (k, v))
+    scores = torch.einsum("bhqe,bhke->bhqk", q, k) / math.sqrt(q.shape[-1])
+    weights = torch.where(visible, scores, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bhke->bhqe", weights, v)
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """Which pairs of positions lie in one document: (B, N) -> (B, 1, N, N)."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+def random_documents(batch: int, positions: int, seed: int) -> Tensor:
+    """Documents (B, N) of random lengths, numbered from 0."""
+    begins = torch.rand(batch, positions, generator=torch.Generator().manual_seed(seed)) < 0.3
+    return begins.long().cumsum(1)

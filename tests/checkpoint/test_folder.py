@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.checkpoint.folder import (
+    FORMAT_VERSION,
     CheckpointRecord,
     checkpoints_folder,
     complete_checkpoints,
@@ -30,6 +31,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
         zero_stage=0,
         precision="fp32",
         model={},
+        attention={},
         data={},
         tokenizer=TokenizerRecord("sentencepiece", "tokenizer.model", "0" * 64, 10, 1),
         tokenizer_file="tokenizer.model",
@@ -71,7 +73,7 @@ def test_folders_that_hold_no_checkpoint_are_named(tmp_path: Path) -> None:
 
 def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 2)
-    (folder / "checkpoint.json").write_text('{"format_version": 1}')
+    (folder / "checkpoint.json").write_text(f'{{"format_version": {FORMAT_VERSION}}}')
     with pytest.raises(InputError, match="not the record of a checkpoint"):
         CheckpointRecord.read(folder)
 

@@ -6,7 +6,9 @@ import torch
 from ecp_scale.config import ModelConfig
 from ecp_scale.evaluation.generation import generate
 from ecp_scale.parallel.groups import Groups
-from tests.models.settings import BOTH, NAMES, SCALED, build
+from tests.models.settings import ARCHITECTURES, BOTH, NAMES, SCALED, build, variant
+
+END = 2
 
 
 @pytest.mark.parametrize("config", BOTH, ids=NAMES)
@@ -19,6 +21,19 @@ def test_greedy_generation_equals_repeated_full_forwards(config: ModelConfig, le
     for _ in range(20):
         expected.append(int(model.logits(torch.tensor([expected]))[0, -1].argmax()))
     assert new == expected[length:]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_generates(architecture: str, groups: Groups) -> None:
+    model = build(variant(SCALED, architecture), groups)
+    n = SCALED.sequence_length
+    ids = [5, 7, 11]
+    new = list(generate(model, ids, 6, temperature=0, end_of_document=END))
+    for count, token in enumerate(new):
+        seen = [*ids, *new[:count]]
+        padded = seen if model.config.geometry.streams else [END] * (n - len(seen)) + seen
+        assert token == int(model.logits(torch.tensor([padded]))[0, -1].argmax())
+    assert len(new) == 6
 
 
 def test_sampling_is_a_function_of_the_seed(groups: Groups) -> None:

@@ -12,7 +12,7 @@ from ecp_scale.evaluation import perplexity
 from ecp_scale.evaluation.perplexity import Card, Text, default_protocol, evaluate, unigram_card
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.groups import Groups
-from tests.models.settings import BOTH, NAMES, PAPER, SCALED, build
+from tests.models.settings import ARCHITECTURES, BOTH, LATENT, NAMES, PAPER, SCALED, build, variant
 
 END = 1
 LENGTH = 101
@@ -69,9 +69,43 @@ def test_release_drops_the_tail_and_scores_every_position_of_every_window(groups
     assert card.nll_per_token == pytest.approx(np.mean(means), rel=1e-6)
 
 
-def test_the_default_protocol_needs_relative_positions_to_stream() -> None:
+@pytest.mark.parametrize("architecture", LATENT)
+@pytest.mark.parametrize("latents", [16, 8])
+def test_latent_models_score_every_token_once_with_a_full_context(
+    architecture: str, latents: int, groups: Groups, text: Text
+) -> None:
+    model = build(variant(PAPER, architecture, latents=latents), groups)
+    n = model.config.sequence_length
+    ids = torch.tensor([END] * (n - latents) + [END, *text.ids.tolist()])
+    expected = 0.0
+    for position in range(n - latents + 1, len(ids)):
+        # Windows move by the latents; the last one ends with the text.
+        end = min(n + -(-max(0, position - n) // latents) * latents, len(ids) - 1)
+        row = position - (end - n) - 1 - (n - latents)
+        logits = model.logits(ids[None, end - n : end])[0, row].float()
+        expected -= logits.log_softmax(-1)[ids[position]].item()
+    card = evaluate(model, text, END, "sliding")
+    assert card.tokens_scored == LENGTH
+    assert card.nll == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(InputError, match=r"the context of .* is not causal; use sliding"):
+        evaluate(model, text, END, "stream")
+
+
+def test_a_model_evaluates_with_another_geometry(groups: Groups, text: Text) -> None:
+    for architecture in ARCHITECTURES:
+        trained = variant(SCALED, architecture, segment_length=8, latents=16)
+        weights = build(trained, groups).state_dict()
+        changed = dataclasses.replace(trained, sequence_length=48, segment_length=4, latents=32, window=5)
+        model = build(changed, groups)
+        model.load_state_dict(weights)
+        assert evaluate(model, text, END, "sliding").tokens_scored == LENGTH
+
+
+def test_the_default_protocol_needs_relative_positions_and_bounded_memory_to_stream() -> None:
     assert default_protocol(SCALED) == "stream"
     assert default_protocol(PAPER) == "sliding"
+    streaming = {name for name in ARCHITECTURES if default_protocol(variant(SCALED, name)) == "stream"}
+    assert streaming == {"ecp", "sliding_window", "longlora"}
 
 
 def test_short_texts(groups: Groups) -> None:

@@ -4,13 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from ecp_scale.attention import KeyValue, latent, segment
 from ecp_scale.config import ModelConfig
-from ecp_scale.models.blocks import Attention
+from ecp_scale.models import patterns
 from ecp_scale.parallel.groups import Groups
-from tests.models.settings import BOTH, NAMES, PAPER, SCALED, build, random_tokens
+from tests.models.settings import ARCHITECTURES, BOTH, NAMES, PAPER, SCALED, build, random_tokens, variant
 
 
 @pytest.fixture(params=BOTH, ids=NAMES)
@@ -51,24 +53,9 @@ def test_a_later_token_changes_nothing_before_it_to_the_bit(config: ModelConfig,
             assert not torch.equal(after[:, t], before[:, t])
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4])
-def test_gradient_reaches_as_far_as_the_config_says(config: ModelConfig, layers: int, groups: Groups) -> None:
-    config = dataclasses.replace(config, layers=layers)
-    model = build(config, groups)
-    tokens = random_tokens(config, 8 * config.segment_length, batch=1)
-    embedded: list[torch.Tensor] = []
-    hook = model.embedding.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
-    last = tokens.shape[1] - 1
-    model.logits(tokens)[0, last].square().sum().backward()
-    hook.remove()
-    gradient = embedded[0].grad
-    assert gradient is not None
-    touched = gradient[:, 0].abs().sum(-1).nonzero().flatten()
-    assert last - touched.min().item() + 1 == config.reach_tokens
-    assert touched.max().item() == last
-
-
-def test_counts_of_the_config_equal_the_built_model(config: ModelConfig, groups: Groups) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_counts_of_the_config_equal_the_built_model(config: ModelConfig, architecture: str, groups: Groups) -> None:
+    config = variant(config, architecture)
     model = build(config, groups)
     padding = config.padded_vocab_size(1) - config.known_vocab_size
     assert padding > 0
@@ -77,24 +64,23 @@ def test_counts_of_the_config_equal_the_built_model(config: ModelConfig, groups:
     assert config.parameters == built - stored_padding
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flops_of_the_config_equal_those_counted_by_torch(
-    config: ModelConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig, architecture: str, groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Attention is counted apart: the dispatcher counts whole rectangles, the config the visible pairs.
-    monkeypatch.setattr(Attention, "_attend", lambda self, q, kv, cache: q + 0 * (kv.keys.sum() + kv.values.sum()))
-    config = dataclasses.replace(config, vocab_multiple=1)
+    def seen(q: Tensor, key_value: KeyValue, **_: object) -> Tensor:
+        return q + 0 * (key_value.keys.sum() + key_value.values.sum())
+
+    for module in (segment, latent, patterns):
+        monkeypatch.setattr(module, "attend", seen)
+    config = variant(config, architecture, vocab_multiple=1)
     model = build(config, groups)
     tokens = random_tokens(config, config.sequence_length + 1, batch=1)
     with FlopCounterMode(display=False) as counter:
         model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
     attention = 3 * 4 * config.width * config.score_pairs
     assert counter.get_total_flops() == config.flops_per_token * config.sequence_length - attention
-
-
-def test_score_pairs_are_the_visible_ones() -> None:
-    n, m = SCALED.sequence_length, SCALED.segment_length
-    visible = sum(1 for i in range(n) for j in range(i + 1) if j // m >= i // m - 1)
-    assert SCALED.score_pairs == SCALED.layers * visible
 
 
 @torch.no_grad()

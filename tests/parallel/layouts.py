@@ -1,14 +1,15 @@
 """Training runs of one small model in several layouts, each done once per test session."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from ecp_scale.config.geometry import GEOMETRIES
 from tests.corpus import ShardedText
 from tests.launching import ROOT, run_successfully
 
-STEPS = 20
+LATENT = {name for name, geometry in GEOMETRIES.items() if not geometry.streams}
 SMALL_MODEL = {
     "model.layers": 2,
     "model.width": 48,
@@ -16,6 +17,10 @@ SMALL_MODEL = {
     "model.feed_forward_width": 96,
     "model.sequence_length": 64,
     "model.segment_length": 32,
+    "model.latents": 32,
+    "model.compressed_context": 12,
+    "model.window": 40,
+    "model.group_length": 48,
     # Not a multiple of the vocabulary under TP 2, and another padding there than under TP 1.
     "model.vocab_multiple": 11,
     "model.vocab_size": "null",
@@ -31,18 +36,15 @@ RECIPE = {
     "optimizer.learning_rate": 2e-3,
     "optimizer.gradient_clipping": 1.0,
     "training.precision": "fp32",
-    "training.steps": STEPS,
     "training.global_batch_size": 4,
     "training.micro_batch_size": 1,
-    "training.validation_every_steps": STEPS,
     "training.validation_windows": 8,
-    "checkpoint.every_steps": STEPS,
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread: tensor-parallel and data-parallel ranks, ZeRO stage, settings, update rule."""
+    """How a run is spread: tensor-parallel and data-parallel ranks, ZeRO stage; and what it trains."""
 
     tensor: int = 1
     data: int = 1
@@ -50,9 +52,18 @@ class Layout:
     settings: str = "scaled"
     optimizer: str = "adamw"
     precision: str = "fp32"
+    architecture: str = "ecp"
+    steps: int = 20
+    masked: bool = False
 
     def __str__(self) -> str:
-        return f"{self.settings}-tp{self.tensor}-dp{self.data}-zero{self.zero}-{self.optimizer}-{self.precision}"
+        parts = [self.architecture, *(["masked"] if self.masked else []), f"{self.steps}-steps", self.settings]
+        spread = f"tp{self.tensor}-dp{self.data}-zero{self.zero}"
+        return "-".join([*parts, spread, self.optimizer, self.precision])
+
+    def alone(self) -> "Layout":
+        """The same training in one process."""
+        return replace(self, tensor=1, data=1, zero=0)
 
     @property
     def ranks(self) -> int:
@@ -66,11 +77,23 @@ class Layout:
             **RECIPE,
             "optimizer.name": self.optimizer,
             "training.precision": self.precision,
+            "training.steps": self.steps,
+            "training.validation_every_steps": self.steps,
+            "checkpoint.every_steps": self.steps,
+            "model.architecture": self.architecture,
             "parallel.tensor": self.tensor,
             "data.prefix": text.prefix,
             "data.validation_prefix": text.prefix,
             "training.output_dir": output,
         }
+        if self.settings == "paper" and self.architecture in LATENT:
+            values["model.key_value_norm"] = True
+        if self.architecture == "split_attention":
+            values["model.segment_length"] = 16
+        if self.masked:
+            # The documents of the text are longer than a window; a frequent token makes documents of a few tokens.
+            values["attention.document_mask"] = True
+            values["attention.end_of_document"] = text.most_frequent_token()
         if self.optimizer == "sgd":
             values["optimizer.learning_rate"] = 0.3
         words = [f"--{key}={value}" for key, value in values.items()]
@@ -88,6 +111,20 @@ CURVES = [
     Layout(tensor=2, data=2, zero=1, settings="paper", optimizer="sgd"),
 ]
 """Layouts whose curves must equal the one of a single process."""
+ARCHITECTURE_CURVES = [
+    Layout(
+        tensor=tensor,
+        data=data,
+        zero=zero,
+        settings="paper" if name in LATENT else "scaled",
+        architecture=name,
+        steps=30,
+        masked=number % 2 == 1,
+    )
+    for number, name in enumerate(GEOMETRIES)
+    for tensor, data, zero in ((2, 1, 0), (1, 2, 1))
+]
+"""Every architecture, half of them with a document mask."""
 BF16 = [Layout(data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)]
 """Layouts that train in bf16 with fp32 master weights."""
 CONVERTED = [
@@ -98,20 +135,26 @@ CONVERTED = [
     Layout(data=2, zero=3),
     Layout(tensor=2, data=2, zero=1),
     Layout(tensor=2, data=2, zero=3),
+    *(layout for layout in ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
     *BF16,
 ]
 """Layouts whose checkpoints are converted."""
-ALL = {*CURVES, *CONVERTED, Layout(settings="paper", optimizer="sgd")}
+ALL = {layout.alone() for layout in (*CURVES, *ARCHITECTURE_CURVES)} | {*CURVES, *ARCHITECTURE_CURVES, *CONVERTED}
 
 
 @cache
-def _trained_on(ranks: int, text: ShardedText) -> Path:
-    """Folder with the runs of all layouts of ``ranks`` ranks; one launch for all, since its start takes longest."""
-    folder = text.folder / f"layouts-of-{ranks}"
+def _trained_together(ranks: int, curves_of_architectures: bool, text: ShardedText) -> Path:
+    """Folder with the runs of all layouts of ``ranks`` ranks; one launch for many, since its start takes longest."""
+    folder = text.folder / f"layouts-of-{ranks}{'-architectures' if curves_of_architectures else ''}"
+    assert not folder.exists(), f"the launch of {folder.name} has failed before"
     folder.mkdir()
-    layouts = sorted((layout for layout in ALL if layout.ranks == ranks), key=str)
+    layouts = [layout for layout in ALL if (layout.ranks, layout.steps > 20) == (ranks, curves_of_architectures)]
+    listed = [
+        {"options": layout.options(text, folder / str(layout)), "probed": layout in CONVERTED}
+        for layout in sorted(layouts, key=str)
+    ]
     jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps([layout.options(text, folder / str(layout)) for layout in layouts]))
+    jobs.write_text(json.dumps(listed))
     run_successfully("tests/parallel/train_layouts.py", jobs, ranks=ranks)
     return folder
 
@@ -119,4 +162,4 @@ def _trained_on(ranks: int, text: ShardedText) -> Path:
 def trained(layout: Layout, text: ShardedText) -> Path:
     """Run folder of a layout of ``ALL``, trained when first asked for."""
     assert layout in ALL
-    return _trained_on(layout.ranks, text) / str(layout)
+    return _trained_together(layout.ranks, layout.steps > 20, text) / str(layout)

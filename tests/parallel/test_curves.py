@@ -1,22 +1,21 @@
 """One model, one curve: every layout of ranks and ZeRO stage trains alike."""
 
-import dataclasses
 import math
 
 import pytest
 
 from tests.corpus import ShardedText
 from tests.launching import metrics
-from tests.parallel.layouts import BF16, CURVES, STEPS, Layout, trained
+from tests.parallel.layouts import ARCHITECTURE_CURVES, BF16, CURVES, Layout, trained
 
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("layout", CURVES, ids=str)
+@pytest.mark.parametrize("layout", [*CURVES, *ARCHITECTURE_CURVES], ids=str)
 def test_loss_and_gradient_norm_equal_those_of_one_process(layout: Layout, sharded_text: ShardedText) -> None:
-    single = metrics(trained(dataclasses.replace(layout, tensor=1, data=1, zero=0), sharded_text))
+    single = metrics(trained(layout.alone(), sharded_text))
     spread = metrics(trained(layout, sharded_text))
-    assert len(single) == len(spread) == STEPS
+    assert len(single) == len(spread) == layout.steps
     assert single[-1]["loss"] < single[0]["loss"] - 0.2
     for expected, got in zip(single, spread, strict=True):
         for key in ("loss", "grad_norm"):

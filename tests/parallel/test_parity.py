@@ -1,4 +1,4 @@
-"""The paper model equals the authors' release under tensor parallelism, and parity.py can fail."""
+"""The paper's models equal the authors' release under tensor parallelism, and parity.py can fail."""
 
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from tests.launching import run
 
 @pytest.mark.parametrize("tensor", [1, 2, 3])
 def test_logits_loss_and_every_gradient_equal_the_release(tensor: int, golden: Path) -> None:
-    done = run("tests/parity.py", golden, "--tp", tensor)
+    files = sorted(golden.parent.glob("*.safetensors"))
+    assert len(files) == 5
+    done = run("tests/parity.py", *files, "--tp", tensor)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"tp {tensor}" in done.stdout
+    assert all(f"{file.name}  tp {tensor}" in done.stdout for file in files)
 
 
 def test_a_wrong_number_is_found(golden: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Run by ``tests.parallel.layouts``: train several layouts one after another on the ranks of one launch.
 
-Argument: a JSON file that lists [command line of the run, ...]. Beside each run's metrics it leaves trainer_logits.npy,
-what the engine computes after it has resumed the run's last checkpoint.
+Argument: a JSON file that lists {"options": command line of the run, "probed": ...}. Beside the metrics of a probed run
+it leaves trainer_logits.npy, what the engine computes after it has resumed the run's last checkpoint.
 """
 
 import json
@@ -55,10 +55,11 @@ def main() -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     dist.init_process_group("gloo")
-    for words in json.loads(Path(sys.argv[-1]).read_text()):
-        request = parse(words, "")
+    for job in json.loads(Path(sys.argv[-1]).read_text()):
+        request = parse(job["options"], "")
         train(request)
-        write_logits(request)
+        if job["probed"]:
+            write_logits(request)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """Runs that are killed, resumed, stopped, extended and refused."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -11,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ecp_scale.checkpoint.folder import RECORD, complete_checkpoints, find_checkpoint
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, complete_checkpoints, find_checkpoint
+from ecp_scale.checkpoint.saving import matching_record
 from ecp_scale.command_line import parse
+from ecp_scale.data.manifest import TokenizerRecord
+from ecp_scale.errors import InputError
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
@@ -106,6 +110,52 @@ def test_a_resume_with_another_model_or_layout_names_what_differs(
     assert done.returncode == 2
     for part in ("model.heads was 6 and is now 4", "world_size was 2 and is now 1", "data.seed was 1 and is now 9"):
         assert part in done.stderr
+
+
+def test_a_run_continues_with_another_geometry(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = Layout(zero=1).options(sharded_text, tmp_path / "run")
+    changed = ("--model.sequence_length=96", "--model.segment_length=24", "--model.allow_short_reach=true")
+    runs = [[*words, "--training.steps=12"], [*words, "--training.steps=16", "--resume=auto", *changed]]
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([{"options": words, "probed": False} for words in runs]))
+    run_successfully("tests/parallel/train_layouts.py", jobs)
+    records = metrics(tmp_path / "run")
+    batch = 4
+    assert [record["tokens"] for record in records] == [
+        *(step * batch * 64 for step in range(1, 13)),
+        *(12 * batch * 64 + step * batch * 96 for step in range(1, 5)),
+    ]
+    assert max(record["loss"] for record in records[12:]) < records[0]["loss"] - 0.3
+    assert find_checkpoint(tmp_path / "run").name == "step-00000016"
+
+
+def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedText, tmp_path: Path) -> None:
+    # The record alone decides: no weights are read.
+    config = parse(
+        ["--config", "demo", "--model.architecture=compressed_double_attention", "--model.vocab_size=400"], ""
+    ).config
+    record = CheckpointRecord(
+        step=3,
+        tokens=10,
+        world_size=1,
+        tensor_parallel=1,
+        zero_stage=1,
+        precision="fp32",
+        model=dataclasses.asdict(config.model),
+        attention=dataclasses.asdict(config.attention),
+        data={},
+        tokenizer=TokenizerRecord("sentencepiece", "tokenizer.model", "0" * 64, 400, 2),
+        tokenizer_file="tokenizer.model",
+        layouts={},
+        files={},
+    )
+    record.write(tmp_path)
+    longer = dataclasses.replace(config.model, sequence_length=1024)
+    kept = dataclasses.replace(longer, latents=768, segment_length=64)
+    now = {"model": dataclasses.asdict(longer), "attention": record.attention}
+    with pytest.raises(InputError, match="a context of 256 tokens to 128 rows and cannot compress 512 to 256"):
+        matching_record(tmp_path, now)
+    assert matching_record(tmp_path, {**now, "model": dataclasses.asdict(kept)}) == record
 
 
 def test_the_run_folder_repeats_the_run(uninterrupted: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
