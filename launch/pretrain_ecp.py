@@ -23,7 +23,8 @@ def describe(request: Request) -> str:
             f"FLOPs per token     {model.flops_per_token:,.0f} (forward and backward)",
         ]
     lines += [
-        f"reach               (L+1)*m = {model.reach_tokens:,} tokens",
+        f"trained positions   the last {model.geometry.trained_positions:,} of {model.sequence_length:,}",
+        f"reach in tokens     {model.geometry.reach_formula}",
         f"tokens per step     {config.tokens_per_step:,}",
         f"tokens of the run   {config.tokens_per_step * config.training.steps:,}",
     ]

@@ -52,7 +52,13 @@ def model(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_dry_run_prints_config_and_counts() -> None:
     out = run_successfully("launch/pretrain_ecp.py", "--config", "paper-12l", "--dry-run")
-    for part in ("segment_length: 256", "129,604,420", "639,737,856", "(L+1)*m = 3,328 tokens", "32,768"):
+    for part in (
+        "segment_length: 256",
+        "129,604,420",
+        "639,737,856",
+        "(layers + 1) * segment_length = (12 + 1) * 256 = 3328",
+        "32,768",
+    ):
         assert part in out
 
 

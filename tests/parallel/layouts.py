@@ -109,6 +109,8 @@ CURVES = [
     Layout(tensor=2, data=2, zero=1),
     # SGD shows a wrong scale of the gradient, which AdamW hides.
     Layout(tensor=2, data=2, zero=1, settings="paper", optimizer="sgd"),
+    # The only architecture with a matrix of its own, which every tensor rank applies to its own channels.
+    Layout(tensor=2, data=2, zero=3, settings="paper", architecture="compressed_double_attention", masked=True),
 ]
 """Layouts whose curves must equal the one of a single process."""
 ARCHITECTURE_CURVES = [
@@ -135,7 +137,7 @@ CONVERTED = [
     Layout(data=2, zero=3),
     Layout(tensor=2, data=2, zero=1),
     Layout(tensor=2, data=2, zero=3),
-    *(layout for layout in ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
+    *(layout for layout in CURVES + ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
     *BF16,
 ]
 """Layouts whose checkpoints are converted."""
