@@ -1,8 +1,9 @@
-"""Train a sentencepiece tokenizer (byte-pair encoding, lossless) on .txt and .jsonl files."""
+"""Train a sentencepiece tokenizer (byte-pair encoding, lossless) on any input of preprocess.py."""
 
 import argparse
 
-from ecp_scale.data.tokenizer import SentencePieceTokenizer
+from ecp_scale.data.parsing import Parsing
+from ecp_scale.data.tokenizer import load_tokenizer
 from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.errors import input_errors_exit
 
@@ -10,16 +11,24 @@ from ecp_scale.errors import input_errors_exit
 def main() -> None:
     """Read the command line and print what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=".txt and .jsonl files, or folders")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders, hub datasets")
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 bytes and specials included")
     parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
+    parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on about N bytes of a large corpus")
+    parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="training threads (default: 1)")
     options = parser.parse_args()
     train_tokenizer(
-        options.input, options.output, options.vocab_size, text_key=options.text_key, threads=options.threads
+        options.input,
+        options.output,
+        options.vocab_size,
+        parsing=Parsing(options.text_key),
+        threads=options.threads,
+        sample_bytes=options.sample_bytes,
+        seed=options.seed,
     )
-    tokenizer = SentencePieceTokenizer(options.output)
+    tokenizer = load_tokenizer(f"sentencepiece:{options.output}")
     print(f"{options.output}: {tokenizer.vocab_size} entries, sha256 {tokenizer.sha256[:12]}...")
 
 

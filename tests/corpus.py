@@ -50,5 +50,5 @@ def write_sharded_text(folder: Path, vocab_size: int = 400) -> ShardedText:
     text = ShardedText(folder, tuple(inspect.getsource(module) for module in MODULES))
     text.text.write_text("".join(json.dumps({"text": document}) + "\n" for document in text.documents))
     train_tokenizer([str(text.text)], str(text.tokenizer), vocab_size)
-    preprocess([str(text.text)], f"sentencepiece:{text.tokenizer}", text.prefix, shard_tokens=40_000)
+    preprocess([str(text.text)], f"sentencepiece:{text.tokenizer}", text.prefix, shard_tokens=80_000)
     return text

@@ -82,7 +82,7 @@ def test_missing_and_empty_corpora(tool: str, sharded_text: ShardedText, tmp_pat
         ("a.jsonl", b'{"body": "x"}\n', "a.jsonl, line 1: no key 'text'"),
         ("a.jsonl", b'{"text": 5}\n', "'text' is int, expected text"),
         ("a.txt", b"abc \xff\xfe", "a.txt: not valid UTF-8 at byte 4"),
-        ("a.pdf", b"abc", "ends in '.pdf', expected one of .txt, .jsonl"),
+        ("a.pdf", b"abc", "ends in '.pdf', expected one of .txt, .tokens"),
     ],
 )
 def test_files_that_are_no_text(

@@ -16,7 +16,7 @@ from ecp_scale.checkpoint.merging import whole_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.data.files import write_text
 from ecp_scale.data.manifest import TokenizerRecord
-from ecp_scale.data.tokenizer import SentencePieceTokenizer
+from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
@@ -25,7 +25,6 @@ from ecp_scale.parallel.groups import Groups
 
 FORMAT = "ecp-scale"
 FORMAT_VERSION = 2
-TOKENIZER_FILE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class ExportedModel:
     folder: Path
     config: ModelConfig
     attention: AttentionConfig
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
     step: int
     tokens: int
 
@@ -106,13 +105,16 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
     temporary = output / ".model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(output / "model.safetensors")
-    shutil.copyfile(checkpoint / record.tokenizer_file, output / TOKENIZER_FILE)
+    tokenizer_file = ""
+    if record.tokenizer_file:
+        tokenizer_file = f"tokenizer{Path(record.tokenizer_file).suffix}"
+        shutil.copyfile(checkpoint / record.tokenizer_file, output / tokenizer_file)
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": record.model,
         "attention": record.attention,
-        "tokenizer": dataclasses.asdict(dataclasses.replace(record.tokenizer, file=TOKENIZER_FILE)),
+        "tokenizer": dataclasses.asdict(dataclasses.replace(record.tokenizer, file=tokenizer_file)),
         "step": record.step,
         "tokens": record.tokens,
     }

@@ -41,8 +41,9 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run:
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):
             # DeepSpeed's copies refuse every checkpoint with tensor parallelism; launch/convert_checkpoint.py does not.
             (folder.parent / script).unlink(missing_ok=True)
-        tokenizer_file = corpus.tokenizer.path.name
-        shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
+        tokenizer_file = corpus.tokenizer.path.name if corpus.tokenizer.path else ""
+        if corpus.tokenizer.path:
+            shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
         record = CheckpointRecord(
             step=done.step,
             tokens=done.tokens,

@@ -1,11 +1,12 @@
 """A corpus: the shards of one prefix as one stream of tokens, cut into windows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ecp_scale.data.manifest import Manifest
-from ecp_scale.data.shards import Tokens, TokenShard
+from ecp_scale.data.manifest import Manifest, ShardRecord
+from ecp_scale.data.shards import Tokens, TokenShard, index_bytes, token_type
 from ecp_scale.errors import InputError
 
 
@@ -17,29 +18,39 @@ class Corpus:
     """
 
     def __init__(self, prefix: str, sequence_length: int) -> None:
-        """Open and check the manifest, the tokenizer beside it and every shard.
+        """Check the manifest, the tokenizer beside it and the sizes of all shards; they are opened when first read.
 
         Raises:
             InputError: naming the file that is missing, damaged or does not belong to the others.
         """
         self.prefix = Path(prefix)
-        self.sequence_length = sequence_length
         self.manifest = Manifest.read(self.prefix)
         self.tokenizer = self.manifest.load_tokenizer(self.prefix)
-        self.shards = [TokenShard(self.prefix.parent / record.name) for record in self.manifest.shards]
-        for shard, record in zip(self.shards, self.manifest.shards, strict=True):
-            if shard.tokens != record.counts.tokens:
-                raise InputError(
-                    f"{self.prefix.parent / record.name}.idx: {shard.tokens} tokens, "
-                    f"but the manifest says {record.counts.tokens}"
-                )
-        self.tokens = sum(shard.tokens for shard in self.shards)
-        self._borders = np.cumsum([0] + [shard.tokens for shard in self.shards], dtype=np.int64)
-        self.windows = (self.tokens - 1) // sequence_length
+        for record in self.manifest.shards:
+            _check_sizes(self.prefix.parent, record, self.manifest.tokenizer.vocab_size)
+        self.lay_out(self.manifest.shards, sequence_length)
         if self.windows < 1:
             raise InputError(
                 f"corpus {prefix}: {self.tokens} tokens, expected at least one window of {sequence_length} + 1"
             )
+
+    def lay_out(self, shards: Sequence[ShardRecord], sequence_length: int) -> None:
+        """Place the shards one after another and cut the stream into windows; touches no file."""
+        self.sequence_length = sequence_length
+        self._opened: dict[int, TokenShard] = {}
+        self._borders = np.cumsum([0, *(record.counts.tokens for record in shards)], dtype=np.int64)
+        self.tokens = int(self._borders[-1])
+        self.windows = (self.tokens - 1) // sequence_length
+
+    def shard(self, number: int) -> TokenShard:
+        """One shard, opened at its first use.
+
+        Raises:
+            InputError: if its index is damaged.
+        """
+        if number not in self._opened:
+            self._opened[number] = TokenShard(self.prefix.parent / self.manifest.shards[number].name)
+        return self._opened[number]
 
     def read(self, start: int, count: int) -> Tokens:
         """``count`` tokens of the stream from ``start`` on, across shards, as int64."""
@@ -47,7 +58,7 @@ class Corpus:
         shard = int(np.searchsorted(self._borders, start, side="right")) - 1
         while count:
             offset = start - int(self._borders[shard])
-            part = self.shards[shard].ids[offset : offset + count]
+            part = self.shard(shard).ids[offset : offset + count]
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         return np.concatenate(parts).astype(np.int64)
@@ -55,3 +66,19 @@ class Corpus:
     def window(self, number: int) -> Tokens:
         """The n + 1 tokens of one window, as int64."""
         return self.read(number * self.sequence_length, self.sequence_length + 1)
+
+
+def _check_sizes(folder: Path, record: ShardRecord, vocab_size: int) -> None:
+    width = np.dtype(token_type(vocab_size)).itemsize
+    expected = {".bin": record.counts.tokens * width, ".idx": index_bytes(record.counts.documents)}
+    for suffix, size in expected.items():
+        path = folder / (record.name + suffix)
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
+        if found != size:
+            raise InputError(
+                f"{path}: {found} bytes, expected {size} for the {record.counts.documents} documents and "
+                f"{record.counts.tokens} tokens of the manifest; the file is cut short or another one"
+            )

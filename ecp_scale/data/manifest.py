@@ -2,19 +2,22 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ecp_scale.data.files import sha256_of, write_text
-from ecp_scale.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from ecp_scale.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+NAMED_AT_MOST = 100
+"""Bad records that a manifest names; all are counted."""
 
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer of the shards; ``file`` is a copy beside them."""
+    """The tokenizer of the shards; ``file`` is a copy beside them, empty for a kind without a file."""
 
     kind: str
     file: str
@@ -22,12 +25,14 @@ class TokenizerRecord:
     vocab_size: int
     end_of_document: int
 
-    def load(self, folder: Path, owner: str) -> SentencePieceTokenizer:
+    def load(self, folder: Path, owner: str) -> Tokenizer:
         """Load the tokenizer that lies in ``folder``; ``owner`` says in an error what was made with it.
 
         Raises:
             InputError: if it is missing or is another one.
         """
+        if self.kind == ByteTokenizer.kind:
+            return ByteTokenizer()
         path = folder / self.file
         found = sha256_of(path)
         if found != self.sha256:
@@ -51,19 +56,63 @@ class TextCounts:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One shard: the name of its .bin and .idx without suffix, and its share of the text."""
+    """One shard: the name of its .bin and .idx without suffix, their sha256, and its share of the text."""
 
     name: str
     counts: TextCounts
+    sha256: dict[str, str]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "ShardRecord":
+        """From the JSON of a manifest."""
+        return cls(str(content["name"]), TextCounts(**content["counts"]), dict(content["sha256"]))
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One input as it was read; without size and hash where it is no file."""
+
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Records that gave no document: ``dropped`` by a filter or empty, and bad ones, of which some are named."""
+
+    dropped: int = 0
+    bad: int = 0
+    named: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Skipped":
+        """From the JSON of a manifest."""
+        return cls(content["dropped"], content["bad"], tuple(content["named"]))
+
+    def drop(self) -> "Skipped":
+        """One more record dropped."""
+        return dataclasses.replace(self, dropped=self.dropped + 1)
+
+    def refuse(self, reason: str) -> "Skipped":
+        """One more bad record."""
+        return dataclasses.replace(self, bad=self.bad + 1, named=(*self.named, reason)[:NAMED_AT_MOST])
+
+    def __add__(self, other: "Skipped") -> "Skipped":
+        named = (*self.named, *other.named)[:NAMED_AT_MOST]
+        return Skipped(self.dropped + other.dropped, self.bad + other.bad, named)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a corpus but its tokens."""
+    """Everything about a corpus but its tokens. ``settings`` are those of the run that decide what the shards hold."""
 
     tokenizer: TokenizerRecord
     shards: tuple[ShardRecord, ...]
     totals: TextCounts
+    sources: tuple[SourceRecord, ...] = ()
+    skipped: Skipped = field(default_factory=Skipped)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def write(self, prefix: Path) -> None:
         """Write PREFIX.manifest.json."""
@@ -82,18 +131,24 @@ class Manifest:
             content = json.loads(path.read_text())
             if content["format_version"] != FORMAT_VERSION:
                 raise InputError(f"{path}: format version {content['format_version']}, expected {FORMAT_VERSION}")
-            shards = tuple(ShardRecord(item["name"], TextCounts(**item["counts"])) for item in content["shards"])
-            return cls(TokenizerRecord(**content["tokenizer"]), shards, TextCounts(**content["totals"]))
+            return cls(
+                TokenizerRecord(**content["tokenizer"]),
+                tuple(ShardRecord.of(item) for item in content["shards"]),
+                TextCounts(**content["totals"]),
+                tuple(SourceRecord(**item) for item in content["sources"]),
+                Skipped.of(content["skipped"]),
+                dict(content["settings"]),
+            )
         except OSError as error:
             raise InputError(
                 f"{path}: {error.strerror or error}; expected the prefix of preprocessed shards"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a manifest of token shards ({type(error).__name__}: {error})") from error
 
-    def load_tokenizer(self, prefix: Path) -> SentencePieceTokenizer:
+    def load_tokenizer(self, prefix: Path) -> Tokenizer:
         """Load the tokenizer that lies beside the shards.
 
         Raises:

@@ -5,7 +5,9 @@ uint64 number of document borders, int32 length of each sequence, int64 byte off
 Here every document is one sequence.
 """
 
+import hashlib
 import struct
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,18 +39,26 @@ def token_type(vocab_size: int) -> type[np.generic]:
     return np.uint16 if vocab_size < 65_500 else np.int32
 
 
+def index_bytes(documents: int) -> int:
+    """Size of the .idx of so many documents."""
+    return HEADER.size + documents * 12 + (documents + 1) * 8
+
+
 class ShardWriter:
     """Appends documents to a .bin that is being written and keeps what its .idx needs."""
 
     def __init__(self, file: BinaryIO, dtype: type[np.generic]) -> None:
         self._file = file
         self._dtype = np.dtype(dtype)
-        self._lengths: list[int] = []
+        self._lengths = array("i")
+        self._hashes = {"bin": hashlib.sha256(), "idx": hashlib.sha256()}
         self.tokens = 0
 
     def add(self, document: Tokens) -> None:
         """Append one document."""
-        self._file.write(document.astype(self._dtype, copy=False).tobytes())
+        content = document.astype(self._dtype, copy=False).tobytes()
+        self._hashes["bin"].update(content)
+        self._file.write(content)
         self._lengths.append(len(document))
         self.tokens += len(document)
 
@@ -58,10 +68,16 @@ class ShardWriter:
         offsets = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
         code = next(code for code, dtype in TYPE_CODES.items() if np.dtype(dtype) == self._dtype)
-        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.tobytes())
-        file.write((offsets * self._dtype.itemsize).tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        borders = np.arange(len(lengths) + 1, dtype=np.int64)
+        header = HEADER.pack(MAGIC, 1, code, len(lengths), len(borders))
+        tables = (lengths, offsets * self._dtype.itemsize, borders)
+        for part in (header, *(table.tobytes() for table in tables)):
+            self._hashes["idx"].update(part)
+            file.write(part)
+
+    def sha256(self) -> dict[str, str]:
+        """Hashes of both files by suffix, once the index is written."""
+        return {suffix: digest.hexdigest() for suffix, digest in self._hashes.items()}
 
 
 @contextmanager
@@ -76,7 +92,7 @@ def write_shard(prefix: Path, dtype: type[np.generic]) -> Iterator[ShardWriter]:
 
 
 class TokenShard:
-    """A shard on disk, mapped into memory; its structure is checked when it is opened."""
+    """A shard on disk, mapped into memory. Opening it checks sizes and both ends of the tables, and reads no more."""
 
     def __init__(self, prefix: Path) -> None:
         """Open PREFIX.idx and PREFIX.bin.
@@ -95,20 +111,29 @@ class TokenShard:
         expected = HEADER.size + sequences * 12 + borders * 8
         if len(index) != expected:
             raise InputError(f"{index_path}: {len(index)} bytes, expected {expected} for {sequences} sequences")
-        self.lengths = index[HEADER.size :][: sequences * 4].view(np.int32)
-        self.tokens = int(self.lengths.sum(dtype=np.int64))
+        tables = index[HEADER.size :]
+        self.lengths = tables[: sequences * 4].view(np.int32)
+        self._offsets = tables[sequences * 4 : sequences * 12].view(np.int64)
+        end = int(self._offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
         data = _map_bytes(data_path)
-        if len(data) != self.tokens * self.dtype.itemsize:
+        if len(data) != end:
             raise InputError(
-                f"{data_path}: {len(data)} bytes, expected {self.tokens * self.dtype.itemsize} for the "
-                f"{self.tokens} tokens of {index_path.name}; the file is cut short or belongs to another index"
+                f"{data_path}: {len(data)} bytes, expected {end} by {index_path.name}; "
+                "the file is cut short or belongs to another index"
             )
         self.ids: Tokens = data.view(self.dtype)
+        self.tokens = len(self.ids)
 
     def document(self, number: int) -> Tokens:
         """Token ids of one document."""
-        start = int(self.lengths[:number].sum(dtype=np.int64))
+        start = int(self._offsets[number]) // self.dtype.itemsize
         return self.ids[start : start + int(self.lengths[number])]
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the tables inside the index; reads all of it."""
+        sizes = self.lengths.astype(np.int64) * self.dtype.itemsize
+        if len(sizes) and (sizes.min() <= 0 or not np.array_equal(self._offsets, np.cumsum(sizes) - sizes)):
+            yield "documents do not follow one another"
 
 
 def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:

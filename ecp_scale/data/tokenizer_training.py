@@ -6,8 +6,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from ecp_scale.data.documents import find_sources, read_documents
+from ecp_scale.data.documents import read_documents
 from ecp_scale.data.files import atomic_write
+from ecp_scale.data.parsing import Parsing, hash_fraction
+from ecp_scale.data.sources import Source, find_sources
 from ecp_scale.errors import InputError
 
 MAX_LINE_BYTES = 4096
@@ -15,12 +17,20 @@ MAX_LINE_BYTES = 4096
 
 
 def train_tokenizer(
-    inputs: Sequence[str], output: str, vocab_size: int, *, text_key: str = "text", threads: int = 1
+    inputs: Sequence[str],
+    output: str,
+    vocab_size: int,
+    *,
+    parsing: Parsing | None = None,
+    threads: int = 1,
+    sample_bytes: int | None = None,
+    seed: int = 1,
 ) -> None:
     """Train byte-pair encoding with byte fallback on .txt and .jsonl files and write OUTPUT (a .model file).
 
     No normalisation, all white space kept, line ends and tabs pieces of their own, unknown characters as bytes:
-    decoding what was encoded returns the text.
+    decoding what was encoded returns the text. ``sample_bytes`` keeps documents by a hash of seed and text, so that
+    about so many bytes of the sources go into the training; None keeps all.
 
     Raises:
         InputError: if an input cannot be used, or the text is too small for the vocabulary.
@@ -29,7 +39,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(sources, text_key),
+            sentence_iterator=_lines(sources, parsing or Parsing(), sample_bytes, seed),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -53,7 +63,9 @@ def train_tokenizer(
         file.write(model.getvalue())
 
 
-def _lines(sources: Sequence[Path], text_key: str) -> Iterator[str]:
-    for source in sources:
-        for text in read_documents(source, text_key):
+def _lines(sources: Sequence[Source], parsing: Parsing, sample_bytes: int | None, seed: int) -> Iterator[str]:
+    total = sum(source.size for source in sources)
+    share = 1.0 if sample_bytes is None or not total else sample_bytes / total
+    for text in read_documents(sources, parsing):
+        if share >= 1 or hash_fraction(text, f"{seed}/") < share:
             yield from (line for line in text.split("\n") if line and len(line.encode()) <= MAX_LINE_BYTES)

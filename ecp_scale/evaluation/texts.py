@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.documents import find_sources, read_documents
+from ecp_scale.data.documents import read_documents
 from ecp_scale.data.manifest import manifest_path
-from ecp_scale.data.tokenizer import SentencePieceTokenizer
+from ecp_scale.data.parsing import Parsing
+from ecp_scale.data.sources import find_sources
+from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Text
 
 
-def read_text(data: str, tokenizer: SentencePieceTokenizer, text_key: str = "text") -> Text:
+def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     """Read a file, a folder, or the prefix of shards.
 
     Raises:
@@ -24,15 +26,14 @@ def read_text(data: str, tokenizer: SentencePieceTokenizer, text_key: str = "tex
         return Text(corpus.read(0, corpus.tokens), totals.bytes, totals.words)
     ids: list[int] = []
     size = words = 0
-    for source in find_sources([data]):
-        for document in read_documents(source, text_key):
-            ids += [*tokenizer.encode(document), tokenizer.end_of_document]
-            size += len(document.encode())
-            words += len(document.split())
+    for document in read_documents(find_sources([data]), Parsing(text_key)):
+        ids += [*tokenizer.encode(document), tokenizer.end_of_document]
+        size += len(document.encode())
+        words += len(document.split())
     return Text(np.array(ids, dtype=np.int64), size, words)
 
 
-def open_shards(prefix: str, tokenizer: SentencePieceTokenizer) -> Corpus:
+def open_shards(prefix: str, tokenizer: Tokenizer) -> Corpus:
     """Open shards that must have been made with ``tokenizer``.
 
     Raises:
@@ -50,6 +51,6 @@ def open_shards(prefix: str, tokenizer: SentencePieceTokenizer) -> Corpus:
 def count_tokens(corpus: Corpus) -> Ids:
     """Occurrences (V,) of every id in the shards."""
     counts = np.zeros(corpus.tokenizer.vocab_size, dtype=np.int64)
-    for shard in corpus.shards:
-        counts += np.bincount(shard.ids, minlength=len(counts))
+    for number in range(len(corpus.manifest.shards)):
+        counts += np.bincount(corpus.shard(number).ids, minlength=len(counts))
     return counts

@@ -1,6 +1,8 @@
 """The order of samples and the batches made of it."""
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import TrainingBatches, validation_batches
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.manifest import ShardRecord, TextCounts
 from ecp_scale.data.order import Permutation, SampleOrder
+from ecp_scale.data.shards import TokenShard
 from tests.corpus import ShardedText
 
 
@@ -54,10 +58,44 @@ def corpus(sharded_text: ShardedText) -> Corpus:
 
 
 def test_windows_tile_the_stream_across_shards(corpus: Corpus) -> None:
-    stream = np.concatenate([shard.ids for shard in corpus.shards]).astype(np.int64)
+    stream = np.concatenate([corpus.shard(number).ids for number in range(len(corpus.manifest.shards))]).astype(
+        np.int64
+    )
     assert corpus.windows == (len(stream) - 1) // 64
     for number in range(corpus.windows):
         assert np.array_equal(corpus.window(number), stream[64 * number : 64 * number + 65])
+
+
+class CountingIds:
+    """Ids of a shard that is not there: each is its own place in the stream."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return np.arange(self.first + part.start, self.first + min(part.stop, self.count), dtype=np.int64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 40), st.integers(10**9, 2**31), st.integers(1, 4 * 10**12)), min_size=1),
+    length=st.sampled_from([1, 7, 64, 4096]),
+)
+def test_windows_of_corpora_of_any_size_begin_where_they_should(sizes: list[int], length: int) -> None:
+    sizes = [*sizes, length + 1]
+    corpus = Corpus.__new__(Corpus)
+    corpus.lay_out([ShardRecord(str(i), TextCounts(tokens=size), {}) for i, size in enumerate(sizes)], length)
+    borders = np.cumsum([0, *sizes]).tolist()
+    for number, size in enumerate(sizes):
+        corpus._opened[number] = cast(TokenShard, SimpleNamespace(ids=CountingIds(borders[number], size)))
+    assert corpus.tokens == borders[-1]
+    touched = {border // length + step for border in borders for step in (-1, 0, 1)} | {0, corpus.windows - 1}
+    for window in touched:
+        if 0 <= window < corpus.windows:
+            start = window * length
+            assert np.array_equal(corpus.window(window), np.arange(start, start + length + 1))
+    order = SampleOrder(corpus.windows, seed=1)
+    assert all(0 <= order.window(sample) < corpus.windows for sample in (0, 1, corpus.windows - 1, corpus.windows))
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 2), (8, 1)])

@@ -1,6 +1,7 @@
 """Shards: Megatron reads them, ours reads Megatron's, and damage is named."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.manifest import Manifest
+from ecp_scale.data.parsing import Parsing
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.shards import TokenShard
 from ecp_scale.data.tokenizer import SentencePieceTokenizer
+from ecp_scale.data.verification import verify
 from ecp_scale.errors import InputError
 from tests.corpus import ShardedText, write_sharded_text
 
@@ -52,7 +55,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(sharded_text: Shard
     spec = f"sentencepiece:{sharded_text.tokenizer}"
     for workers in (1, 2):
         output = tmp_path / str(workers) / "out"
-        preprocess([str(many)], spec, str(output), text_key="body", workers=workers, shard_tokens=300_000)
+        preprocess([str(many)], spec, str(output), parsing=Parsing("body"), workers=workers, shard_tokens=300_000)
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("1", "2"))
     assert len(first) > 4
     assert first == second
@@ -98,8 +101,50 @@ def test_a_damaged_index_is_named(cut: int, copy: ShardedText) -> None:
     index = next(Path(copy.prefix).parent.glob("*00000-of-*.idx"))
     index.write_bytes(index.read_bytes()[:cut])
     assert index.name in refused(copy.prefix)
-    index.write_bytes(b"something else altogether, long enough for a header")
-    assert "not a Megatron index" in refused(copy.prefix)
+
+
+def test_an_index_of_another_kind_is_named_when_it_is_read(copy: ShardedText) -> None:
+    index = next(Path(copy.prefix).parent.glob("*00000-of-*.idx"))
+    index.write_bytes(b"something else altogether"[: index.stat().st_size].ljust(index.stat().st_size, b"."))
+    with pytest.raises(InputError, match=r"00000-of-.*\.idx: not a Megatron index"):
+        Corpus(copy.prefix, 64).window(0)
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin", ".manifest.json"])
+def test_random_damage_is_harmless_or_refused_by_name(suffix: str, copy: ShardedText) -> None:
+    """A thousand mutations in all: bytes changed, cut off, added or doubled."""
+    folder = Path(copy.prefix).parent
+    path = sorted(folder.glob(f"*{suffix}"))[0]
+    whole = path.read_bytes()
+    rng = random.Random(suffix)
+    refusals: list[str] = []
+    for _ in range(334):
+        content = bytearray(whole)
+        kind = rng.choice(["change", "change", "change", "cut", "add", "double"])
+        if kind == "change":
+            for _ in range(rng.randint(1, 4)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+        elif kind == "cut":
+            del content[rng.randrange(len(content)) :]
+        elif kind == "add":
+            content += bytes(rng.randrange(256) for _ in range(rng.randint(1, 50)))
+        else:
+            place = rng.randrange(len(content))
+            content[place:place] = content[place : place + rng.randint(1, 20)]
+        path.write_bytes(content)
+        try:
+            corpus = Corpus(copy.prefix, 64)
+            for window in (0, corpus.windows // 2, corpus.windows - 1):
+                assert corpus.window(window).shape == (65,)
+            shard = corpus.shard(0)
+            for number in (0, len(shard.lengths) - 1):
+                shard.document(number)
+            problems = list(verify(Path(copy.prefix)))
+            assert problems or bytes(content) == whole or suffix == ".manifest.json"
+        except InputError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(str(folder) in message for message in refusals)
 
 
 def test_another_tokenizer_beside_the_shards_is_named(copy: ShardedText) -> None:
@@ -121,7 +166,7 @@ def test_a_manifest_of_another_format_is_named(copy: ShardedText) -> None:
     path = Path(copy.prefix).parent / "train.manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format_version": 99}))
-    assert "format version 99, expected 1" in refused(copy.prefix)
+    assert "format version 99, expected 2" in refused(copy.prefix)
     path.write_text("{}")
     assert "not a manifest" in refused(copy.prefix)
 

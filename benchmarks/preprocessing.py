@@ -1,0 +1,106 @@
+"""Preprocessing against the bare tokenizer, on the same text and in alternation: python -m benchmarks.preprocessing.
+
+Prints the speed of data_tools/preprocess.py's code with two workers as a share of twice the speed of the tokenizer
+alone in one thread, reading from memory; and the largest memory of all its processes together. The start of the workers
+counts. ``two_tokenizers`` is the share that two bare tokenizers at once reach on this machine.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from ecp_scale.data.documents import read_documents
+from ecp_scale.data.parsing import Parsing
+from ecp_scale.data.preprocessing import preprocess
+from ecp_scale.data.sources import find_sources
+from ecp_scale.data.tokenizer import load_tokenizer
+
+WORKERS = 2
+BATCH = 256
+
+
+def tokenize_alone(spec: str, parts: list[list[str]]) -> float:
+    """Seconds that as many processes take for a part of the texts each; loading them is not counted."""
+    with multiprocessing.get_context("spawn").Pool(len(parts)) as pool:
+        return max(pool.starmap(_tokenize, [(spec, part) for part in parts], chunksize=1))
+
+
+def _tokenize(spec: str, texts: list[str]) -> float:
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = load_tokenizer(spec)
+    began = time.perf_counter()
+    for first in range(0, len(texts), BATCH):
+        tokenizer.encode_batch(texts[first : first + BATCH])
+    return time.perf_counter() - began
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Largest sum of the unique memory of this process's children, and of its own growth; one number, at the end."""
+    this = psutil.Process()
+    before = this.memory_info().rss
+    peak, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            total = max(0, this.memory_info().rss - before)
+            for child in this.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            peak[0] = max(peak[0], total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-only", action="store_true", help="one run of preprocessing, without the peer")
+    options = parser.parse_args()
+    sources = find_sources(options.input)
+    result: dict[str, object] = {"tokenizer": options.tokenizer, "bytes": sum(source.size for source in sources)}
+    alone, together, whole = [], [], []
+    texts = [] if options.memory_only else list(read_documents(sources, Parsing()))
+    for _ in range(1 if options.memory_only else options.rounds):
+        if texts:
+            alone.append(tokenize_alone(options.tokenizer, [texts]))
+            together.append(tokenize_alone(options.tokenizer, [texts[::2], texts[1::2]]))
+        with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
+            began = time.perf_counter()
+            preprocess(options.input, options.tokenizer, str(Path(folder) / "x"), workers=WORKERS)
+            whole.append(time.perf_counter() - began)
+        result["peak_bytes"] = peak[0]
+    result["preprocess_seconds"] = statistics.median(whole)
+    if alone:
+        result["tokenizer_seconds"] = statistics.median(alone)
+        pairs = ((one / WORKERS, both, program) for one, both, program in zip(alone, together, whole, strict=True))
+        shares = [(ideal / both, ideal / program) for ideal, both, program in pairs]
+        result["two_tokenizers"] = statistics.median(share for share, _ in shares)
+        result["preprocess"] = statistics.median(share for _, share in shares)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
