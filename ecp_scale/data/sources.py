@@ -17,6 +17,8 @@ from ecp_scale.errors import InputError
 
 Raw: TypeAlias = bytes | dict[str, Any]
 """A record as it was read: text, a line of JSON, or the columns of a row."""
+Row: TypeAlias = tuple[int, dict[str, Any], int]
+"""Number of a row from 1, its columns, and the bytes of the source up to there."""
 TextUnit = Literal["file", "block", "line", "article"]
 TEXT_SUFFIXES = (".txt", ".tokens", ".raw")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -86,12 +88,14 @@ class Source:
             InputError: naming the source, where it cannot be read.
         """
         try:
-            if self.path is None or self.path.is_dir():
-                yield from self._counted(number, start, self._dataset_rows(reading))
-            elif self.name.endswith(".parquet"):
-                yield from self._counted(number, start, self._parquet_rows(reading))
-            else:
+            if self.path is not None and self.path.is_file() and not self.name.endswith(".parquet"):
                 yield from self._text_records(number, start, reading)
+                return
+            read_rows = self._parquet_rows if self.name.endswith(".parquet") else self._dataset_rows
+            for record, row, read in read_rows(start.record, reading):
+                yield Record(row, f"{self.name}, row {record}", Place(number, record), read)
+        except InputError:
+            raise
         except (OSError, EOFError, zlib.error, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{self.name}: cannot be read ({reason})") from error
@@ -112,24 +116,25 @@ class Source:
                     read = disk.tell() if compressed else offset
                     yield Record(raw, name, Place(number, record, 0 if compressed else offset), read)
 
-    def _counted(self, number: int, start: Place, rows: Iterator[tuple[dict[str, Any], int]]) -> Iterator[Record]:
-        for record, (row, read) in enumerate(rows, start=1):
-            if record > start.record:
-                yield Record(row, f"{self.name}, row {record}", Place(number, record), read)
-
-    def _parquet_rows(self, reading: Reading) -> Iterator[tuple[dict[str, Any], int]]:
+    def _parquet_rows(self, skipped: int, reading: Reading) -> Iterator[Row]:
         import pyarrow.parquet
 
         assert self.path is not None
         with pyarrow.parquet.ParquetFile(self.path) as file:
             self._check_columns(file.schema_arrow.names, reading)
-            done, rows, size = 0, max(1, file.metadata.num_rows), self.size
-            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=list(reading.columns)):
-                for row in batch.to_pylist():
-                    done += 1
-                    yield row, size * done // rows
+            done, size = 0, self.size
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if done + rows <= skipped:
+                    done += rows
+                    continue
+                for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=list(reading.columns)):
+                    for row in batch.to_pylist():
+                        done += 1
+                        if done > skipped:
+                            yield done, row, size * done // file.metadata.num_rows
 
-    def _dataset_rows(self, reading: Reading) -> Iterator[tuple[dict[str, Any], int]]:
+    def _dataset_rows(self, skipped: int, reading: Reading) -> Iterator[Row]:
         try:
             import datasets
         except ImportError as error:
@@ -138,7 +143,9 @@ class Source:
             data = datasets.load_from_disk(str(self.path))
             if isinstance(data, datasets.DatasetDict):
                 raise InputError(f"{self.name}: holds the splits {', '.join(data)}; name the folder of one of them")
-            rows, size = max(1, len(data)), self.size
+            rows, size = len(data), self.size
+            if skipped >= rows:  # which skip() refuses
+                return
         else:
             name, _, rest = self.name.removeprefix(HUB).partition(":")
             config, _, split = rest.partition(":")
@@ -146,8 +153,8 @@ class Source:
             rows, size = 1, 0
         if data.column_names is not None:
             self._check_columns(data.column_names, reading)
-        for done, row in enumerate(data, start=1):
-            yield {name: row[name] for name in reading.columns}, size * done // rows
+        for done, row in enumerate(data.skip(skipped), start=skipped + 1):
+            yield done, {name: row[name] for name in reading.columns}, size * done // rows
 
     def _check_columns(self, found: Sequence[str], reading: Reading) -> None:
         missing = [name for name in reading.columns if name not in found]

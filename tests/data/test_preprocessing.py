@@ -24,7 +24,7 @@ from ecp_scale.data.merging import merge
 from ecp_scale.data.parsing import Parsing, hash_fraction
 from ecp_scale.data.preprocessing import preprocess, share_of
 from ecp_scale.data.shards import TokenShard
-from ecp_scale.data.sources import Source, find_sources
+from ecp_scale.data.sources import Place, Reading, Source, find_sources
 from ecp_scale.data.tokenizer import ByteTokenizer, load_tokenizer
 from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.data.verification import verify
@@ -267,12 +267,53 @@ def test_damaged_files_in_the_middle_are_named_or_skipped(documents: list[str], 
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "saved", "lines.txt"])
+def test_every_source_goes_on_from_any_place(name: str, documents: list[str], tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    documents, path = [text.replace("\n", " ") for text in documents[:60]], tmp_path / name
+    plain = write_jsonl(tmp_path / "plain.jsonl", documents).read_bytes()
+    if name == "saved":
+        datasets.Dataset.from_dict({"text": documents}).save_to_disk(str(path))
+    elif name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path, row_group_size=7)
+    elif name == "lines.txt":
+        path.write_text("\n\n".join(documents))
+    else:
+        path.write_bytes(gzip.compress(plain) if name.endswith("gz") else plain)
+    reading = Reading("line", ("text",))
+    whole = list(Source(str(path)).records(3, Place(3), reading))
+    assert len(whole) == 60
+    assert whole[-1].read_bytes == Source(str(path)).size
+    for number in (0, 5, 6, 7, 30, 59):
+        assert list(Source(str(path)).records(3, whole[number].after, reading)) == whole[number + 1 :]
+
+
+def test_a_hub_dataset_is_streamed(documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    local = write_jsonl(tmp_path / "a.jsonl", documents)
+    load = datasets.load_dataset
+    asked: list[tuple[object, ...]] = []
+
+    def from_file(name: str, config: str | None, *, split: str, streaming: bool) -> object:
+        asked.append((name, config, split, streaming))
+        return load("json", data_files=str(local), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_file)
+    preprocess(["hub:someone/texts:plain:test"], "byte", str(tmp_path / "x"), shard_tokens=100_000)
+    assert asked == [("someone/texts", "plain", "test", True)]
+    assert stored(tmp_path / "x") == expected(documents)
+
+
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a\.parquet: no column text; it has body, id"):
+    with pytest.raises(InputError, match=r"^[^ ]*a\.parquet: no column text; it has body, id$"):
         preprocess([str(tmp_path / "a.parquet")], "byte", str(tmp_path / "x"))
 
 
