@@ -50,7 +50,7 @@ class Setting(NamedTuple):
 def parse(
     argv: Sequence[str], description: str, required: Sequence[str] = (), world_size: int | None = None
 ) -> Request:
-    """Read a training command line; fields named in ``required`` must be set unless it is a dry run.
+    """Read a training command line; fields named in ``required`` must be set unless it is a dry run, of ``a|b`` one.
 
     ``world_size`` is that of the launch to come; None takes this process's own.
 
@@ -74,7 +74,9 @@ def parse(
     problems += config.problems(None if known.dry_run and not launched else world_size)
     problems += deepspeed_json.problems(content, known.deepspeed_config, config, world_size)
     if not known.dry_run:
-        problems += [f"{key} is not set" for key in required if _value(config, key) is None]
+        for key in required:
+            if all(_value(config, choice) is None for choice in key.split("|")):
+                problems.append(f"{key.replace('|', ' or ')} is not set")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{count} in the configuration:\n" + "\n".join(f"  - {text}" for text in problems))

@@ -124,7 +124,7 @@ def read_command_line(argv: list[str]) -> Comparison:
             problems.append(f"{what} names something twice: {','.join(values)}")
     if problems:
         raise InputError("\n".join(problems))
-    request = parse(rest, "", ("data.prefix", "data.validation_prefix"), world_size=options.ranks)
+    request = parse(rest, "", ("data.prefix|data.blend", "data.validation_prefix"), world_size=options.ranks)
     comparison = Comparison(
         base=request.config,
         deepspeed_path=request.deepspeed_path,

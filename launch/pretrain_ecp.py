@@ -34,7 +34,7 @@ def describe(request: Request) -> str:
 def main() -> None:
     """Read the command line; describe or train."""
     assert __doc__ is not None
-    required = ("data.prefix", "training.output_dir")
+    required = ("data.prefix|data.blend", "training.output_dir")
     request = parse(sys.argv[1:], __doc__, required)
     if request.dry_run:
         if is_first_rank():

@@ -177,6 +177,18 @@ def test_problems_of_the_document_mask() -> None:
     assert parse([*options, "--attention.end_of_document=2"], "").config.attention.end_of_document == 2
 
 
+def test_problems_of_blends() -> None:
+    blend = json.dumps({0: {"a": 0.7, "b": 0.3}, 4096: {"a": 0.1, "b": 0.9}})
+    config = parse(["--config", "demo", "--data.blend", blend], "").config
+    assert config.data.phases == [(0, {"a": 0.7, "b": 0.3}), (4096, {"a": 0.1, "b": 0.9})]
+    assert "both set" in refused("--config", "demo", "--data.blend", blend, "--data.prefix=a")
+    assert "data.blend begins at 5 tokens, expected 0" in refused("--data.blend", '{"5": {"a": 1}}')
+    assert "weights {'a': -1.0}" in refused("--data.blend", '{"0": {"a": -1, "b": 2}}')
+    assert "expected some above 0" in refused("--data.blend", '{"0": {"a": 0}}')
+    with pytest.raises(InputError, match=r"data\.prefix or data\.blend is not set"):
+        parse(["--config", "demo"], "", required=("data.prefix|data.blend",))
+
+
 def test_one_word_changes_the_architecture() -> None:
     for preset in ("paper-12l", "scaled-125m", "demo"):
         for architecture in GEOMETRIES:

@@ -20,7 +20,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import Layout
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TAG = re.compile(r"step-(\d{8})")
 
 
@@ -30,6 +30,7 @@ class CheckpointRecord:
 
     step: int
     tokens: int
+    ledger: str
     world_size: int
     tensor_parallel: int
     zero_stage: int

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint, remove_old, tag
 from ecp_scale.config import Config, ModelConfig
 from ecp_scale.config.model import GEOMETRY_FIELDS
-from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import layouts
 from ecp_scale.parallel.groups import agreed
@@ -27,9 +27,11 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    ledger: int = 0
+    """Sum modulo 2^64 of the entries of all samples that were consumed, see ``ecp_scale.data.blend``."""
 
 
-def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path, done: Progress) -> None:
+def save(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: Path, done: Progress) -> None:
     """Write the checkpoint of what is done; all ranks take part."""
     folder = checkpoints_folder(run) / tag(done.step)
     if dist.get_rank() == 0:
@@ -41,6 +43,7 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run:
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):
             # DeepSpeed's copies refuse every checkpoint with tensor parallelism; launch/convert_checkpoint.py does not.
             (folder.parent / script).unlink(missing_ok=True)
+        corpus = blend.corpora[0]
         tokenizer_file = corpus.tokenizer.path.name if corpus.tokenizer.path else ""
         if corpus.tokenizer.path:
             shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
@@ -51,14 +54,15 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run:
             tokenizer_file=tokenizer_file,
             layouts=layouts(engine.module),
             files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
-            **_identity(engine, config, corpus),
+            ledger=f"{done.ledger:016x}",
+            **_identity(engine, config, blend, done.tokens),
         )
         record.write(folder)
         remove_old(run, config.checkpoint.keep)
     dist.barrier()
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, run: Path) -> Progress:
+def resume(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: Path) -> Progress:
     """Load the newest complete checkpoint and return how far it is; nothing where the run has not saved any yet.
 
     Raises:
@@ -67,13 +71,14 @@ def resume(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus, ru
     if not any(checkpoints_folder(run).glob("step-*")):
         return Progress()
     folder = agreed(lambda: find_checkpoint(run))
-    record = agreed(lambda: matching_record(folder, _identity(engine, config, corpus)))
+    saved = agreed(lambda: CheckpointRecord.read(folder))
+    record = agreed(lambda: matching_record(folder, _identity(engine, config, blend, saved.tokens)))
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    return Progress(record.step, record.tokens)
+    return Progress(record.step, record.tokens, int(record.ledger, 16))
 
 
-def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
+def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
+    """What must be the same for a run that is resumed after ``tokens`` tokens to be the same run."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_parallel": config.parallel.tensor,
@@ -82,8 +87,8 @@ def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, corpus: Corpus)
         "model": dataclasses.asdict(config.model),
         "attention": dataclasses.asdict(config.attention),
         "data": {
-            "tokens": corpus.tokens,
-            "tokenizer_sha256": corpus.tokenizer.sha256,
+            **blend.history(tokens),
+            "tokenizer_sha256": blend.corpora[0].tokenizer.sha256,
             "seed": config.training.seed,
             "global_batch_size": config.training.global_batch_size,
         },

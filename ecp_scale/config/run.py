@@ -22,14 +22,14 @@ class AttentionConfig:
     end_of_document: int | None = None
     """Token id that ends a document; null takes the tokenizer's."""
 
-    def problems(self, model: ModelConfig, prefix: str | None) -> list[str]:
-        """Everything that is wrong with the mask; ``prefix`` of the shards whose tokenizer knows the end."""
+    def problems(self, model: ModelConfig, has_shards: bool) -> list[str]:
+        """Everything that is wrong with the mask; ``has_shards`` says whether a tokenizer knows the end."""
         found = []
         end = self.end_of_document
-        if self.document_mask and end is None and prefix is None:
+        if self.document_mask and end is None and not has_shards:
             found.append(
-                "attention.document_mask is true without document ids: attention.end_of_document is null, and so is "
-                "data.prefix, whose tokenizer would tell it"
+                "attention.document_mask is true without document ids: attention.end_of_document is null, and there is "
+                "no data.prefix or data.blend whose tokenizer would tell it"
             )
         if end is not None and not 0 <= end < (model.vocab_size or end + 1):
             found.append(f"attention.end_of_document is {end}, expected an id from 0 to {(model.vocab_size or 0) - 1}")
@@ -94,8 +94,32 @@ class DataConfig:
 
     prefix: str | None = None
     """Prefix of the training shards that data_tools/preprocess.py wrote."""
+    blend: dict[int, dict[str, float]] | None = None
+    """Several corpora instead of data.prefix: from how many tokens of the run on (the first 0), the weight of each
+    shard prefix, as {0: {a: 0.7, b: 0.3}}. A run may add a later entry and go on."""
     validation_prefix: str | None = None
     """Prefix of the validation shards; null trains without validation."""
+
+    @property
+    def phases(self) -> list[tuple[int, dict[str, float]]]:
+        """Tokens from which on each set of weights holds, in order."""
+        if self.blend is not None:
+            return sorted(self.blend.items())
+        assert self.prefix is not None
+        return [(0, {self.prefix: 1.0})]
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the choice of data."""
+        if self.blend is None:
+            return []
+        found = ["data.prefix and data.blend are both set, expected one of them"] if self.prefix is not None else []
+        if min(self.blend, default=1) != 0:
+            found.append(f"data.blend begins at {min(self.blend, default=None)} tokens, expected 0")
+        for tokens, weights in self.blend.items():
+            wrong = {name: weight for name, weight in weights.items() if not 0 <= weight < float("inf")}
+            if wrong or not any(weights.values()):
+                found.append(f"data.blend from {tokens} tokens: weights {wrong or weights}, expected some above 0")
+        return found
 
 
 @dataclass(frozen=True)
@@ -231,9 +255,10 @@ class Config:
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""
         training = self.training.problems()
-        found = self.model.problems() + self.attention.problems(self.model, self.data.prefix)
+        has_shards = self.data.prefix is not None or self.data.blend is not None
+        found = self.model.problems() + self.attention.problems(self.model, has_shards)
         found += self.parallel.problems(self.model, world_size) + self.optimizer.problems()
-        found += training + self.checkpoint.problems()
+        found += training + self.checkpoint.problems() + self.data.problems()
         if not training:
             ranks = self.parallel.data_parallel_size(world_size or 1)
             if self.training.global_batch_size % (self.training.micro_batch_size * ranks):

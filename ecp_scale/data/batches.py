@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ecp_scale.config import TrainingConfig
+from ecp_scale.data.blend import LANES, Blend, ledger_entry, to_lanes
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.order import SampleOrder
 
 
 class TrainingBatches:
@@ -18,9 +18,10 @@ class TrainingBatches:
     one tensor group read the same ones from the memory map.
     """
 
-    def __init__(self, corpus: Corpus, config: TrainingConfig, ranks: int, rank: int) -> None:
-        self.corpus = corpus
-        self.order = SampleOrder(corpus.windows, config.seed)
+    def __init__(self, blend: Blend, config: TrainingConfig, ranks: int, rank: int) -> None:
+        self.blend = blend
+        # What this rank has read of the step that ``after`` was last asked for, see ``ledger_entry``.
+        self.lanes = [0] * LANES
         self.micro = config.micro_batch_size
         self.batch = config.global_batch_size
         self.ranks = ranks
@@ -29,10 +30,16 @@ class TrainingBatches:
     def after(self, tokens: int) -> Iterator[Tensor]:
         """Micro-batches (micro, n + 1) of the optimizer step that follows ``tokens`` tokens of the run."""
         stride = self.micro * self.ranks
-        first = tokens // self.corpus.sequence_length + self.rank * self.micro
+        first = tokens // self.blend.sequence_length + self.rank * self.micro
+        self.lanes = [0] * LANES
         for start in range(first, first + self.batch, stride):
-            windows = [self.order.window(sample) for sample in range(start, start + self.micro)]
-            yield stack(self.corpus, windows)
+            rows = []
+            for sample in range(start, start + self.micro):
+                corpus, window = self.blend.locate(sample)
+                rows.append(self.blend.read(corpus, window))
+                parts = to_lanes(ledger_entry(sample, corpus, window))
+                self.lanes = [total + part for total, part in zip(self.lanes, parts, strict=True)]
+            yield torch.from_numpy(np.stack(rows))
 
 
 def validation_batches(corpus: Corpus, config: TrainingConfig, ranks: int, rank: int) -> Iterator[tuple[Tensor, int]]:

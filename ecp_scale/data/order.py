@@ -35,11 +35,14 @@ class Permutation:
 
 
 class SampleOrder:
-    """Which window each sample of a run is: every window once per epoch, in another order each epoch."""
+    """Which window each sample of a corpus is: every window once per epoch, in another order each epoch.
 
-    def __init__(self, windows: int, seed: int) -> None:
+    ``number`` tells the corpora of a blend apart, so that their orders differ.
+    """
+
+    def __init__(self, windows: int, seed: int, number: int = 0) -> None:
         self.windows = windows
-        self.seed = seed
+        self.key = f"{seed}/{number}" if number else f"{seed}"
         self._epoch = -1
         self._permutation = Permutation(1, "")
 
@@ -47,5 +50,5 @@ class SampleOrder:
         """Window of the run's sample number ``sample``."""
         epoch, position = divmod(sample, self.windows)
         if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, Permutation(self.windows, f"{self.seed}/{epoch}")
+            self._epoch, self._permutation = epoch, Permutation(self.windows, f"{self.key}/{epoch}")
         return self._permutation(position)

@@ -19,6 +19,7 @@ from ecp_scale.checkpoint.saving import Progress, resume, save
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.data.batches import TrainingBatches, validation_batches
+from ecp_scale.data.blend import Blend, from_lanes
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.files import write_text
 from ecp_scale.errors import InputError
@@ -28,7 +29,7 @@ from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.engine import build_engine, set_learning_rate
 from ecp_scale.training.metrics import MetricsLog, check_wandb
 from ecp_scale.training.schedule import learning_rate
-from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step
+from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step, sum_over_ranks
 
 
 def train(request: Request) -> None:
@@ -39,18 +40,18 @@ def train(request: Request) -> None:
         DivergedError: if loss or gradients stay non-finite.
     """
     with process_groups(request.config.parallel) as groups:
-        corpus, validation = agreed(lambda: _open_data(request.config))
-        config = agreed(lambda: with_vocabulary(request.config, corpus))
+        blend, validation = agreed(lambda: _open_data(request.config))
+        config = agreed(lambda: with_vocabulary(request.config, blend.corpora[0]))
         assert config.training.output_dir is not None
         run = Path(config.training.output_dir)
         agreed(lambda: _prepare_run(config, run, request.resume))
         settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
-        progress = resume(engine, config, corpus, run) if request.resume else Progress()
+        progress = resume(engine, config, blend, run) if request.resume else Progress()
         if dist.get_rank() == 0:
             write_text(run / "config.yaml", to_yaml(config))
             write_text(run / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
-        _Run(config, groups, engine, corpus, validation, run).steps(progress)
+        _Run(config, groups, engine, blend, validation, run).steps(progress)
         engine.destroy()
 
 
@@ -62,14 +63,14 @@ class _Run:
         config: Config,
         groups: Groups,
         engine: deepspeed.DeepSpeedEngine,
-        corpus: Corpus,
+        blend: Blend,
         validation: Corpus | None,
         folder: Path,
     ) -> None:
         self.config = config
         self.groups = groups
         self.engine = engine
-        self.corpus = corpus
+        self.blend = blend
         self.validation = validation
         self.folder = folder
         self.saved_step = 0
@@ -78,9 +79,10 @@ class _Run:
         """Train from after what is done to the end, or until SIGTERM."""
         first_step = done.step
         config, ranks = self.config, self.groups.data.size()
-        batches = TrainingBatches(self.corpus, config.training, ranks, self.groups.data_rank)
+        batches = TrainingBatches(self.blend, config.training, ranks, self.groups.data_rank)
         self.saved_step = first_step
         skipped_in_a_row = 0
+        ledger = done.ledger
         with ExitStack() as stack:
             log = stack.enter_context(MetricsLog(config, self.folder, first_step)) if dist.get_rank() == 0 else None
             terminated = stack.enter_context(_sigterm_flag())
@@ -97,9 +99,10 @@ class _Run:
                     result = optimizer_step(self.engine, batches.after(before), self.groups, bool(terminated))
                 except DivergedError as error:
                     raise DivergedError(f"step {step}: {error}; last checkpoint: step {self.saved_step}") from None
+                ledger = (ledger + from_lanes(sum_over_ranks(batches.lanes, self.groups))) % 2**64
                 seconds = time.perf_counter() - began
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-                record = self._record(step, tokens, result, rate, seconds)
+                record = self._record(Progress(step, tokens, ledger), result, rate, seconds)
                 if self._is_due(step, config.training.validation_every_steps) and self.validation is not None:
                     shares = validation_batches(self.validation, config.training, ranks, self.groups.data_rank)
                     record["validation_loss"] = mean_loss(self.engine, shares, self.groups)
@@ -111,7 +114,7 @@ class _Run:
                         f"finite; last checkpoint: step {self.saved_step}"
                     )
                 if result.stop_requested or self._is_due(step, config.checkpoint.every_steps):
-                    save(self.engine, config, self.corpus, self.folder, Progress(step, tokens))
+                    save(self.engine, config, self.blend, self.folder, Progress(step, tokens, ledger))
                     self.saved_step = step
                 if result.stop_requested:
                     break
@@ -119,7 +122,7 @@ class _Run:
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
 
-    def _record(self, step: int, tokens: int, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
+    def _record(self, done: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
         config = self.config
         speed = config.tokens_per_step / seconds
         peak = config.logging.peak_teraflops or known_peak_teraflops(self.groups.device, config.training.precision)
@@ -127,8 +130,8 @@ class _Run:
         if peak is not None:
             utilisation = speed * config.model.flops_per_token / (peak * 1e12 * dist.get_world_size())
         return {
-            "step": step,
-            "tokens": tokens,
+            "step": done.step,
+            "tokens": done.tokens,
             "loss": result.loss,
             "grad_norm": result.gradient_norm,
             "lr": rate,
@@ -137,21 +140,23 @@ class _Run:
             "mfu": utilisation,
             "peak_memory_bytes": peak_memory_bytes(self.groups.device),
             "skipped_steps": self.engine.skipped_steps,
+            "ledger": f"{done.ledger:016x}",
         }
 
 
-def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
-    assert config.data.prefix is not None
-    corpus = Corpus(config.data.prefix, config.model.sequence_length)
+def _open_data(config: Config) -> tuple[Blend, Corpus | None]:
+    blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
+    corpus = blend.corpora[0]
     if config.data.validation_prefix is None:
-        return corpus, None
+        return blend, None
     validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
     if validation.tokenizer.sha256 != corpus.tokenizer.sha256:
         raise InputError(
             f"data.validation_prefix {validation.prefix} was made with tokenizer "
-            f"{validation.tokenizer.sha256[:12]}..., data.prefix {corpus.prefix} with {corpus.tokenizer.sha256[:12]}..."
+            f"{validation.tokenizer.sha256[:12]}..., the training shards {corpus.prefix} with "
+            f"{corpus.tokenizer.sha256[:12]}..."
         )
-    return corpus, validation
+    return blend, validation
 
 
 def with_vocabulary(config: Config, corpus: Corpus) -> Config:

@@ -67,6 +67,13 @@ def optimizer_step(
     return StepResult(loss_value, gradient_norm, skipped, stops > 0)
 
 
+def sum_over_ranks(numbers: list[int], groups: Groups) -> list[int]:
+    """Sums of integers over the data-parallel ranks."""
+    shared = torch.tensor(numbers, dtype=torch.int64, device=groups.device)
+    dist.all_reduce(shared, group=groups.data)
+    return shared.tolist()
+
+
 @torch.no_grad()
 def mean_loss(engine: deepspeed.DeepSpeedEngine, batches: Iterable[tuple[Tensor, int]], groups: Groups) -> float:
     """Mean loss in nats per token over all ranks' batches (micro, n + 1), of which the first rows count."""

@@ -16,6 +16,7 @@ from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, complete_check
 from ecp_scale.checkpoint.saving import matching_record
 from ecp_scale.command_line import parse
 from ecp_scale.data.manifest import TokenizerRecord
+from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.errors import InputError
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
@@ -129,6 +130,36 @@ def test_a_run_continues_with_another_geometry(sharded_text: ShardedText, tmp_pa
     assert find_checkpoint(tmp_path / "run").name == "step-00000016"
 
 
+def test_a_blend_may_change_in_mid_run_and_the_audit_agrees(sharded_text: ShardedText, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    preprocess([str(sharded_text.text)], f"sentencepiece:{sharded_text.tokenizer}", other, shard_tokens=100_000)
+    words = [word for word in Layout(zero=1).options(sharded_text, tmp_path / "run") if "data.prefix" not in word]
+    tokens_per_step = 4 * 64
+    first = {0: {sharded_text.prefix: 0.5, other: 0.5}}
+    second = {**first, 5 * tokens_per_step: {sharded_text.prefix: 0.1, other: 0.9}}
+    runs = [
+        [*words, f"--data.blend={json.dumps(blend)}", f"--training.steps={steps}", "--resume=auto"]
+        for blend, steps in ((first, 5), (second, 9))
+    ]
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([{"options": words, "probed": False} for words in runs]))
+    run_successfully("tests/parallel/train_layouts.py", jobs)
+    records = metrics(tmp_path / "run")
+    assert len({record["ledger"] for record in records}) == 9
+    agreed = run_successfully("launch/audit_data.py", tmp_path / "run")
+    assert f"agrees up to step 9 ({9 * tokens_per_step:,} tokens, ledger {records[-1]['ledger']})" in agreed
+
+    changed = {0: {sharded_text.prefix: 0.9, other: 0.1}}
+    refused = run(SCRIPT, *words, f"--data.blend={json.dumps(changed)}", "--training.steps=12", "--resume=auto")
+    assert refused.returncode == 2
+    assert "data.blend was" in refused.stderr
+    records[6]["ledger"] = records[5]["ledger"]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    audit = run("launch/audit_data.py", tmp_path / "run")
+    assert audit.returncode == 1
+    assert "step 7 disagrees" in audit.stdout
+
+
 def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedText, tmp_path: Path) -> None:
     # The record alone decides: no weights are read.
     config = parse(
@@ -137,6 +168,7 @@ def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedT
     record = CheckpointRecord(
         step=3,
         tokens=10,
+        ledger="0" * 16,
         world_size=1,
         tensor_parallel=1,
         zero_stage=1,

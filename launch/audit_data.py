@@ -1,0 +1,48 @@
+"""Say up to which step a run has read what its config says: recompute the ledger of its metrics.
+
+    python launch/audit_data.py runs/first
+
+The ledger of a step stands for every (sample, corpus, window) up to it, whatever the number of ranks, micro-batches and
+resumes. It is recomputed from config.yaml and the sizes of the shards alone; no token is read. Exits 1 at the first
+step that disagrees.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ecp_scale.command_line import parse
+from ecp_scale.errors import InputError, input_errors_exit
+
+
+def main() -> int:
+    """Read the command line, recompute, and say where the two part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    options = parser.parse_args()
+    run = Path(options.run)
+    config = parse(["--config", str(run / "config.yaml"), "--dry-run"], "").config
+
+    from ecp_scale.data.blend import Blend, ledger_entry
+    from ecp_scale.training.metrics import read_metrics
+
+    records = read_metrics(run)
+    if not records:
+        raise InputError(f"{run}: no metrics to audit")
+    n = config.model.sequence_length
+    blend = Blend(config.data.phases, n, config.training.seed)
+    ledger = 0
+    for record in records:
+        first = (record["tokens"] - config.tokens_per_step) // n
+        for sample in range(first, first + config.training.global_batch_size):
+            ledger = (ledger + ledger_entry(sample, *blend.locate(sample))) % 2**64
+        if f"{ledger:016x}" != record["ledger"]:
+            print(f"{run}: step {record['step']} disagrees: {record['ledger']}, by its config {ledger:016x}")
+            return 1
+    print(f"{run}: agrees up to step {records[-1]['step']} ({records[-1]['tokens']:,} tokens, ledger {ledger:016x})")
+    return 0
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        sys.exit(main())

@@ -1,0 +1,118 @@
+"""Blends: exact shares, no window twice or never, whatever the weights become; and the ledger of what was read."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecp_scale.config import TrainingConfig
+from ecp_scale.data.batches import TrainingBatches
+from ecp_scale.data.blend import PERIOD, Blend, Mixture, from_lanes, ledger_entry, shares_of, to_lanes
+from ecp_scale.data.preprocessing import preprocess
+from ecp_scale.errors import InputError
+from tests.corpus import ShardedText
+
+WEIGHTS = st.lists(st.floats(0, 10), min_size=3, max_size=3).filter(lambda weights: sum(weights) > 0.01)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(lambda weights: sum(weights) > 1e-3))
+def test_shares_add_up_and_follow_the_weights(weights: list[float]) -> None:
+    shares = shares_of(weights)
+    assert shares.sum() == PERIOD
+    for weight, share in zip(weights, shares, strict=True):
+        assert (share > 0) == (weight > 0)
+        assert abs(share - weight / sum(weights) * PERIOD) <= len(weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(phases=st.lists(st.tuples(st.integers(1, 3000), WEIGHTS), min_size=1, max_size=3), seed=st.integers(0, 9))
+def test_no_position_of_any_corpus_repeats_or_is_skipped(phases: list[tuple[int, list[float]]], seed: int) -> None:
+    starts = np.cumsum([0, *(length for length, _ in phases[:-1])]).tolist()
+    mixture = Mixture(starts, [weights for _, weights in phases], seed)
+    total = sum(length for length, _ in phases)
+    found = [mixture.locate(sample) for sample in range(total)]
+    for corpus in range(3):
+        positions = [position for number, position in found if number == corpus]
+        assert positions == list(range(len(positions)))
+    scattered = random.Random(seed).sample(range(total), min(total, 50))
+    fresh = Mixture(starts, [weights for _, weights in phases], seed)
+    assert [fresh.locate(sample) for sample in scattered] == [found[sample] for sample in scattered]
+
+
+def test_a_later_phase_changes_no_sample_before_it() -> None:
+    short = Mixture([0], [[0.7, 0.3]], seed=1)
+    changed = Mixture([0, 5000], [[0.7, 0.3], [0.1, 0.9]], seed=1)
+    assert all(short.locate(sample) == changed.locate(sample) for sample in range(5000))
+    later = Counter(changed.locate(sample)[0] for sample in range(5000, 5000 + PERIOD))
+    assert later == {0: round(0.1 * PERIOD), 1: PERIOD - round(0.1 * PERIOD)}
+
+
+def test_places_are_found_far_into_a_run_at_once() -> None:
+    mixture = Mixture([0, 10**11], [[0.5, 0.5], [0.25, 0.75]], seed=1)
+    corpus, position = mixture.locate(4 * 10**11)
+    expected = 5 * 10**10 + 3 * 10**11 * (0.25 if corpus == 0 else 0.75)
+    assert abs(position - expected) < PERIOD
+
+
+@pytest.fixture
+def two(sharded_text: ShardedText, tmp_path: Path) -> dict[str, float]:
+    """Two corpora and their weights."""
+    other = str(tmp_path / "other")
+    lines = tmp_path / "other.txt"
+    lines.write_text("\n".join(sharded_text.documents[0].splitlines()[:400]))
+    preprocess([str(lines)], f"sentencepiece:{sharded_text.tokenizer}", other)
+    return {sharded_text.prefix: 0.75, other: 0.25}
+
+
+def test_within_an_epoch_of_a_corpus_no_window_repeats(two: dict[str, float]) -> None:
+    first, second = two
+    blend = Blend([(0, two), (100 * 64, {first: 0.5, second: 0.5})], 64, seed=1)
+    windows: list[list[int]] = [[], []]
+    for sample in range(400):
+        corpus, window = blend.locate(sample)
+        windows[corpus].append(window)
+    for whole, seen in zip(blend.corpora, windows, strict=True):
+        epochs = [seen[start : start + whole.windows] for start in range(0, len(seen), whole.windows)]
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+        assert all(0 <= window < whole.windows for window in seen)
+    assert len(windows[1]) > blend.corpora[1].windows, "the small corpus begins a second epoch"
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_the_ledger_of_a_step_is_the_same_in_every_layout(two: dict[str, float], ranks: int, micro: int) -> None:
+    config = TrainingConfig(micro_batch_size=micro, global_batch_size=4)
+    sums = [0, 0, 0, 0]
+    for rank in range(ranks):
+        batches = TrainingBatches(Blend([(0, two)], 64, seed=1), config, ranks, rank)
+        assert sum(len(batch) for batch in batches.after(7 * 4 * 64)) == 4 // ranks
+        sums = [total + lane for total, lane in zip(sums, batches.lanes, strict=True)]
+    blend = Blend([(0, two)], 64, seed=1)
+    entries = [ledger_entry(sample, *blend.locate(sample)) for sample in range(28, 32)]
+    assert from_lanes(sums) == sum(entries) % 2**64
+
+
+def test_the_ledger_notices_a_swap_and_a_repetition() -> None:
+    assert ledger_entry(1, 0, 5) + ledger_entry(2, 0, 6) != ledger_entry(1, 0, 6) + ledger_entry(2, 0, 5)
+    assert ledger_entry(1, 0, 5) != ledger_entry(1, 1, 5)
+    assert from_lanes([3 * lane for lane in to_lanes(2**64 - 1)]) == 3 * (2**64 - 1) % 2**64
+
+
+def test_history_tells_phases_that_have_begun(two: dict[str, float]) -> None:
+    first = next(iter(two))
+    blend = Blend([(0, {first: 1.0}), (1000, two)], 64, seed=1)
+    assert blend.history(0) == blend.history(999) == blend.history(1000)
+    assert blend.history(1000)["corpora_tokens"] == [blend.corpora[0].tokens]
+    assert blend.history(1001)["blend"] == [[0, [1.0, 0.0]], [1000, [0.75, 0.25]]]
+    assert Blend([(0, {first: 1.0})], 64, seed=1).history(1000) == blend.history(1000)
+
+
+def test_corpora_of_other_tokenizers_do_not_blend(sharded_text: ShardedText, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    preprocess([str(tmp_path / "a.txt")], "byte", str(tmp_path / "x"))
+    with pytest.raises(InputError, match=r"corpus .*x was made with tokenizer"):
+        Blend([(0, {sharded_text.prefix: 1.0, str(tmp_path / "x"): 1.0})], 64, seed=1)
