@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ecp_scale import deepspeed_json
 from ecp_scale.checkpoint.saving import resume
 from ecp_scale.command_line import Request, parse
-from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.groups import process_groups
 from ecp_scale.training.engine import build_engine
 from ecp_scale.training.loop import train, with_vocabulary
@@ -31,15 +31,14 @@ def probe_tokens() -> torch.Tensor:
 
 def write_logits(request: Request) -> None:
     """Resume as a trainer does, and save what it computes."""
-    prefix, output = request.config.data.prefix, request.config.training.output_dir
-    assert prefix is not None
+    output = request.config.training.output_dir
     assert output is not None
     with process_groups(request.config.parallel) as groups:
-        corpus = Corpus(prefix, request.config.model.sequence_length)
-        config = with_vocabulary(request.config, corpus)
+        blend = Blend(request.config.data.phases, request.config.model.sequence_length, request.config.training.seed)
+        config = with_vocabulary(request.config, blend.corpora[0])
         settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
-        assert resume(engine, config, corpus, Path(output)).step == config.training.steps
+        assert resume(engine, config, blend, Path(output)).step == config.training.steps
         engine.eval()
         with torch.no_grad():
             logits = engine.module.logits(probe_tokens())
