@@ -99,6 +99,8 @@ class DataConfig:
     shard prefix, as {0: {a: 0.7, b: 0.3}}. A run may add a later entry and go on."""
     validation_prefix: str | None = None
     """Prefix of the validation shards; null trains without validation."""
+    untrained_targets: list[int] = field(default_factory=list)
+    """Token ids that are read but whose prediction has no loss, such as padding or the end of documents."""
 
     @property
     def phases(self) -> list[tuple[int, dict[str, float]]]:

@@ -96,7 +96,9 @@ class _Run:
                 set_learning_rate(self.engine, rate)
                 seed_step(config.training.seed, step, self.groups)
                 try:
-                    result = optimizer_step(self.engine, batches.after(before), self.groups, bool(terminated))
+                    result = optimizer_step(
+                        self.engine, batches.after(before), self.groups, bool(terminated), config.data.untrained_targets
+                    )
                 except DivergedError as error:
                     raise DivergedError(f"step {step}: {error}; last checkpoint: step {self.saved_step}") from None
                 ledger = (ledger + from_lanes(sum_over_ranks(batches.lanes, self.groups))) % 2**64
@@ -105,7 +107,9 @@ class _Run:
                 record = self._record(Progress(step, tokens, ledger), result, rate, seconds)
                 if self._is_due(step, config.training.validation_every_steps) and self.validation is not None:
                     shares = validation_batches(self.validation, config.training, ranks, self.groups.data_rank)
-                    record["validation_loss"] = mean_loss(self.engine, shares, self.groups)
+                    record["validation_loss"] = mean_loss(
+                        self.engine, shares, self.groups, config.data.untrained_targets
+                    )
                 if log is not None:
                     log.write(record)
                 if skipped_in_a_row >= config.training.max_skipped_steps:

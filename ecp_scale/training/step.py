@@ -1,7 +1,7 @@
 """One optimizer step: accumulation, one message about loss and stop requests, and the checks before and after."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -28,19 +28,32 @@ class StepResult:
 
 
 def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine, micro_batches: Iterable[Tensor], groups: Groups, stop_requested: bool
+    engine: deepspeed.DeepSpeedEngine,
+    micro_batches: Iterable[Tensor],
+    groups: Groups,
+    stop_requested: bool,
+    untrained: Sequence[int] = (),
 ) -> StepResult:
     """Accumulate over the micro-batches (micro, n + 1) and update the weights.
+
+    The loss is the mean over all targets of the step, on all ranks, that are not ``untrained`` ids. Ranks and
+    micro-batches may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to
+    what makes that mean the right one.
 
     Raises:
         DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the
             gradients not finite and has not skipped the update.
     """
     losses = []
-    batches = list(micro_batches)
-    for number, batch in enumerate(batches, start=1):
-        ids = batch.to(groups.device)
-        loss = engine(ids[:, :-1], ids[:, 1:]).mean()
+    batches = [batch.to(groups.device) for batch in micro_batches]
+    positions = engine.module.config.geometry.trained_positions
+    trained = [has_loss(ids[:, -positions:], untrained) for ids in batches]
+    count = sum(mask.numel() for mask in trained) * groups.data.size()
+    if untrained:
+        (count,) = sum_over_ranks([sum(int(mask.sum()) for mask in trained)], groups)
+    scale = len(batches) * groups.data.size() / max(1, count)
+    for number, (ids, mask) in enumerate(zip(batches, trained, strict=True), start=1):
+        loss = engine(ids[:, :-1], ids[:, 1:]).masked_fill(~mask, 0).sum() * scale
         losses.append(loss.detach().float())
         engine.backward(loss)
         if number < len(batches):
@@ -67,6 +80,11 @@ def optimizer_step(
     return StepResult(loss_value, gradient_norm, skipped, stops > 0)
 
 
+def has_loss(targets: Tensor, untrained: Sequence[int]) -> Tensor:
+    """Which targets are trained: all that are not ``untrained`` ids; the same shape."""
+    return ~torch.isin(targets, torch.tensor(untrained, dtype=targets.dtype, device=targets.device))
+
+
 def sum_over_ranks(numbers: list[int], groups: Groups) -> list[int]:
     """Sums of integers over the data-parallel ranks."""
     shared = torch.tensor(numbers, dtype=torch.int64, device=groups.device)
@@ -75,14 +93,20 @@ def sum_over_ranks(numbers: list[int], groups: Groups) -> list[int]:
 
 
 @torch.no_grad()
-def mean_loss(engine: deepspeed.DeepSpeedEngine, batches: Iterable[tuple[Tensor, int]], groups: Groups) -> float:
-    """Mean loss in nats per token over all ranks' batches (micro, n + 1), of which the first rows count."""
+def mean_loss(
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Iterable[tuple[Tensor, int]],
+    groups: Groups,
+    untrained: Sequence[int] = (),
+) -> float:
+    """Mean loss in nats per trained target over all ranks' batches (micro, n + 1), of which the first rows count."""
     engine.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batch, counted in batches:
         ids = batch.to(groups.device)
-        losses = engine(ids[:, :-1], ids[:, 1:])[:counted]
+        losses = engine(ids[:, :-1], ids[:, 1:])
+        losses = losses[has_loss(ids[:, -losses.shape[1] :], untrained)[:counted].nonzero(as_tuple=True)]
         totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)
     engine.train()
     dist.all_reduce(totals, group=groups.data)
-    return (totals[0] / totals[1]).item()
+    return (totals[0] / totals[1].clamp(min=1)).item()

@@ -94,6 +94,7 @@ class Layout:
             # The documents of the text are longer than a window; a frequent token makes documents of a few tokens.
             values["attention.document_mask"] = True
             values["attention.end_of_document"] = text.most_frequent_token()
+            values["data.untrained_targets"] = [text.most_frequent_token()]
         if self.optimizer == "sgd":
             values["optimizer.learning_rate"] = 0.3
         words = [f"--{key}={value}" for key, value in values.items()]

@@ -5,7 +5,7 @@ import torch
 
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.engine import parameter_groups
-from ecp_scale.training.step import DivergedError, optimizer_step
+from ecp_scale.training.step import DivergedError, mean_loss, optimizer_step
 from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
 
 
@@ -26,16 +26,24 @@ class FakeEngine:
 
     skipped_steps = 0
 
-    def __init__(self, model: torch.nn.Module, factor: float) -> None:
+    def __init__(self, model: torch.nn.Module, factor: float, micro_batches: int = 1) -> None:
         self.module = model
         self.factor = factor
+        self.micro_batches = micro_batches
         self.steps = 0
 
     def __call__(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.module(tokens, targets) * self.factor
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        # DeepSpeed takes the mean over the micro-batches.
+        (loss / self.micro_batches).backward()
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self) -> None:
+        self.module.train()
 
     def step(self) -> None:
         self.steps += 1
@@ -70,3 +78,25 @@ def test_the_loss_is_the_mean_over_micro_batches(groups: Groups) -> None:
     apart = optimizer_step(FakeEngine(model, 1.0), list(tokens.split(1)), groups, stop_requested=False)
     assert apart.loss == pytest.approx(together.loss, rel=1e-6)
     assert (together.stop_requested, apart.stop_requested) == (True, False)
+
+
+def test_untrained_targets_have_no_loss_however_they_fall_on_the_micro_batches(groups: Groups) -> None:
+    model = build(SCALED, groups, torch.float32)
+    tokens = random_tokens(SCALED, 33, batch=4)
+    tokens[0, 5:30] = 7
+    losses = model(tokens[:, :-1], tokens[:, 1:])
+    trained = (tokens[:, 1:] != 7) & (tokens[:, 1:] != 11)
+    assert trained.float().mean(dim=1).min() < 0.3 < trained.float().mean()
+    expected = losses[trained].mean()
+    model.zero_grad()
+    expected.backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    for batches in ([tokens], list(tokens.split(1))):
+        model.zero_grad()
+        engine = FakeEngine(model, 1.0, micro_batches=len(batches))
+        result = optimizer_step(engine, batches, groups, False, untrained=[7, 11])
+        assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+        for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    rows = [(tokens[:2], 2), (tokens[2:], 1)]
+    assert mean_loss(engine, rows, groups, [7, 11]) == pytest.approx(losses[:3][trained[:3]].mean().item(), rel=1e-6)
