@@ -22,13 +22,13 @@ OWNED_BY_RUN_CONFIG = {
 
 
 def read(path: str | None) -> dict[str, Any]:
-    """Read the JSON; no path means ZeRO-1 with its defaults.
+    """Read the JSON; no path means that of ds_configs/zero1.json.
 
     Raises:
         InputError: if the file is missing or is not a JSON object.
     """
     if path is None:
-        return {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+        return {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1, "overlap_comm": False}}
     try:
         content = json.loads(Path(path).read_text())
     except OSError as error:
@@ -75,11 +75,6 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
         found.append(
             f"{where}: ZeRO-0 with training.precision bf16 strays from the fp32 curve and exports no fp32 weights; "
             "use stage 1 to 3"
-        )
-    if bf16 and stage == 1 and _get(content, "data_types.grad_accum_dtype") == "fp32":
-        found.append(
-            f"{where}: data_types.grad_accum_dtype is 'fp32' under ZeRO-1 with training.precision bf16, whose "
-            "checkpoints DeepSpeed's converter cannot read; use stage 2"
         )
     return found
 

@@ -37,7 +37,8 @@ def main() -> int:
         for sample in range(first, first + config.training.global_batch_size):
             ledger = (ledger + ledger_entry(sample, *blend.locate(sample))) % 2**64
         if f"{ledger:016x}" != record["ledger"]:
-            print(f"{run}: step {record['step']} disagrees: {record['ledger']}, by its config {ledger:016x}")
+            agreed = f"agrees up to step {record['step'] - 1}, then not"
+            print(f"{run}: {agreed}: step {record['step']} says {record['ledger']}, its config {ledger:016x}")
             return 1
     print(f"{run}: agrees up to step {records[-1]['step']} ({records[-1]['tokens']:,} tokens, ledger {ledger:016x})")
     return 0

@@ -279,14 +279,16 @@ def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path)
         assert part in message, part
 
 
-def test_combinations_of_bf16_and_zero_that_do_harm_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}))
+def test_bf16_without_master_weights_is_refused() -> None:
     zero0 = str(ROOT / "ds_configs" / "zero0.json")
     assert "use stage 1 to 3" in refused("--config", "scaled-125m", "--deepspeed_config", zero0)
-    options = ("--config", "demo", "--deepspeed_config", str(file))
-    assert "grad_accum_dtype is 'fp32' under ZeRO-1" in refused(*options, "--training.precision=bf16")
-    parse(options, "")
+
+
+def test_without_a_json_a_run_uses_that_of_zero1() -> None:
+    written = parse(["--config", "demo", "--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")], "")
+    assert deepspeed_json.resolve(deepspeed_json.read(None), written.config, 2) == deepspeed_json.resolve(
+        written.deepspeed, written.config, 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class CheckpointRecord:
     step: int
     tokens: int
     ledger: str
+    skipped_steps: int
     world_size: int
     tensor_parallel: int
     zero_stage: int

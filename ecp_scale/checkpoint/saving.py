@@ -10,6 +10,7 @@ import deepspeed
 import torch.distributed as dist
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint, remove_old, tag
+from ecp_scale.checkpoint.reshaping import load_reshaped
 from ecp_scale.config import Config, ModelConfig
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.data.blend import Blend
@@ -55,7 +56,9 @@ def save(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: P
             layouts=layouts(engine.module),
             files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
             ledger=f"{done.ledger:016x}",
-            **_identity(engine, config, blend, done.tokens),
+            skipped_steps=engine.skipped_steps,
+            **_layout(engine, config),
+            **_identity(config, blend, done.tokens),
         )
         record.write(folder)
         remove_old(run, config.checkpoint.keep)
@@ -66,24 +69,34 @@ def resume(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run:
     """Load the newest complete checkpoint and return how far it is; nothing where the run has not saved any yet.
 
     Raises:
-        InputError: on all ranks, if the checkpoint was written by another model, layout or data.
+        InputError: on all ranks, if the checkpoint was written with another model or other data, or is damaged.
     """
     if not any(checkpoints_folder(run).glob("step-*")):
         return Progress()
     folder = agreed(lambda: find_checkpoint(run))
     saved = agreed(lambda: CheckpointRecord.read(folder))
-    record = agreed(lambda: matching_record(folder, _identity(engine, config, blend, saved.tokens)))
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    record = agreed(lambda: matching_record(folder, _identity(config, blend, saved.tokens)))
+    layout = _layout(engine, config)
+    if layout == {key: getattr(record, key) for key in layout}:
+        engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    else:
+        agreed(lambda: load_reshaped(engine, folder, record))
     return Progress(record.step, record.tokens, int(record.ledger, 16))
 
 
-def _identity(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
-    """What must be the same for a run that is resumed after ``tokens`` tokens to be the same run."""
+def _layout(engine: deepspeed.DeepSpeedEngine, config: Config) -> dict[str, Any]:
+    """What decides the form of DeepSpeed's files."""
     return {
         "world_size": dist.get_world_size(),
         "tensor_parallel": config.parallel.tensor,
         "zero_stage": engine.zero_optimization_stage(),
         "precision": config.training.precision,
+    }
+
+
+def _identity(config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
+    """What must be the same for a run that is resumed after ``tokens`` tokens to be the same run."""
+    return {
         "model": dataclasses.asdict(config.model),
         "attention": dataclasses.asdict(config.attention),
         "data": {

@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections around an attention pattern (paper section 3.1; ecp.md's `paper` and `scaled` switches)."""
+    """Projections around an attention pattern (paper section 3.1; docs/training.md lists the switches)."""
 
     def __init__(self, config: ModelConfig, layer: int, shard: Shard) -> None:
         super().__init__()

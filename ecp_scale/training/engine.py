@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ecp_scale.config import Config, OptimizerConfig
+from ecp_scale.models.decay import decayed_and_other
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import ColumnLinear, RowLinear, Shard
+from ecp_scale.models.linear import Shard
 from ecp_scale.models.sharding import Layout
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.mpu import ModelParallelUnit
@@ -41,11 +42,12 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of linear layers decay; biases, norms and embeddings do not (ecp.md: the paper's recipe)."""
-    decayed = [module.weight for module in model.modules() if isinstance(module, ColumnLinear | RowLinear | nn.Linear)]
-    chosen = {id(parameter) for parameter in decayed}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    """Weights of linear layers decay; biases, norms and embeddings do not."""
+    decayed, other = decayed_and_other(model)
+    return [
+        {"params": list(decayed.values()), "weight_decay": weight_decay},
+        {"params": list(other.values()), "weight_decay": 0.0},
+    ]
 
 
 def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
         step=step,
         tokens=step * 10,
         ledger="0" * 16,
+        skipped_steps=0,
         world_size=1,
         tensor_parallel=1,
         zero_stage=0,
