@@ -7,6 +7,7 @@ corpus's own order. So the state of a run is one integer per corpus, and the sam
 
 import hashlib
 import struct
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -85,7 +86,7 @@ class Mixture:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Corpus, and how many samples of it came before."""
-        phase = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        phase = bisect_right(self._starts, sample) - 1
         period, place = divmod(sample - self._starts[phase], PERIOD)
         corpora, earlier = self._period(phase, period)
         corpus = int(corpora[place])

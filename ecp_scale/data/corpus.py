@@ -1,5 +1,7 @@
 """A corpus: the shards of one prefix as one stream of tokens, cut into windows."""
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +40,8 @@ class Corpus:
         """Place the shards one after another and cut the stream into windows; touches no file."""
         self.sequence_length = sequence_length
         self._opened: dict[int, TokenShard] = {}
-        self._borders = np.cumsum([0, *(record.counts.tokens for record in shards)], dtype=np.int64)
-        self.tokens = int(self._borders[-1])
+        self._borders = [0, *itertools.accumulate(record.counts.tokens for record in shards)]
+        self.tokens = self._borders[-1]
         self.windows = (self.tokens - 1) // sequence_length
 
     def shard(self, number: int) -> TokenShard:
@@ -55,13 +57,13 @@ class Corpus:
     def read(self, start: int, count: int) -> Tokens:
         """``count`` tokens of the stream from ``start`` on, across shards, as int64."""
         parts = []
-        shard = int(np.searchsorted(self._borders, start, side="right")) - 1
+        shard = bisect_right(self._borders, start) - 1
         while count:
-            offset = start - int(self._borders[shard])
+            offset = start - self._borders[shard]
             part = self.shard(shard).ids[offset : offset + count]
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(parts, dtype=np.int64)
 
     def window(self, number: int) -> Tokens:
         """The n + 1 tokens of one window, as int64."""

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -109,12 +108,26 @@ def _encode(batch: Batch) -> EncodedBatch:
         if text is not None:
             texts.append(text)
             numbers.append(number)
-    dtype = np.dtype(token_type(_tokenizer.vocab_size))
-    parts = array(dtype.char)  # from a list, several times as fast as NumPy
-    for number, text, ids in zip(numbers, texts, _tokenizer.encode_batch(texts), strict=True):
-        parts.fromlist(ids)
-        parts.append(_tokenizer.end_of_document)
+    encoded = _tokenizer.encode_batch(texts)
+    for number, text, ids in zip(numbers, texts, encoded, strict=True):
         tokens[number] = len(ids) + 1
-        sizes[number] = len(text.encode())
-        words[number] = len(text.split())
-    return EncodedBatch(np.frombuffer(parts, dtype=dtype), tokens, sizes, words, errors)
+        sizes[number], words[number] = measure(text)
+    end = np.array([_tokenizer.end_of_document], dtype=np.int32)
+    parts = [part for ids in encoded for part in (ids, end)]
+    # Casting: every id is below vocab_size, by which the type was chosen.
+    dtype = token_type(_tokenizer.vocab_size)
+    ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
+    return EncodedBatch(ids, tokens, sizes, words, errors)
+
+
+_BLANKS = "".join(character for character in map(chr, range(0x10000)) if character.isspace())
+_BLANK_OR_NOT = bytes.maketrans(bytes(range(256)), bytes(32 if chr(i) in _BLANKS[:10] else 120 for i in range(256)))
+
+
+def measure(text: str) -> tuple[int, int]:
+    """Bytes of a text in UTF-8, and its words: what ``len(text.split())`` counts, in a third of the time."""
+    content = text.encode()
+    if not text.isascii() and any(blank in text for blank in _BLANKS[10:]):
+        return len(content), len(text.split())
+    marked = content.translate(_BLANK_OR_NOT)
+    return len(content), marked.count(b" x") + marked.startswith(b"x")

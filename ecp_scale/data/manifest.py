@@ -50,8 +50,13 @@ class TextCounts:
     words: int = 0
 
     def __add__(self, other: "TextCounts") -> "TextCounts":
-        values = dataclasses.asdict(self)
-        return TextCounts(**{name: value + getattr(other, name) for name, value in values.items()})
+        # Field by field: once per document, dataclasses.asdict would be a tenth of all work.
+        return TextCounts(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.words + other.words,
+        )
 
 
 @dataclass(frozen=True)

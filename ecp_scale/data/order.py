@@ -3,6 +3,7 @@
 import hashlib
 
 ROUNDS = 6
+"""Even, so that the halves end with the widths that they began with."""
 
 
 class Permutation:
@@ -12,10 +13,12 @@ class Permutation:
         """Derive the round keys from ``key``; ``size`` is at least 1."""
         assert size >= 1
         self.size = size
-        self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._mask = (1 << self._half_bits) - 1
+        bits = max(2, (size - 1).bit_length())
+        self._low_bits = bits - bits // 2
+        # The halves differ by a bit where their sum is odd, and swap in every round.
+        masks = ((1 << bits // 2) - 1, (1 << self._low_bits) - 1)
         digest = hashlib.sha256(key.encode()).digest() * 2
-        self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8]) | 1 for i in range(ROUNDS)]
+        self._rounds = [(int.from_bytes(digest[8 * i : 8 * i + 8]) | 1, masks[i % 2]) for i in range(ROUNDS)]
 
     def __call__(self, index: int) -> int:
         """Where ``index`` goes."""
@@ -26,12 +29,12 @@ class Permutation:
         return index
 
     def _feistel(self, value: int) -> int:
-        left, right = value >> self._half_bits, value & self._mask
-        for key in self._keys:
+        left, right = value >> self._low_bits, value & ((1 << self._low_bits) - 1)
+        for key, mask in self._rounds:
             mixed = ((right + key) * 0x9E3779B97F4A7C15) & (2**64 - 1)
             mixed = ((mixed ^ (mixed >> 29)) * key) & (2**64 - 1)
-            left, right = right, left ^ ((mixed >> 32) & self._mask)
-        return (left << self._half_bits) | right
+            left, right = right, left ^ ((mixed >> 32) & mask)
+        return (left << self._low_bits) | right
 
 
 class SampleOrder:

@@ -25,6 +25,8 @@ JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 HUB = "hub:"
 ROWS_AT_A_TIME = 1024
+READ_BYTES = 1 << 20
+"""Python's own 8 KiB would cut most documents into several reads."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Source:
     def _text_records(self, number: int, start: Place, reading: Reading) -> Iterator[Record]:
         assert self.path is not None
         compressed = self.name.endswith((".gz", ".zst"))
-        with self.path.open("rb") as disk, _decompressed(disk, self.name) as file:
+        with self.path.open("rb", READ_BYTES) as disk, _decompressed(disk, self.name) as file:
             record, offset = 0, 0
             if start.record and not compressed:
                 record, offset = start.record, start.offset
@@ -111,7 +113,7 @@ class Source:
             what = "line" if self.is_json else reading.text_unit
             for raw in CUTS[what](file):
                 record, offset = record + 1, offset + len(raw)
-                if record > start.record and raw.strip():
+                if record > start.record and raw and not raw.isspace():
                     name = self.name if what == "file" else f"{self.name}, {what} {record}"
                     read = disk.tell() if compressed else offset
                     yield Record(raw, name, Place(number, record, 0 if compressed else offset), read)

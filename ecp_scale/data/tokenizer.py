@@ -1,14 +1,18 @@
 """Tokenizers: text to ids and back, each known by the hash of its file."""
 
 import hashlib
+from array import array
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from ecp_scale.data.files import sha256_of
 from ecp_scale.errors import InputError
 
+Ids: TypeAlias = npt.NDArray[np.int32]
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """Pieces that end a document, by the name that a Hugging Face tokenizer gives them; the first that it has is taken."""
 
@@ -29,7 +33,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any begin or end."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
         """The same for many texts, in this thread."""
 
     def decode(self, ids: list[int]) -> str:
@@ -66,9 +70,9 @@ class SentencePieceTokenizer:
         """Ids of a text, without any begin or end."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
         """The same for many texts, in this thread."""
-        return self._processor.encode(texts, num_threads=1)
+        return self._processor.encode(texts, return_type="numpy", num_threads=1)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -110,9 +114,11 @@ class HuggingFaceTokenizer:
         """Ids of a text, without any begin or end."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
         """The same for many texts; in this thread where TOKENIZERS_PARALLELISM is false."""
-        return [encoded.ids for encoded in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        # array() of a list takes half the time of NumPy's.
+        return [np.frombuffer(array("i", text.ids), dtype=np.int32) for text in encoded]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -163,9 +169,9 @@ class ByteTokenizer:
         """Ids of a text, without any begin or end."""
         return list(text.encode())
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
         """The same for many texts."""
-        return [self.encode(text) for text in texts]
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; what is no UTF-8 shows as a replacement character."""

@@ -15,9 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ecp_scale.data import preprocessing
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.encoding import measure
 from ecp_scale.data.journal import journal_path
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.data.merging import merge
@@ -132,6 +135,11 @@ def test_shares_by_hash_hold_every_document_once(documents: list[str], tmp_path:
         parts.append(stored(prefix))
     assert sorted(ids for part in parts for ids in part) == sorted(expected(documents))
     assert len(parts[0]) < len(parts[1]) < len(documents)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \t\n\x0b\x1c\x85\xa0\u2003\u3000ab”")))
+def test_bytes_and_words_are_those_of_python(text: str) -> None:
+    assert measure(text) == (len(text.encode()), len(text.split()))
 
 
 def command(source: Path, prefix: Path, workers: int) -> list[str]:
