@@ -88,6 +88,9 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
+    # DeepSpeed counts every rank that holds the same parameters as a reader of other samples; those of a context group
+    # read the same ones.
+    resolved["train_batch_size"] *= config.parallel.context
     # The optimizer is ours (ecp_scale.training.engine), and DeepSpeed warns of any but its own.
     resolved.setdefault("zero_allow_untested_optimizer", True)
     resolved.setdefault("steps_per_print", None)

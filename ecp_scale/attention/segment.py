@@ -9,11 +9,16 @@ look back.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ecp_scale.attention.attend import KeyValue, attend, join
+
+Exchange: TypeAlias = Callable[[KeyValue], Callable[[], KeyValue]]
+"""Gives ``right`` away at once, and promises ``left``."""
 
 
 def segment_attention(
@@ -21,7 +26,7 @@ def segment_attention(
     k: Tensor,
     v: Tensor,
     segment_length: int,
-    left: KeyValue | None = None,
+    left: KeyValue | Exchange | None = None,
     *,
     look_back: bool = True,
     window: int | None = None,
@@ -39,11 +44,13 @@ def segment_attention(
         k: keys (B, G, N, E), where G divides H (grouped-query attention).
         v: values (B, G, N, E); pass ``k`` itself where K and V are tied.
         segment_length: positions per segment, m in the paper. The last segment need not be full.
-        left: keys and values of the segment before the chunk; None at the start of a sequence.
+        left: keys and values of the segment before the chunk; None, or no positions, at the start of a sequence. An
+            exchange is given ``right`` first, and asked for ``left`` when every other segment is done.
         look_back: False hides the left segment, so that every segment is alone.
         window: how many positions a query sees at most, its own included; at most ``segment_length`` + 1 are in view.
         first_length: positions of the chunk's first segment, where it is shorter.
-        documents: number of the document (B, N) of every position; attention does not cross documents.
+        documents: number of the document (B, N) of every position, or (B, M + N) with those of a ``left`` that has
+            none of its own; attention does not cross documents.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -55,18 +62,26 @@ def segment_attention(
     """
     _check_shapes(q, k, v, segment_length, left)
     lengths = segment_lengths(k.shape[-2], segment_length, first_length)
+    before = None
+    if documents is not None:
+        before, documents = documents.tensor_split([documents.shape[-1] - k.shape[-2]], dim=-1)
     segments = KeyValue(k, v, documents).split(lengths)
+    promise = left(segments[-1]) if callable(left) else lambda: left
     answered = k.shape[-2] - q.shape[-2]
     asking = [min(length, max(0, end - answered)) for length, end in zip(lengths, _ends(lengths), strict=True)]
-
     outputs = []
-    for number, q_BHME in enumerate(q.split(asking, dim=-2)):
-        if q_BHME.shape[-2] == 0:
+    # The first segment comes last: the others need not wait for its neighbour.
+    for number, queries in reversed(list(enumerate(q.split(asking, dim=-2)))):
+        if queries.shape[-2] == 0:
             continue
-        previous = segments[number - 1] if number else left
+        previous = segments[number - 1] if number else _with_documents(promise(), before)
         seen = segments[number] if previous is None or not look_back else join(previous, segments[number])
-        outputs.append(attend(q_BHME, seen, window=window, dropout=dropout))
-    return torch.cat(outputs, dim=-2), segments[-1]
+        outputs.append(attend(queries, seen, window=window, dropout=dropout))
+    return torch.cat(outputs[::-1], dim=-2), segments[-1]
+
+
+def _with_documents(left: KeyValue | None, documents: Tensor | None) -> KeyValue | None:
+    return left._replace(documents=documents) if left is not None and left.documents is None else left
 
 
 def segment_lengths(positions: int, segment_length: int, first_length: int | None = None) -> list[int]:
@@ -80,7 +95,7 @@ def _ends(lengths: list[int]) -> list[int]:
     return list(itertools.accumulate(lengths))
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | None) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | Exchange | None) -> None:
     if segment_length < 1:
         raise ValueError(f"segment_length is {segment_length}, expected at least 1")
     if k.shape != v.shape:
@@ -89,7 +104,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: Ke
         raise ValueError(f"queries {tuple(q.shape)} do not fit keys {tuple(k.shape)}: (batch, heads, n, head width)")
     if not 1 <= q.shape[-2] <= k.shape[-2]:
         raise ValueError(f"{q.shape[-2]} queries over {k.shape[-2]} keys; expected 1 <= queries <= keys")
-    if left is None:
+    if not isinstance(left, KeyValue) or left.positions == 0:
         return
     expected = (*k.shape[:2], segment_length, k.shape[-1])
     for name, tensor in (("keys", left.keys), ("values", left.values)):

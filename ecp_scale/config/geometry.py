@@ -33,6 +33,11 @@ class Geometry:
     """Whether what a stream must remember stops growing."""
 
     @property
+    def halo_positions(self) -> int:
+        """Positions that a rank needs of the one to its left where ranks share a sequence; 0: they cannot share it."""
+        return 0
+
+    @property
     def context(self) -> int:
         """Positions before the latents."""
         return self.sequence_length - self.latents
@@ -88,6 +93,11 @@ class Ecp(Geometry):
     bounded_cache = True
 
     @property
+    def halo_positions(self) -> int:
+        """A segment."""
+        return self.segment_length
+
+    @property
     def reach_tokens(self) -> int:
         """(L+1)*m: the segment's own tokens and one more segment per layer."""
         return (self.layers + 1) * self.segment_length
@@ -113,6 +123,11 @@ class SlidingWindow(Geometry):
     """Every position sees the last w, its own included."""
 
     bounded_cache = True
+
+    @property
+    def halo_positions(self) -> int:
+        """A window."""
+        return self.window
 
     @property
     def reach_tokens(self) -> int:

@@ -26,7 +26,7 @@ WHOLE = sys.maxsize
 
 def ecp(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
     """Segments that see themselves and their left neighbour, in every layer."""
-    return CausalSegments(config.geometry.segment_length)
+    return CausalSegments(config.geometry.segment_length, context=shard.context)
 
 
 def perceiver_ar(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
@@ -68,7 +68,7 @@ def transformer(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
 
 def sliding_window(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
     """Segments of w, of whose left neighbour the last tokens that make up w are in view."""
-    return CausalSegments(config.geometry.window, window=config.geometry.window)
+    return CausalSegments(config.geometry.window, window=config.geometry.window, context=shard.context)
 
 
 def longlora(config: ModelConfig, layer: int, shard: Shard) -> Pattern:

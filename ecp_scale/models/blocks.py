@@ -13,42 +13,42 @@ from torch.nn.functional import dropout, gelu, layer_norm, rms_norm, silu
 from ecp_scale.attention import KeyValue, rotate
 from ecp_scale.config import ModelConfig
 from ecp_scale.models.architectures import ARCHITECTURES
-from ecp_scale.models.linear import ColumnLinear, RowLinear, Shard, shared_by_heads
+from ecp_scale.models.linear import ColumnLinear, RowLinear, Shard, enter, leave, summed_gradient
 from ecp_scale.models.rows import LayerCache, Rows
 from ecp_scale.parallel.random import tensor_parallel_random
+from ecp_scale.parallel.recompute import recomputed
 
 NORM_EPSILON = 1e-5
 
 
-def norm(kind: str, width: int, dtype: torch.dtype) -> nn.Module:
-    """LayerNorm or RMSNorm over the last dimension, the same on every rank of a tensor group."""
-    layer = nn.LayerNorm if kind == "layernorm" else nn.RMSNorm
-    return layer(width, eps=NORM_EPSILON, dtype=dtype)
+class RmsNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension; ``split`` says that each rank of the tensor group has rows of its own."""
 
-
-class HeadRmsNorm(nn.RMSNorm):
-    """RMSNorm over every head, with one weight for all heads of the layer."""
-
-    def __init__(self, width: int, shard: Shard) -> None:
+    def __init__(self, width: int, shard: Shard, split: bool) -> None:
         super().__init__(width, eps=NORM_EPSILON, dtype=shard.dtype)
-        self.group = shard.group
+        self.group = shard.group if split else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the shape stays."""
-        return rms_norm(x, self.normalized_shape, shared_by_heads(self.weight, self.group), self.eps)
+        """Normalise; the shape stays."""
+        return rms_norm(x, self.normalized_shape, summed_gradient(self.weight, self.group), self.eps)
 
 
-class HeadLayerNorm(nn.LayerNorm):
-    """LayerNorm over every head, with one weight and bias for all heads of the layer."""
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension; ``split`` says that each rank of the tensor group has rows of its own."""
 
-    def __init__(self, width: int, shard: Shard) -> None:
+    def __init__(self, width: int, shard: Shard, split: bool) -> None:
         super().__init__(width, eps=NORM_EPSILON, dtype=shard.dtype)
-        self.group = shard.group
+        self.group = shard.group if split else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the shape stays."""
-        weight, bias = (shared_by_heads(parameter, self.group) for parameter in (self.weight, self.bias))
+        """Normalise; the shape stays."""
+        weight, bias = (summed_gradient(parameter, self.group) for parameter in (self.weight, self.bias))
         return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def norm(kind: str, width: int, shard: Shard) -> nn.Module:
+    """The norm of a position of the residual stream."""
+    return (LayerNorm if kind == "layernorm" else RmsNorm)(width, shard, split=shard.sequence)
 
 
 class Block(nn.Module):
@@ -56,13 +56,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, shard: Shard) -> None:
         super().__init__()
-        self.attention_norm = norm(config.norm, config.width, shard.dtype)
+        self.attention_norm = norm(config.norm, config.width, shard)
         self.attention = Attention(config, layer, shard)
-        self.feed_forward_norm = norm(config.norm, config.width, shard.dtype)
+        self.feed_forward_norm = norm(config.norm, config.width, shard)
         self.feed_forward = FeedForward(config, shard)
 
     def forward(self, x: Tensor, rows: Rows, cache: LayerCache | None) -> Tensor:
-        """(N, B, D) -> (N', B, D); the pattern says which rows leave."""
+        """(N, B, D) -> (N', B, D); the pattern says which rows leave. With sequence parallelism both are shares."""
         x = self.attention.pattern.residual(x, rows) + self.attention(self.attention_norm(x), rows, cache)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -72,6 +72,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, shard: Shard) -> None:
         super().__init__()
+        self.shard = shard
         self.pattern = ARCHITECTURES[config.architecture](config, layer, shard)
         self.head_width = config.head_width
         self.segment_length = config.segment_length
@@ -80,9 +81,9 @@ class Attention(nn.Module):
         self.query = ColumnLinear(config.width, config.width, False, shard)
         self.key = ColumnLinear(config.width, config.key_value_width, False, shard)
         self.value = None if config.tied_key_value else ColumnLinear(config.width, config.key_value_width, False, shard)
-        self.query_norm = HeadRmsNorm(self.head_width, shard) if config.qk_norm else nn.Identity()
-        self.key_norm = HeadRmsNorm(self.head_width, shard) if config.qk_norm else nn.Identity()
-        self.key_value_norm = HeadLayerNorm(self.head_width, shard) if config.key_value_norm else nn.Identity()
+        self.query_norm = RmsNorm(self.head_width, shard, split=True) if config.qk_norm else nn.Identity()
+        self.key_norm = RmsNorm(self.head_width, shard, split=True) if config.qk_norm else nn.Identity()
+        self.key_value_norm = LayerNorm(self.head_width, shard, split=True) if config.key_value_norm else nn.Identity()
         self.output = RowLinear(config.width, config.width, config.bias, shard)
         self.first_output = None
         if config.has_first_projection:
@@ -90,33 +91,48 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, cache: LayerCache | None) -> Tensor:
         """(N, B, D) -> (N', B, D)."""
+        x = enter(x, self.shard)
         asking = self.pattern.asking(x.shape[0])
-        q = self.query_norm(self._heads(self.query(x[-asking:])))
-        k = self.key_norm(self._heads(self.key(x)))
+        q, k = self.query(x[-asking:]), self.key(x)
+        v = None if self.value is None else self.value(x)
+        if self.training and self.shard.recompute == "selective":
+            attended = recomputed(self._attend, q, k, v, rows, cache, random=self.dropout > 0)
+        else:
+            attended = self._attend(q, k, v, rows, cache)
+        return self._project(attended, rows.start)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, rows: Rows, cache: LayerCache | None) -> Tensor:
+        """Projected queries, keys and values (N, B, H*E) to attended values (N', B, H*E)."""
+        asking = q.shape[0]
+        q, k = self.query_norm(self._heads(q)), self.key_norm(self._heads(k))
         if self.rotated:
             q, k = rotate(q, rows.last(asking).rotation), rotate(k, rows.rotation)
         k = self.key_value_norm(k)
-        v = k if self.value is None else self._heads(self.value(x))
-        attended = self._attend(q, KeyValue(k, v, rows.documents), cache)
-        return self._project(attended.permute(2, 0, 1, 3).flatten(2), rows.start)
+        key_value = KeyValue(k, k if v is None else self._heads(v), rows.documents)
+        if cache is not None:
+            attended = self.pattern.stream(q, key_value, cache)
+        else:
+            rate = self.dropout if self.training else 0.0
+            with tensor_parallel_random() if rate else nullcontext():
+                attended = self.pattern.attend(q, key_value, rate)
+        return attended.permute(2, 0, 1, 3).flatten(2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).permute(1, 2, 0, 3)  # (N, B, H*E) -> (B, H, N, E)
 
-    def _attend(self, q: Tensor, key_value: KeyValue, cache: LayerCache | None) -> Tensor:
-        if cache is not None:
-            return self.pattern.stream(q, key_value, cache)
-        rate = self.dropout if self.training else 0.0
-        with tensor_parallel_random() if rate else nullcontext():
-            return self.pattern.attend(q, key_value, rate)
-
     def _project(self, x: Tensor, start: int) -> Tensor:
+        """(N, B, H*E) -> (N, B, D) of the rows that begin at position ``start``."""
         if self.first_output is None:
             return self.output(x)
         border = min(max(self.segment_length - start, 0), x.shape[0])
-        first, rest = x[:border], x[border:]
-        parts = [layer(rows) for layer, rows in ((self.first_output, first), (self.output, rest)) if rows.shape[0]]
-        return torch.cat(parts)
+        terms = torch.cat((self.first_output.term(x[:border]), self.output.term(x[border:])))
+        out = leave(terms, self.shard)
+        if self.output.bias is None:
+            return out
+        # Trap: every rank must give both biases a gradient, if only of zeros, or ZeRO's buckets disagree and hang.
+        first = start + self.shard.rank * out.shape[0] * self.shard.sequence
+        is_first = torch.arange(first, first + out.shape[0], device=out.device) < self.segment_length
+        return out + torch.where(is_first[:, None, None], self.first_output.whole_bias(), self.output.whole_bias())
 
 
 class FeedForward(nn.Module):
@@ -124,6 +140,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, shard: Shard) -> None:
         super().__init__()
+        self.shard = shard
         self.dropout = config.dropout
         self.up = ColumnLinear(config.width, config.feed_forward_width, config.bias, shard)
         self.gate = None
@@ -133,8 +150,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, B, D) -> (N, B, D)."""
-        hidden = gelu(self.up(x)) if self.gate is None else silu(self.gate(x)) * self.up(x)
+        x = enter(x, self.shard)
+        up, gate = self.up(x), None if self.gate is None else self.gate(x)
+        if self.training and self.shard.recompute == "selective":
+            return self.down(recomputed(self._hidden, up, gate, random=self.dropout > 0))
+        return self.down(self._hidden(up, gate))
+
+    def _hidden(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        hidden = gelu(up) if gate is None else silu(gate) * up
         if self.dropout and self.training:
             with tensor_parallel_random():
                 hidden = dropout(hidden, self.dropout)
-        return self.down(hidden)
+        return hidden

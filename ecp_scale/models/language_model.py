@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.models.blocks import Block, norm
-from ecp_scale.models.linear import ColumnLinear, Embedding, Shard
+from ecp_scale.models.linear import ColumnLinear, Embedding, Shard, enter
 from ecp_scale.models.patterns import Pattern
 from ecp_scale.models.rows import Documents, Rows, Stream
+from ecp_scale.parallel.recompute import recomputed
 
 
 class LanguageModel(nn.Module):
@@ -32,29 +33,41 @@ class LanguageModel(nn.Module):
         self.local_vocab_size = min(max(config.known_vocab_size - shard.rank * local, 0), local)
         self.embedding = Embedding(padded, config.width, shard)
         self.layers = nn.ModuleList(Block(config, layer, shard) for layer in range(config.layers))
-        self.norm = norm(config.norm, config.width, shard.dtype)
+        self.norm = norm(config.norm, config.width, shard)
         self.output = ColumnLinear(config.width, padded, config.bias, shard)
         for parameter in (self.embedding.weight, *self.output.parameters()):
             parameter.vocabulary_rows = config.known_vocab_size
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of the targets of every trained position.
+        """Negative log-likelihood of the targets of every trained position of this rank's run of the sequence.
 
         Args:
-            tokens: token ids (B, N).
+            tokens: token ids (B, N) of the whole sequence, also where ranks share it.
             targets: the token that follows each of them (B, N).
 
         Returns:
-            Losses in nats (B, R), float32.
+            Losses in nats (B, R) of ``trained_targets``, float32.
         """
         scores = self._local_logits(tokens, None)
-        return vocab_parallel_cross_entropy(scores, targets.t()[-scores.shape[0] :].contiguous()).t()
+        return vocab_parallel_cross_entropy(scores, self.trained_targets(targets).t().contiguous()).t()
+
+    def trained_targets(self, targets: Tensor) -> Tensor:
+        """Those targets (B, R) of a sequence (B, N) whose loss this rank computes."""
+        return targets[:, self._run(targets.shape[1])][:, -self.config.geometry.trained_positions :]
+
+    def _run(self, positions: int) -> slice:
+        """Positions of a sequence that this rank holds."""
+        context = self.shard.context
+        if context is None:
+            return slice(0, positions)
+        length = positions // context.size()
+        return slice(context.rank() * length, (context.rank() + 1) * length)
 
     def logits(self, tokens: Tensor, stream: Stream | None = None) -> Tensor:
         """Scores of the next token, over the true vocabulary, complete on every rank.
 
         Args:
-            tokens: token ids (B, N).
+            tokens: token ids (B, N); where ranks share the sequence, each returns the scores of its run.
             stream: from ``new_stream``; the tokens then continue what it has seen.
 
         Returns:
@@ -75,11 +88,15 @@ class LanguageModel(nn.Module):
     def _local_logits(self, tokens: Tensor, stream: Stream | None) -> Tensor:
         """Scores (R, B, local rows); rows of the padding are -inf."""
         rows = self._rows(tokens, stream)
-        x = self.embedding(tokens.t().contiguous())
+        x = self.embedding(tokens[:, self._run(tokens.shape[1])])
         for number, (block, pattern) in enumerate(zip(self.layers, self._patterns(), strict=True)):
-            x = block(x, rows, stream.caches[number] if stream else None)
+            cache = stream.caches[number] if stream else None
+            if self.training and self.shard.recompute == "full":
+                x = recomputed(block, x, rows, cache, random=self.config.dropout > 0)
+            else:
+                x = block(x, rows, cache)
             rows = pattern.outgoing(rows)
-        scores = self.output(self.norm(x))
+        scores = self.output(enter(self.norm(x), self.shard))
         scores[..., self.local_vocab_size :] = -torch.inf
         return scores
 
@@ -89,18 +106,20 @@ class LanguageModel(nn.Module):
     def _rows(self, tokens: Tensor, stream: Stream | None) -> Rows:
         """Positions and documents of tokens (B, N); the stream moves on."""
         start = stream.position if stream else 0
+        run = self._run(tokens.shape[1])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         documents = None
         if self.masking.document_mask:
             end = self.masking.end_of_document
             assert end is not None, "end_of_document is read from the tokenizer before the model is built"
             found = Documents.of(tokens, end, stream.documents if stream else None)
-            documents = found.ids
+            # Those of the segment to the left are known here; they need not travel with its keys and values.
+            documents = found.ids[:, max(0, run.start - self.config.geometry.halo_positions) : run.stop]
             positions = found.positions if self.masking.restart_positions else positions
             if stream:
                 stream.documents = found.next_token(tokens, end)
         if stream:
             stream.position += tokens.shape[1]
         at_least_float32 = torch.promote_types(self.shard.dtype, torch.float32)
-        turns = rotation(positions, self.config.head_width, self.config.rotary_theta, at_least_float32)
-        return Rows(turns, documents, start)
+        turns = rotation(positions[..., run], self.config.head_width, self.config.rotary_theta, at_least_float32)
+        return Rows(turns, documents, start + run.start)

@@ -1,11 +1,16 @@
 """Megatron-core's parallel layers as this package uses them: (n, b, width) activations, one tensor out.
 
+A branch of the residual block enters the tensor-parallel region once, with ``enter``, passes a column-parallel and a
+row-parallel linear, and leaves it with the latter. Outside, every rank of the group holds all positions, or with
+sequence parallelism its share of them (arXiv 2205.05198).
+
 Every parameter says how it is shared, by the attributes that Megatron-core and DeepSpeed read:
 ``tensor_model_parallel`` and ``partition_dim``. Weights are left empty here; ``ecp_scale.models.initialization``
 fills them.
 """
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from megatron.core import ModelParallelConfig
@@ -14,18 +19,33 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.functional import linear
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+"""Nothing; attention and the hidden layer of the feed-forward network; whole blocks."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's share of the model: the group that splits every matrix, and the type of the weights."""
+    """This rank's share of the model: who splits what with it, and how it is held."""
 
     group: ProcessGroup
+    """Ranks that split every matrix."""
     dtype: torch.dtype = torch.float32
+    """Type of the weights."""
+    sequence: bool = False
+    """Whether the ranks of ``group`` also split the positions between the branches (sequence parallelism)."""
+    context: ProcessGroup | None = None
+    """Ranks that hold one run of segments each of every sequence; None where each holds all of it."""
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass instead of being kept."""
 
     @property
     def size(self) -> int:
@@ -52,13 +72,29 @@ def _empty(weight: Tensor) -> Tensor:
     return weight
 
 
-def shared_by_heads(parameter: Tensor, group: ProcessGroup) -> Tensor:
-    """A replicated parameter for use on this rank's heads alone.
+def enter(x: Tensor, shard: Shard) -> Tensor:
+    """All positions for this rank's rows of the matrices: (n or n/t, b, D) -> (n, b, D); gradients are summed back."""
+    if shard.sequence:
+        return gather_from_sequence_parallel_region(x, group=shard.group)
+    return copy_to_tensor_model_parallel_region(x, group=shard.group)
 
-    Trap: its gradient there is the share of the local heads. The copy's backward sums the shares over the group;
-    without that the replicas of the parameter drift apart in silence.
+
+def leave(x: Tensor, shard: Shard) -> Tensor:
+    """The sum over the group of what its ranks computed: (n, b, D) -> (n or n/t, b, D)."""
+    # Trap: Megatron sums input.contiguous() in place and returns the input, so a strided one would stay local.
+    assert x.is_contiguous()
+    if shard.sequence:
+        return reduce_scatter_to_sequence_parallel_region(x, group=shard.group)
+    return reduce_from_tensor_model_parallel_region(x, group=shard.group)
+
+
+def summed_gradient(parameter: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A replicated parameter for use on this rank's heads or positions alone; None where all ranks use it on the same.
+
+    Trap: its gradient there is the share of the local heads or positions. The copy's backward sums the shares over the
+    group; without that the replicas of the parameter drift apart in silence. DeepSpeed does not do it.
     """
-    return copy_to_tensor_model_parallel_region(parameter, group=group)
+    return parameter if group is None else copy_to_tensor_model_parallel_region(parameter, group=group)
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -68,16 +104,24 @@ class ColumnLinear(ColumnParallelLinear):
     get_extra_state = nn.Module.get_extra_state
 
     def __init__(self, inputs: int, outputs: int, bias: bool, shard: Shard) -> None:
-        super().__init__(inputs, outputs, bias=bias, config=shard.megatron, init_method=_empty, tp_group=shard.group)
+        super().__init__(
+            inputs,
+            outputs,
+            bias=bias,
+            config=shard.megatron,
+            init_method=_empty,
+            tp_group=shard.group,
+            disable_grad_reduce=True,  # ``enter`` does it, once for all linears of a branch
+        )
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the local rows."""
+        """Apply the local rows to what ``enter`` returned."""
         return super().forward(x)[0]
 
 
 class RowLinear(RowParallelLinear):
-    """Linear whose inputs are split over the tensor group: (n, b, in/t) -> (n, b, out), summed over the group."""
+    """Linear whose inputs are split over the tensor group: (n, b, in/t) -> (n or n/t, b, out), summed over it."""
 
     get_extra_state = nn.Module.get_extra_state
 
@@ -89,20 +133,40 @@ class RowLinear(RowParallelLinear):
             config=shard.megatron,
             init_method=_empty,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=True,
             tp_group=shard.group,
         )
+        self.shard = shard
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the local columns and sum over the group."""
-        # Trap: Megatron sums input.contiguous() in place and returns the input, so a strided one would stay local.
-        return super().forward(x.contiguous())[0]
+        """Apply the local columns, sum over the group, add the bias."""
+        out = leave(self.term(x), self.shard)
+        return out if self.bias is None else out + self.whole_bias()
+
+    def term(self, x: Tensor) -> Tensor:
+        """This rank's term of the sum."""
+        return linear(x, self.weight)
+
+    def whole_bias(self) -> Tensor:
+        """The bias, for use on the positions that this rank holds."""
+        return summed_gradient(self.bias, self.shard.group if self.shard.sequence else None)
 
 
 class Embedding(VocabParallelEmbedding):
-    """Token embedding whose rows are split over the tensor group: (n, b) -> (n, b, D)."""
+    """Token embedding whose rows are split over the tensor group: ids (b, n) -> (n or n/t, b, D)."""
 
     def __init__(self, padded_vocab: int, width: int, shard: Shard) -> None:
-        super().__init__(padded_vocab, width, config=shard.megatron, init_method=_empty, tp_group=shard.group)
+        super().__init__(
+            padded_vocab,
+            width,
+            config=shard.megatron,
+            init_method=_empty,
+            tp_group=shard.group,
+            reduce_scatter_embeddings=shard.sequence,
+        )
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up."""
+        return super().forward(tokens if self.reduce_scatter_embeddings else tokens.t().contiguous())

@@ -4,13 +4,17 @@ Each is the maths of ``ecp_scale.attention`` with its sizes; a pattern has no pa
 Shape suffixes as there; x is (N, B, D).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import adaptive_avg_pool1d, linear
 
 from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
-from ecp_scale.models.linear import Shard, shared_by_heads
+from ecp_scale.models.linear import Shard, summed_gradient
 from ecp_scale.models.rows import LayerCache, Rows
+from ecp_scale.parallel.halo import Halo
 
 
 class Pattern(nn.Module):
@@ -43,19 +47,36 @@ class Pattern(nn.Module):
 
 
 class CausalSegments(Pattern):
-    """Every segment sees itself causally, and what a window leaves of its left neighbour."""
+    """Every segment sees itself causally, and what a window leaves of its left neighbour.
 
-    def __init__(self, segment_length: int, window: int | None = None) -> None:
+    Where ranks share a sequence, the neighbour of their first segment comes from the rank to the left.
+    """
+
+    def __init__(self, segment_length: int, window: int | None = None, context: ProcessGroup | None = None) -> None:
         super().__init__()
         self.segment_length, self.window = segment_length, window
+        self.halo = None if context is None else Halo(context)
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
         """The primitive itself."""
         k, v, documents = key_value
+        left = None if self.halo is None else self._exchange
         out, _ = segment_attention(
-            q, k, v, self.segment_length, window=self.window, documents=documents, dropout=dropout
+            q, k, v, self.segment_length, left, window=self.window, documents=documents, dropout=dropout
         )
         return out
+
+    def _exchange(self, right: KeyValue) -> Callable[[], KeyValue]:
+        """One message: keys and values are one tensor where they are tied, and one behind the other where not."""
+        assert self.halo is not None
+        tied = right.keys is right.values
+        promise = self.halo(right.keys if tied else torch.cat((right.keys, right.values)))
+
+        def left() -> KeyValue:
+            message = promise()
+            return KeyValue(message, message) if tied else KeyValue(*message.chunk(2))
+
+        return left
 
     def new_cache(self) -> LayerCache:
         """Two segments at most."""
@@ -166,7 +187,7 @@ class Compression(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compress the positions."""
-        weight, bias = (shared_by_heads(parameter, self.group) for parameter in (self.weight, self.bias))
+        weight, bias = (summed_gradient(parameter, self.group) for parameter in (self.weight, self.bias))
         return linear(x.transpose(-1, -2), weight, bias).transpose(-1, -2)
 
 

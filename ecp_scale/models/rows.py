@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     """The rows that a layer receives.
 
     ``start`` is the absolute position of the first one; ``documents`` (B, N) numbers the document of each, None without
-    a document mask.
+    a document mask. Where ranks share a sequence it is (B, M + N), with the documents of the segment to the left.
     """
 
     rotation: Rotation
@@ -28,7 +28,9 @@ class Rows(NamedTuple):
 
     def last(self, count: int) -> "Rows":
         """The last ``count`` of them."""
-        dropped = self.rotation.cos.shape[-2] - count
+        if count == (positions := self.rotation.cos.shape[-2]):
+            return self
+        dropped = positions - count
         documents = None if self.documents is None else self.documents[:, dropped:]
         return Rows(self.rotation.rows(slice(dropped, None)), documents, self.start + dropped)
 

@@ -39,7 +39,13 @@ class Groups:
     """The groups that models and training take as arguments."""
 
     tensor: ProcessGroup
+    """Ranks that split every matrix."""
+    context: ProcessGroup
+    """Ranks that hold one run of segments each of the same sequences."""
+    replicas: ProcessGroup
+    """Ranks that read other sequences."""
     data: ProcessGroup
+    """Ranks that hold the same parameters, replicas and context together: ZeRO and the mean of gradients go over it."""
     device: torch.device
 
     @property
@@ -49,7 +55,7 @@ class Groups:
 
     @property
     def data_rank(self) -> int:
-        """This rank's replica."""
+        """This rank's place among those that hold the same parameters."""
         return self.data.rank()
 
 
@@ -75,6 +81,8 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
         stack.callback(parallel_state.destroy_model_parallel)
         yield Groups(
             tensor=parallel_state.get_tensor_model_parallel_group(),
+            context=parallel_state.get_context_parallel_group(),
+            replicas=parallel_state.get_data_parallel_group(),
             data=parallel_state.get_data_parallel_group(with_context_parallel=True),
             device=device,
         )

@@ -29,7 +29,7 @@ from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.engine import build_engine, set_learning_rate
 from ecp_scale.training.metrics import MetricsLog, check_wandb
 from ecp_scale.training.schedule import learning_rate
-from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step, sum_over_ranks
+from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step, sum_over
 
 
 def train(request: Request) -> None:
@@ -78,8 +78,8 @@ class _Run:
     def steps(self, done: Progress) -> None:
         """Train from after what is done to the end, or until SIGTERM."""
         first_step = done.step
-        config, ranks = self.config, self.groups.data.size()
-        batches = TrainingBatches(self.blend, config.training, ranks, self.groups.data_rank)
+        config, replicas = self.config, self.groups.replicas
+        batches = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
         self.saved_step = first_step
         skipped_in_a_row = 0
         ledger = done.ledger
@@ -101,12 +101,13 @@ class _Run:
                     )
                 except DivergedError as error:
                     raise DivergedError(f"step {step}: {error}; last checkpoint: step {self.saved_step}") from None
-                ledger = (ledger + from_lanes(sum_over_ranks(batches.lanes, self.groups))) % 2**64
+                lanes = sum_over(batches.lanes, replicas, self.groups.device)
+                ledger = (ledger + from_lanes(lanes)) % 2**64
                 seconds = time.perf_counter() - began
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 record = self._record(Progress(step, tokens, ledger), result, rate, seconds)
                 if self._is_due(step, config.training.validation_every_steps) and self.validation is not None:
-                    shares = validation_batches(self.validation, config.training, ranks, self.groups.data_rank)
+                    shares = validation_batches(self.validation, config.training, replicas.size(), replicas.rank())
                     record["validation_loss"] = mean_loss(
                         self.engine, shares, self.groups, config.data.untrained_targets
                     )

@@ -8,6 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.engine import plain_gradient_norm
@@ -46,11 +47,10 @@ def optimizer_step(
     """
     losses = []
     batches = [batch.to(groups.device) for batch in micro_batches]
-    positions = engine.module.config.geometry.trained_positions
-    trained = [has_loss(ids[:, -positions:], untrained) for ids in batches]
+    trained = [has_loss(engine.module.trained_targets(ids[:, 1:]), untrained) for ids in batches]
     count = sum(mask.numel() for mask in trained) * groups.data.size()
     if untrained:
-        (count,) = sum_over_ranks([sum(int(mask.sum()) for mask in trained)], groups)
+        (count,) = sum_over([sum(int(mask.sum()) for mask in trained)], groups.data, groups.device)
     scale = len(batches) * groups.data.size() / max(1, count)
     for number, (ids, mask) in enumerate(zip(batches, trained, strict=True), start=1):
         loss = engine(ids[:, :-1], ids[:, 1:]).masked_fill(~mask, 0).sum() * scale
@@ -60,7 +60,7 @@ def optimizer_step(
             engine.step()
 
     # One all-reduce tells everybody the mean loss and whether anybody was asked to stop. Ranks of one tensor group
-    # hold the same loss, so the mean over all ranks is the mean over the replicas.
+    # hold the same loss, those of a context group the losses of their runs, so the mean over all ranks is that of all.
     shared = torch.stack([torch.stack(losses).mean(), torch.tensor(float(stop_requested), device=groups.device)])
     dist.all_reduce(shared)
     loss_value, stops = (shared / torch.tensor([dist.get_world_size(), 1.0], device=groups.device)).tolist()
@@ -85,10 +85,10 @@ def has_loss(targets: Tensor, untrained: Sequence[int]) -> Tensor:
     return ~torch.isin(targets, torch.tensor(untrained, dtype=targets.dtype, device=targets.device))
 
 
-def sum_over_ranks(numbers: list[int], groups: Groups) -> list[int]:
-    """Sums of integers over the data-parallel ranks."""
-    shared = torch.tensor(numbers, dtype=torch.int64, device=groups.device)
-    dist.all_reduce(shared, group=groups.data)
+def sum_over(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[int]:
+    """Sums of integers over the ranks of a group."""
+    shared = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(shared, group=group)
     return shared.tolist()
 
 
@@ -105,7 +105,8 @@ def mean_loss(
     for batch, counted in batches:
         ids = batch.to(groups.device)
         losses = engine(ids[:, :-1], ids[:, 1:])
-        losses = losses[has_loss(ids[:, -losses.shape[1] :], untrained)[:counted].nonzero(as_tuple=True)]
+        trained = has_loss(engine.module.trained_targets(ids[:, 1:]), untrained)[:counted]
+        losses = losses[trained.nonzero(as_tuple=True)]
         totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)
     engine.train()
     dist.all_reduce(totals, group=groups.data)

@@ -16,10 +16,11 @@ SMALL_MODEL = {
     "model.heads": 6,
     "model.feed_forward_width": 96,
     "model.sequence_length": 64,
-    "model.segment_length": 32,
+    "model.segment_length": 16,
+    "model.allow_short_reach": True,
     "model.latents": 32,
     "model.compressed_context": 12,
-    "model.window": 40,
+    "model.window": 32,
     "model.group_length": 48,
     # Not a multiple of the vocabulary under TP 2, and another padding there than under TP 1.
     "model.vocab_multiple": 11,
@@ -47,11 +48,14 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread: tensor-parallel and data-parallel ranks, ZeRO stage; and what it trains."""
+    """How a run is spread: ranks of every kind, ZeRO stage, what is recomputed; and what it trains."""
 
     tensor: int = 1
     data: int = 1
+    context: int = 1
     zero: int = 0
+    sequence: bool = False
+    recompute: str = "none"
     settings: str = "scaled"
     optimizer: str = "adamw"
     precision: str = "fp32"
@@ -61,17 +65,18 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [self.architecture, *(["masked"] if self.masked else []), f"{self.steps}-steps", self.settings]
-        spread = f"tp{self.tensor}-dp{self.data}-zero{self.zero}"
-        return "-".join([*parts, spread, self.optimizer, self.precision])
+        spread = f"tp{self.tensor}{'-sp' if self.sequence else ''}-cp{self.context}-dp{self.data}-zero{self.zero}"
+        again = [] if self.recompute == "none" else [self.recompute]
+        return "-".join([*parts, spread, *again, self.optimizer, self.precision])
 
     def alone(self) -> "Layout":
         """The same training in one process."""
-        return replace(self, tensor=1, data=1, zero=0)
+        return replace(self, tensor=1, data=1, context=1, zero=0, sequence=False, recompute="none")
 
     @property
     def ranks(self) -> int:
         """Ranks of the launch."""
-        return self.tensor * self.data
+        return self.tensor * self.context * self.data
 
     def options(self, text: ShardedText, output: Path) -> list[str]:
         """Command line of the run."""
@@ -85,6 +90,9 @@ class Layout:
             "checkpoint.every_steps": self.steps,
             "model.architecture": self.architecture,
             "parallel.tensor": self.tensor,
+            "parallel.context": self.context,
+            "parallel.sequence": self.sequence,
+            "parallel.recompute": self.recompute,
             "data.prefix": text.prefix,
             "data.validation_prefix": text.prefix,
             "training.output_dir": output,

@@ -1,0 +1,65 @@
+"""Activation checkpointing (arXiv 1604.06174): compute again in the backward pass what the forward did not keep."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+PASS: ContextVar[Literal["only", "first", "again"]] = ContextVar("pass", default="only")
+"""Which pass over the current computation this is: messages of a first one are kept, and not sent again."""
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any, random: bool) -> Tensor:
+    """``function(*arguments)``, of which nothing but the arguments is kept for the backward pass.
+
+    Args:
+        function: what to compute; the second time it must compute the same.
+        arguments: what it takes.
+        random: whether it draws random numbers; the second time it then draws the same, from both streams of
+            ``ecp_scale.parallel.random``.
+    """
+
+    def contexts() -> tuple[Any, Any]:
+        streams: dict[str, Tensor] = {}
+        return _first(streams, random), _again(streams, random)
+
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random, context_fn=contexts)
+
+
+@contextmanager
+def _first(streams: dict[str, Tensor], random: bool) -> Iterator[None]:
+    if random:
+        streams.update(_tracker().get_states())
+    with _passing("first"):
+        yield
+
+
+@contextmanager
+def _again(streams: dict[str, Tensor], random: bool) -> Iterator[None]:
+    present = _tracker().get_states() if random else {}
+    if random:
+        _tracker().set_states(streams)
+    try:
+        with _passing("again"):
+            yield
+    finally:
+        if random:
+            _tracker().set_states(present)
+
+
+@contextmanager
+def _passing(which: Literal["first", "again"]) -> Iterator[None]:
+    token = PASS.set(which)
+    try:
+        yield
+    finally:
+        PASS.reset(token)
+
+
+def _tracker() -> Any:
+    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()
