@@ -80,8 +80,8 @@ class ModelConfig:
     """The first segment of ecp has an output projection of its own (paper)."""
     dropout: float = 0.0
     """Dropout on attention weights and on the feed-forward hidden layer."""
-    initialization: Literal["pytorch", "depth_scaled"] = "depth_scaled"
-    """PyTorch's defaults, or normal with std 0.02 and 0.02 / sqrt(2L) at the end of residual branches."""
+    initialization: Literal["pytorch", "normal", "depth_scaled"] = "depth_scaled"
+    """PyTorch's defaults, normal with std 0.02, or the same with 0.02 / sqrt(2L) at the end of residual branches."""
     allow_short_reach: bool = False
     """Permit a reach below sequence_length."""
 

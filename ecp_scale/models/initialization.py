@@ -17,8 +17,8 @@ RESIDUAL_BRANCH_ENDS = ("attention.output", "attention.first_output", "feed_forw
 def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -> None:
     """Fill every parameter in place, by ``config.initialization``; norms start as the identity.
 
-    ``pytorch``: what nn.Linear and nn.Embedding do by default. ``depth_scaled``: normal with std 0.02, and
-    0.02 / sqrt(2L) for the last matrix of each residual branch (GPT-2's rule), biases 0.
+    ``pytorch``: what nn.Linear and nn.Embedding do by default. ``normal``: normal with std 0.02, biases 0.
+    ``depth_scaled``: the same with 0.02 / sqrt(2L) for the last matrix of each residual branch (GPT-2's rule).
     """
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -35,7 +35,8 @@ def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -
                 whole.zero_()
             else:
                 ends_branch = module_name.endswith(RESIDUAL_BRANCH_ENDS)
-                std = 0.02 / math.sqrt(2 * config.layers) if ends_branch else 0.02
+                scaled = ends_branch and config.initialization == "depth_scaled"
+                std = 0.02 / math.sqrt(2 * config.layers) if scaled else 0.02
                 whole.normal_(0.0, std, generator=generator)
             share = Layout.of(parameter).split(whole, shard.size, shard.rank, parameter.shape[0] * shard.size)
             parameter.copy_(share)

@@ -36,6 +36,8 @@ def test_the_converted_model_has_the_trainers_logits(
     model = exported.load(groups, dtype)
     with torch.no_grad():
         logits = model.logits(probe_tokens()).float()
+    # Ranks that share a sequence hold a run of it each; the first has written its own.
+    logits = logits[:, : trainers.shape[1]] if layout.context > 1 else logits
     tolerance = 0.05 if layout.precision == "bf16" else 1e-5
     assert_close(logits, trainers, rtol=tolerance, atol=tolerance)
     assert logits.shape[-1] == exported.tokenizer.vocab_size

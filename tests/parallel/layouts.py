@@ -1,9 +1,11 @@
 """Training runs of one small model in several layouts, each done once per test session."""
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ecp_scale.config.geometry import GEOMETRIES
 from tests.corpus import ShardedText
@@ -13,7 +15,7 @@ LATENT = {name for name, geometry in GEOMETRIES.items() if not geometry.streams}
 SMALL_MODEL = {
     "model.layers": 2,
     "model.width": 48,
-    "model.heads": 6,
+    "model.heads": 8,
     "model.feed_forward_width": 96,
     "model.sequence_length": 64,
     "model.segment_length": 16,
@@ -29,7 +31,7 @@ SMALL_MODEL = {
 }
 SETTINGS = {
     "paper": {"model.preset": "paper-12l", **SMALL_MODEL},
-    "scaled": {"model.preset": "scaled-125m", **SMALL_MODEL, "model.key_value_heads": 2},
+    "scaled": {"model.preset": "scaled-125m", **SMALL_MODEL, "model.key_value_heads": 4},
 }
 RECIPE = {
     "optimizer.schedule": "cosine",
@@ -112,15 +114,48 @@ class Layout:
         return [*words, "--deepspeed_config", str(ROOT / f"ds_configs/zero{self.zero}.json")]
 
 
-CURVES = [
-    Layout(tensor=2),
-    Layout(data=2, zero=0),
-    Layout(data=2, zero=1),
-    Layout(data=2, zero=2),
-    Layout(data=2, zero=3),
-    Layout(tensor=2, data=2, zero=1),
+FEATURES: dict[str, tuple[Any, ...]] = {
+    "tensor": (1, 2),
+    "context": (1, 2),
+    "data": (1, 2),
+    "zero": (0, 1, 2, 3),
+    "sequence": (False, True),
+    "recompute": ("none", "selective", "full"),
+    "settings": ("paper", "scaled"),
     # SGD shows a wrong scale of the gradient, which AdamW hides.
-    Layout(tensor=2, data=2, zero=1, settings="paper", optimizer="sgd"),
+    "optimizer": ("adamw", "sgd"),
+}
+PRODUCT = [
+    layout
+    for values in itertools.product(*FEATURES.values())
+    if (layout := Layout(**dict(zip(FEATURES, values, strict=True)))).ranks <= 4
+    and layout.tensor > layout.sequence
+    and layout != layout.alone()
+]
+"""Every combination of the features on up to four ranks; sequence parallelism needs tensor parallelism."""
+
+
+def pairs(layout: Layout) -> set[tuple[tuple[str, object], ...]]:
+    """Every pair of features that a layout has."""
+    return set(itertools.combinations([(name, getattr(layout, name)) for name in FEATURES], 2))
+
+
+def pairwise(layouts: list[Layout]) -> list[Layout]:
+    """Some of the layouts that have every pair of features that any of them has; few, and on few ranks."""
+    missing = set().union(*map(pairs, layouts))
+    chosen = []
+    while missing:
+        best = max(layouts, key=lambda layout: (len(pairs(layout) & missing) / layout.ranks**0.5, str(layout)))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+CURVES = [
+    *pairwise(PRODUCT),
+    Layout(context=4, zero=1, masked=True),
+    Layout(tensor=4, sequence=True, zero=2, recompute="selective"),
+    Layout(context=2, architecture="sliding_window", masked=True),
     # The only architecture with a matrix of its own, which every tensor rank applies to its own channels.
     Layout(tensor=2, data=2, zero=3, settings="paper", architecture="compressed_double_attention", masked=True),
 ]
@@ -149,23 +184,28 @@ CONVERTED = [
     Layout(data=2, zero=3),
     Layout(tensor=2, data=2, zero=1),
     Layout(tensor=2, data=2, zero=3),
+    *(layout for layout in CURVES if layout.context * layout.tensor == 4),
     *(layout for layout in CURVES + ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
     *BF16,
 ]
 """Layouts whose checkpoints are converted."""
-ALL = {layout.alone() for layout in (*CURVES, *ARCHITECTURE_CURVES)} | {*CURVES, *ARCHITECTURE_CURVES, *CONVERTED}
+ALL = {layout.alone() for layout in (*PRODUCT, *CURVES, *ARCHITECTURE_CURVES)} | {
+    *CURVES,
+    *ARCHITECTURE_CURVES,
+    *CONVERTED,
+}
 
 
 @cache
-def _trained_together(ranks: int, curves_of_architectures: bool, text: ShardedText) -> Path:
+def _trained_together(ranks: int, kind: str, text: ShardedText) -> Path:
     """Folder with the runs of all layouts of ``ranks`` ranks; one launch for many, since its start takes longest."""
-    folder = text.folder / f"layouts-of-{ranks}{'-architectures' if curves_of_architectures else ''}"
+    folder = text.folder / f"{kind}-on-{ranks}"
     assert not folder.exists(), f"the launch of {folder.name} has failed before"
     folder.mkdir()
-    layouts = [layout for layout in ALL if (layout.ranks, layout.steps > 20) == (ranks, curves_of_architectures)]
+    layouts = [layout for layout in (*PRODUCT, *ALL) if (layout.ranks, _kind(layout)) == (ranks, kind)]
     listed = [
         {"options": layout.options(text, folder / str(layout)), "probed": layout in CONVERTED}
-        for layout in sorted(layouts, key=str)
+        for layout in sorted(set(layouts), key=str)
     ]
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps(listed))
@@ -173,7 +213,13 @@ def _trained_together(ranks: int, curves_of_architectures: bool, text: ShardedTe
     return folder
 
 
+def _kind(layout: Layout) -> str:
+    """Which launch a layout belongs to."""
+    if layout not in ALL:
+        return f"product-zero{layout.zero}-{layout.optimizer}"
+    return "architectures" if layout.steps > 20 else "layouts"
+
+
 def trained(layout: Layout, text: ShardedText) -> Path:
-    """Run folder of a layout of ``ALL``, trained when first asked for."""
-    assert layout in ALL
-    return _trained_together(layout.ranks, layout.steps > 20, text) / str(layout)
+    """Run folder of a layout of ``ALL`` or of ``PRODUCT``, trained when first asked for."""
+    return _trained_together(layout.ranks, _kind(layout), text) / str(layout)

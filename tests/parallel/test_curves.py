@@ -1,17 +1,33 @@
 """One model, one curve: every layout of ranks and ZeRO stage trains alike."""
 
+import itertools
 import math
 
 import pytest
 
 from tests.corpus import ShardedText
 from tests.launching import metrics
-from tests.parallel.layouts import ARCHITECTURE_CURVES, BF16, CURVES, Layout, trained
+from tests.parallel.layouts import ARCHITECTURE_CURVES, BF16, CURVES, FEATURES, PRODUCT, Layout, trained
 
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("layout", [*CURVES, *ARCHITECTURE_CURVES], ids=str)
+def test_every_pair_of_features_is_trained_together() -> None:
+    for first, second in itertools.combinations(FEATURES, 2):
+        possible = {(getattr(layout, first), getattr(layout, second)) for layout in PRODUCT}
+        assert {(getattr(layout, first), getattr(layout, second)) for layout in CURVES} >= possible
+    assert {"paper", "scaled"} == {layout.settings for layout in CURVES if layout.context == 2}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *CURVES,
+        *ARCHITECTURE_CURVES,
+        *(pytest.param(layout, marks=pytest.mark.exhaustive) for layout in PRODUCT if layout not in CURVES),
+    ],
+    ids=str,
+)
 def test_loss_and_gradient_norm_equal_those_of_one_process(layout: Layout, sharded_text: ShardedText) -> None:
     single = metrics(trained(layout.alone(), sharded_text))
     spread = metrics(trained(layout, sharded_text))

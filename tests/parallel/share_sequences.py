@@ -1,0 +1,129 @@
+"""Run by test_sequences.py on several ranks: models whose ranks share sequences, against the model in one process.
+
+Argument: a JSON file that lists checks. Every rank runs the whole model too, and compares. The
+bytes of every message of the halo are counted where they are handed to torch.distributed.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.testing import assert_close
+
+from ecp_scale.config import AttentionConfig, ModelConfig, ParallelConfig
+from ecp_scale.models.initialization import initialize
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import Shard
+from ecp_scale.models.sharding import Layout
+from ecp_scale.parallel import halo
+from ecp_scale.parallel.groups import process_groups
+from tests.models.settings import PAPER, SCALED
+
+SETTINGS = {"paper": PAPER, "scaled": SCALED}
+
+
+class Wire:
+    """Bytes and messages of the halo, in both directions of one rank."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self._send = dist.batch_isend_irecv
+        halo.dist.batch_isend_irecv = self.count  # type: ignore[assignment]
+
+    def count(self, operations: list[Any]) -> Any:
+        """Count what is sent, and send it."""
+        self.sent += [item.tensor.numel() * item.tensor.element_size() for item in operations if item.op is dist.isend]
+        return self._send(operations)
+
+
+def model_of(config: ModelConfig, shard: Shard, attention: AttentionConfig) -> LanguageModel:
+    """The model of a rank, ready to train."""
+    model = LanguageModel(config, shard, attention)
+    initialize(model, config, shard, seed=1)
+    return model.train()
+
+
+def gradients(model: LanguageModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Gradient of a weighted sum of the logits of this rank's run; the loss itself is computed in float32."""
+    logits = model.logits(tokens)
+    weights = torch.randn(2, tokens.shape[1], logits.shape[-1], generator=torch.Generator().manual_seed(3)).double()
+    (logits * weights[: tokens.shape[0], model._run(tokens.shape[1])]).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check(job: dict[str, Any], wire: Wire) -> None:
+    """Logits and every gradient equal those of one process; every message is one segment."""
+    config = dataclasses.replace(SETTINGS[job["settings"]], dropout=0.0, allow_short_reach=True, **job["model"])
+    attention = AttentionConfig(document_mask=job["masked"], end_of_document=3 if job["masked"] else None)
+    parallel = ParallelConfig(**job["parallel"])
+    assert config.problems() + parallel.problems(config, dist.get_world_size()) == []
+    tokens = torch.randint(29, (2, config.sequence_length), generator=torch.Generator().manual_seed(7))
+    with process_groups(ParallelConfig()) as groups:
+        whole = model_of(config, Shard(groups.tensor, torch.float64), attention)
+        logits = whole.logits(tokens).detach()
+        expected = gradients(whole, tokens)
+    with process_groups(parallel) as groups:
+        context = groups.context if parallel.context > 1 else None
+        shard = Shard(groups.tensor, torch.float64, parallel.sequence, context, parallel.recompute)
+        model = model_of(config, shard, attention)
+        wire.sent.clear()
+        with torch.no_grad():
+            run = model._run(config.sequence_length)
+            assert_close(model.logits(tokens), logits[:, run], rtol=1e-10, atol=1e-10)
+        forward_only = len(wire.sent)
+        assert forward_only == (config.layers if job["sends_right"][groups.context.rank()] else 0)
+        wire.sent.clear()
+        found = gradients(model, tokens)
+        assert found.keys() == expected.keys()
+        messages = config.layers * (job["sends_right"][groups.context.rank()] + (groups.context.rank() > 0))
+        halo_positions = config.geometry.halo_positions
+        width = config.key_value_width * (1 if config.tied_key_value else 2) // parallel.tensor
+        assert wire.sent == [2 * halo_positions * width * 8] * messages, (wire.sent, messages)
+        for name, gradient in found.items():
+            dist.all_reduce(gradient, group=groups.data)
+            parameter = dict(model.named_parameters())[name]
+            size, rank = shard.size, shard.rank
+            layout = Layout.of(parameter)
+            unpadded = expected[name][: layout.vocabulary_rows] if layout.vocabulary_rows else expected[name]
+            share = layout.split(unpadded, size, rank, parameter.shape[0] * size)
+            assert_close(gradient, share, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_wire(job: dict[str, Any], wire: Wire) -> None:
+    """Bytes on the wire of one training step do not depend on the length of the sequence."""
+    for length in job["lengths"]:
+        config = dataclasses.replace(
+            SCALED, layers=2, width=8, heads=2, key_value_heads=1, feed_forward_width=8, vocab_size=29,
+            sequence_length=length, segment_length=job["segment_length"], allow_short_reach=True,
+        )  # fmt: skip
+        with process_groups(ParallelConfig(context=dist.get_world_size())) as groups:
+            model = model_of(config, Shard(groups.tensor, torch.float32, context=groups.context), AttentionConfig())
+            wire.sent.clear()
+            gradients(model, torch.ones(1, length, dtype=torch.int64))
+            rank, size = groups.context.rank(), groups.context.size()
+            one_segment = 2 * job["segment_length"] * config.key_value_width * 4  # keys and values, fp32
+            assert wire.sent == [one_segment] * (config.layers * ((rank < size - 1) + (rank > 0)))
+
+
+def main() -> None:
+    """Do every check of the list."""
+    dist.init_process_group("gloo")
+    wire = Wire()
+    for job in json.loads(Path(sys.argv[-1]).read_text()):
+        if "lengths" in job:
+            check_wire(job, wire)
+        else:
+            context = job["parallel"].get("context", 1)
+            check({**job, "sends_right": [True] * (context - 1) + [False]}, wire)
+        assert not parallel_state.model_parallel_is_initialized()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
