@@ -11,6 +11,7 @@ from typing import Any
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
 
+MOST_BUCKET_ELEMENTS = 500_000_000
 OWNED_BY_RUN_CONFIG = {
     "optimizer": "optimizer.*",
     "scheduler": "optimizer.schedule",
@@ -91,6 +92,10 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
     # DeepSpeed counts every rank that holds the same parameters as a reader of other samples; those of a context group
     # read the same ones.
     resolved["train_batch_size"] *= config.parallel.context
+    if "stage" in resolved.get("zero_optimization", {}):
+        # DeepSpeed's own size is 500 M elements, which ZeRO-1 and -3 allocate for models of any size.
+        bucket = min(MOST_BUCKET_ELEMENTS, config.model.parameters // config.parallel.tensor)
+        resolved["zero_optimization"].setdefault("reduce_bucket_size", bucket)
     # The optimizer is ours (ecp_scale.training.engine), and DeepSpeed warns of any but its own.
     resolved.setdefault("zero_allow_untested_optimizer", True)
     resolved.setdefault("steps_per_print", None)

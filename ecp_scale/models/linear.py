@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import linear
 
+from ecp_scale.config import ParallelConfig
+from ecp_scale.parallel.groups import Groups
+
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 """Nothing; attention and the hidden layer of the feed-forward network; whole blocks."""
 
@@ -46,6 +49,12 @@ class Shard:
     """Ranks that hold one run of segments each of every sequence; None where each holds all of it."""
     recompute: Recompute = "none"
     """What is computed again in the backward pass instead of being kept."""
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype = torch.float32) -> "Shard":
+        """The share of a rank of a training run."""
+        context = groups.context if parallel.context > 1 else None
+        return cls(groups.tensor, dtype, parallel.sequence, context, parallel.recompute)
 
     @property
     def size(self) -> int:

@@ -77,6 +77,7 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
             tensor_model_parallel_size=config.tensor,
             context_parallel_size=config.context,
             distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+            create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
         )
         stack.callback(parallel_state.destroy_model_parallel)
         yield Groups(

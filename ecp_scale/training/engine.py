@@ -28,9 +28,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
     # Trap: on a CPU DeepSpeed compiles a shared-memory kernel at the first start, for a minute, with g++. Only its
     # inference all-reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    parallel = config.parallel
-    context = groups.context if parallel.context > 1 else None
-    shard = Shard(groups.tensor, torch.float32, parallel.sequence, context, parallel.recompute)
+    shard = Shard.of(config.parallel, groups)
     model = LanguageModel(config.model, shard, config.attention)
     initialize(model, config.model, shard, config.training.seed)
     model.to(groups.device)

@@ -69,8 +69,7 @@ def check(job: dict[str, Any], wire: Wire) -> None:
         logits = whole.logits(tokens).detach()
         expected = gradients(whole, tokens)
     with process_groups(parallel) as groups:
-        context = groups.context if parallel.context > 1 else None
-        shard = Shard(groups.tensor, torch.float64, parallel.sequence, context, parallel.recompute)
+        shard = Shard.of(parallel, groups, torch.float64)
         model = model_of(config, shard, attention)
         wire.sent.clear()
         with torch.no_grad():
@@ -92,7 +91,7 @@ def check(job: dict[str, Any], wire: Wire) -> None:
             layout = Layout.of(parameter)
             unpadded = expected[name][: layout.vocabulary_rows] if layout.vocabulary_rows else expected[name]
             share = layout.split(unpadded, size, rank, parameter.shape[0] * size)
-            assert_close(gradient, share, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+            assert_close(gradient, share, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def check_wire(job: dict[str, Any], wire: Wire) -> None:

@@ -1,0 +1,91 @@
+"""What DeepSpeed keeps of a model on one rank, in bytes, by ZeRO stage and precision (docs/scaling.md has the rules).
+
+P is the number of elements of this rank's parameters, D the ranks that hold the same ones (replicas times context).
+ZeRO-1 and -2 cut each of the optimizer's two groups into D flat partitions; ZeRO-3 cuts every parameter into D.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FP32 = 4
+ALIGNMENT = 2
+"""DeepSpeed pads flat groups to multiples of so many elements per rank."""
+PERSISTENT_ELEMENTS = 100_000
+"""ZeRO-3 keeps smaller parameters whole on every rank (stage3_param_persistence_threshold)."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one rank that last from step to step; ``on_host`` are in CPU memory instead."""
+
+    weights: int
+    """As the forward pass reads them; with ZeRO-3 this rank's parts, and the small ones whole."""
+    master_weights: int
+    """In fp32, apart from ``weights``."""
+    moments: int
+    """Of Adam."""
+    gradients: int
+    """While micro-batches are accumulated."""
+    buffers: int
+    """To reduce gradients in, and with ZeRO-3 the parameters that are whole at a time."""
+    on_host: int = 0
+    """Of master weights and moments, under optimizer offload."""
+
+    @property
+    def on_device(self) -> int:
+        """Their sum without what is on the host."""
+        return self.weights + self.master_weights + self.moments + self.gradients + self.buffers - self.on_host
+
+
+def states(
+    decayed: Sequence[int],
+    other: Sequence[int],
+    *,
+    stage: int,
+    bf16: bool,
+    data_ranks: int,
+    adam: bool,
+    bucket_elements: int,
+    largest_block: int,
+    offload: bool,
+) -> States:
+    """Bytes of one rank.
+
+    Args:
+        decayed: elements of every parameter of the optimizer's first group (local).
+        other: the same of the second.
+        stage: of ZeRO.
+        bf16: whether weights are bf16 with fp32 master weights and fp32 accumulation.
+        data_ranks: D.
+        adam: whether the optimizer has two moments; otherwise it has none.
+        bucket_elements: reduce_bucket_size.
+        largest_block: elements of the largest block, or of the embedding or output layer (local).
+        offload: whether master weights and moments are in CPU memory.
+    """
+    everything = [*decayed, *other]
+    whole = sum(everything)
+    weight = 2 if bf16 else FP32
+    bucket = min(bucket_elements, whole)
+    if stage == 0:
+        return States(FP32 * whole, 0, 2 * FP32 * whole * adam, FP32 * whole, FP32 * bucket)
+    if stage == 3:
+        part = sum(-(-elements // data_ranks) for elements in everything)
+        small = sum(elements for elements in everything if elements <= PERSISTENT_ELEMENTS)
+        weights = weight * (part + (small if data_ranks > 1 else 0))
+        # Two blocks: the one that is computed, and the next, which is fetched.
+        buffers = weight * (bucket + (2 * largest_block if data_ranks > 1 else 0))
+        gradients = weight * part if not bf16 else FP32 * part
+    else:
+        part = sum(-(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT for group in (decayed, other))
+        weights, buffers = weight * whole, weight * bucket
+        # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
+        gradients = (FP32 + (weight if bf16 else 0)) * whole if stage == 1 else FP32 * part
+        if stage == 2:
+            gradients += _across_the_border(decayed, other, data_ranks)
+    moments = 2 * FP32 * part * adam
+    return States(weights, FP32 * part, moments, gradients, buffers, FP32 * part + moments if offload else 0)
+
+
+def _across_the_border(decayed: Sequence[int], other: Sequence[int], data_ranks: int) -> int:
+    """At most one parameter per group lies across each end of a partition, and its gradient is kept whole."""
+    return 0 if data_ranks == 1 else FP32 * (max(decayed, default=0) + max(other, default=0))

@@ -1,0 +1,115 @@
+"""The plan of a run: what every rank holds, computes and sends, and how long a number of tokens takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ecp_scale import deepspeed_json
+from ecp_scale.config import Config
+from ecp_scale.planning.memory import FP32, States, states
+from ecp_scale.planning.tracing import Trace, trace
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout in numbers. Memory and messages are those of one rank; messages are per optimizer step."""
+
+    config: Config
+    world_size: int
+    stage: int
+    trace: Trace
+    states: States
+    messages: dict[str, int]
+    checkpoint_bytes: int
+    flops_per_step: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything that may be there at once."""
+        return self.states.on_device + self.trace.activations
+
+    def days(self, tokens: int, peak_teraflops: float, utilisation: float) -> float:
+        """Time to train on so many tokens, at a share of the ranks' peak."""
+        steps = tokens / self.config.tokens_per_step
+        return steps * self.flops_per_step / (self.world_size * peak_teraflops * 1e12 * utilisation) / 86400
+
+    def describe(self) -> str:
+        """As the planner prints it."""
+        parallel, states = self.config.parallel, self.states
+        replicas = parallel.data_parallel_size(self.world_size)
+        sizes = {
+            "weights": states.weights,
+            "master weights": states.master_weights,
+            "moments of Adam": states.moments,
+            "gradients": states.gradients,
+            "buffers": states.buffers,
+            "activations": self.trace.activations,
+            "on the host instead": -states.on_host,
+            "peak": self.peak_bytes,
+        }
+        lines = [
+            f"layout              {self.world_size} ranks = tensor {parallel.tensor} x context {parallel.context} "
+            f"x replicas {replicas}; ZeRO-{self.stage}, sequence {parallel.sequence}, recompute {parallel.recompute}",
+            f"parameters          {self.config.model.parameters:,}; {self.trace.parameters:,} on a rank",
+            f"step                {self.config.tokens_per_step:,} tokens, {self.flops_per_step:.3e} FLOPs, "
+            f"{self.config.accumulation_steps(self.world_size)} micro-batches per rank",
+            "bytes of a rank",
+            *(f"  {name:20s}{size / GIB:10.3f} GiB" for name, size in sizes.items()),
+            "bytes that a rank hands over per step",
+            *(f"  {name:36s}{size / GIB:10.3f} GiB" for name, size in self.messages.items()),
+            f"checkpoint          {self.checkpoint_bytes / GIB:.1f} GiB",
+        ]
+        return "\n".join(lines)
+
+
+def plan(config: Config, deepspeed: dict[str, Any], world_size: int) -> Plan:
+    """Plan a launch; config and JSON must fit each other and ``world_size``."""
+    resolved = deepspeed_json.resolve(deepspeed, config, world_size)
+    stage = deepspeed_json.zero_stage(resolved)
+    parallel, bf16 = config.parallel, config.training.precision == "bf16"
+    data_ranks = world_size // parallel.tensor
+    # The second run of a sequence has neighbours on both sides, or sends as much as the first.
+    traced = trace(config, world_size, parallel.tensor if parallel.context > 1 else 0)
+    zero = resolved["zero_optimization"]
+    per_layer = (traced.parameters - 2 * _embedding(config)) // config.model.layers
+    held = states(
+        traced.decayed,
+        traced.other,
+        stage=stage,
+        bf16=bf16,
+        data_ranks=data_ranks,
+        adam=config.optimizer.name == "adamw",
+        bucket_elements=zero["reduce_bucket_size"],
+        largest_block=max(per_layer, _embedding(config)),
+        offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+    )
+    micro_batches = config.accumulation_steps(world_size)
+    messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
+    messages |= _data_messages(traced.parameters, stage, bf16, data_ranks, micro_batches)
+    tensor_ranks = parallel.tensor
+    weight = 2 if bf16 else FP32
+    saved = traced.parameters * tensor_ranks * (weight + (0 if stage == 0 else FP32))
+    saved += 2 * FP32 * traced.parameters * tensor_ranks * (config.optimizer.name == "adamw")
+    flops = config.model.flops_per_token * config.tokens_per_step
+    return Plan(config, world_size, stage, traced, held, messages, saved, flops)
+
+
+def _embedding(config: Config) -> int:
+    return config.model.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor * config.model.width
+
+
+def _data_messages(elements: int, stage: int, bf16: bool, data_ranks: int, micro_batches: int) -> dict[str, int]:
+    """What ZeRO hands over per step: gradients, and weights."""
+    if data_ranks == 1:
+        return {}
+    weight = 2 if bf16 else FP32
+    # ZeRO-0 and -1 reduce once per step, ZeRO-2 and -3 after every micro-batch, into the rank that owns the part.
+    reductions = micro_batches if stage >= 2 else 1
+    gradient = FP32 if stage == 1 else weight
+    found = {"data: gradients": elements * gradient * reductions}
+    if stage in (1, 2):
+        found["data: updated weights (own part)"] = elements // data_ranks * weight
+    if stage == 3:
+        found["data: weights, forward and backward (own part)"] = 2 * micro_batches * elements // data_ranks * weight
+    return found

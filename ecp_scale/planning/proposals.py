@@ -1,0 +1,63 @@
+"""Layouts that fit a number of ranks and their memory, the ones that send least first."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from ecp_scale.config import Config, ParallelConfig
+from ecp_scale.models.linear import Recompute
+from ecp_scale.planning.memory import FP32
+from ecp_scale.planning.plan import Plan, plan
+
+SUGGESTED = {
+    "scaled-125m": (8, 1),
+    "scaled-350m": (16, 1),
+    "scaled-1b3": (32, 1),
+    "scaled-6b7": (64, 1),
+    "scaled-13b": (128, 2),
+    "scaled-30b": (256, 2),
+    "scaled-70b": (512, 2),
+}
+"""GPUs (of 80 GiB) and ZeRO stage for which each preset is laid out."""
+NODE = 8
+"""Ranks of a node, within which tensor parallelism should stay."""
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
+    """Plans that fit, found one after another; every one is traced, so ask for no more than are wanted.
+
+    Those with fewer ranks per replica come first, then those that compute less again, then the lower ZeRO stage.
+    """
+    for tensor, context, recompute, stage in _candidates(world_size):
+        layout = dataclasses.replace(
+            config.parallel, tensor=tensor, context=context, sequence=tensor > 1, recompute=recompute
+        )
+        candidate = _with_batch(dataclasses.replace(config, parallel=layout), world_size)
+        if candidate.problems(world_size) or _least_bytes(candidate, layout, stage, world_size) > memory:
+            continue
+        found = plan(candidate, {"zero_optimization": {"stage": stage}}, world_size)
+        if found.peak_bytes <= memory:
+            yield found
+
+
+def _candidates(world_size: int) -> Iterator[tuple[int, int, Recompute, int]]:
+    powers = [2**exponent for exponent in range(world_size.bit_length())]
+    pairs = [(t, c) for t, c in itertools.product(powers, powers) if t <= NODE and t * c <= world_size]
+    for tensor, context in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
+        yield from itertools.product([tensor], [context], RECOMPUTE, (1, 2, 3))
+
+
+def _with_batch(config: Config, world_size: int) -> Config:
+    """The same with a global batch that every replica can share, the next above the one that was asked for."""
+    together = config.training.micro_batch_size * config.parallel.data_parallel_size(world_size)
+    batch = -(-config.training.global_batch_size // together) * together
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=batch))
+
+
+def _least_bytes(config: Config, layout: ParallelConfig, stage: int, world_size: int) -> float:
+    """What a rank cannot do without, by parameters alone: cheap, to leave the hopeless out."""
+    weight = 2 if config.training.precision == "bf16" else FP32
+    data_ranks = world_size // layout.tensor
+    whole = weight * (1 if stage < 3 else 1 / data_ranks) + (FP32 + weight if stage == 1 else FP32 / data_ranks)
+    return config.model.parameters / layout.tensor * (whole + 3 * FP32 / data_ranks)

@@ -1,0 +1,83 @@
+"""Two real steps of a narrow copy of a layout on this machine: same groups, features and order of work, small sizes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ecp_scale
+from ecp_scale.command_line import Request, to_yaml
+from ecp_scale.config import Config
+from ecp_scale.data.preprocessing import preprocess
+from ecp_scale.errors import InputError
+
+HEAD_WIDTH = 4
+SEGMENT = 8
+STEPS = 2
+REPLICAS = 2
+TIMEOUT_SECONDS = 1800
+
+
+def narrow(config: Config, world_size: int) -> tuple[Config, int]:
+    """The copy and its number of ranks: heads and every parallel size stay, but for at most two replicas."""
+    model, parallel = config.model, config.parallel
+    replicas = min(REPLICAS, parallel.data_parallel_size(world_size))
+    # Two segments for every rank that shares a sequence, and as many positions as tensor ranks share.
+    segment = SEGMENT * parallel.tensor
+    sizes: dict[str, Any] = {
+        "layers": min(model.layers, 4),
+        "width": HEAD_WIDTH * model.heads,
+        "feed_forward_width": 8 * parallel.tensor,
+        "sequence_length": 4 * segment * parallel.context,
+        "segment_length": segment,
+        "latents": None,
+        "compressed_context": None,
+        "window": 2 * segment if model.window else None,
+        "group_length": None,
+        "vocab_size": None,
+        "vocab_multiple": 1,
+        "allow_short_reach": True,
+    }
+    if model.architecture == "sliding_window":
+        sizes["window"] = 2 * segment
+    batch = config.training.micro_batch_size * replicas * min(2, config.accumulation_steps(world_size))
+    training = dataclasses.replace(config.training, global_batch_size=batch, steps=STEPS)
+    copy = dataclasses.replace(config, model=dataclasses.replace(model, **sizes), training=training)
+    return copy, parallel.tensor * parallel.context * replicas
+
+
+def rehearse(request: Request) -> str:
+    """Run the copy; what is returned says how it went.
+
+    Raises:
+        InputError: if a rank failed, with the end of what it said.
+    """
+    copy, ranks = narrow(request.config, request.world_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # Text that every machine has: the sources of this package.
+        preprocess([str(write_text_of_package(folder))], "byte", str(folder / "shards"))
+        data = dataclasses.replace(copy.data, prefix=str(folder / "shards"), blend=None, validation_prefix=None)
+        training = dataclasses.replace(copy.training, output_dir=str(folder / "run"))
+        (folder / "run.yaml").write_text(to_yaml(dataclasses.replace(copy, data=data, training=training)))
+        (folder / "deepspeed.json").write_text(json.dumps(request.deepspeed))
+        script = Path(ecp_scale.__file__).parent.parent / "launch" / "pretrain_ecp.py"
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        words += [str(script), "--config", str(folder / "run.yaml")]
+        words += ["--deepspeed_config", str(folder / "deepspeed.json")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        if done.returncode:
+            raise InputError(f"the rehearsal on {ranks} ranks failed:\n{done.stderr[-3000:]}")
+        records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = ", ".join(f"{record['loss']:.4f}" for record in records)
+    return f"{len(records)} steps on {ranks} ranks, loss {losses}"
+
+
+def write_text_of_package(folder: Path) -> Path:
+    """The package's sources as one text file."""
+    text = "\n".join(path.read_text() for path in sorted(Path(ecp_scale.__file__).parent.rglob("*.py")))
+    (folder / "text.txt").write_text(text)
+    return folder / "text.txt"

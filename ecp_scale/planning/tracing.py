@@ -1,0 +1,146 @@
+"""A model's shapes, activations and messages, read off the model itself without allocating it.
+
+One micro-batch runs forward and backward on fake tensors (shapes without memory) in a fake launch (a process group
+whose messages go nowhere), so that what is counted is what the code does, whatever it becomes. Layers repeat: a shallow
+model and one with a layer more tell what every further layer adds.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ecp_scale.config import Config
+from ecp_scale.models.decay import decayed_and_other
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.groups import Groups, process_groups
+
+SHALLOW = 3
+"""Layers of the shallow model: a first, a middle and a last one."""
+SENDING = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "send"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One rank's share of the model, and one micro-batch of it.
+
+    ``decayed`` and ``other`` are the elements of every parameter (local) of the optimizer's two groups; ``activations``
+    the largest number of bytes alive at once beside the parameters; ``sent`` the bytes that the rank hands over in
+    forward and backward, by (group, operation): what goes into an all-reduce, a gather or a reduce-scatter, or to a
+    neighbour.
+    """
+
+    decayed: tuple[int, ...]
+    other: tuple[int, ...]
+    activations: int
+    sent: dict[tuple[str, str], int]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters of this rank, with the padding of the vocabulary."""
+        return sum(self.decayed) + sum(self.other)
+
+
+def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
+    """Trace one rank of a launch; ``config`` must fit ``world_size`` and know its vocabulary."""
+    with _fake_launch(world_size, rank), process_groups(config.parallel) as groups:
+        found = _deepened(config, groups)
+        with FakeTensorMode():
+            whole = LanguageModel(config.model, _shard(config, groups), config.attention)
+            elements = [[parameter.numel() for parameter in group.values()] for group in decayed_and_other(whole)]
+        return Trace(tuple(elements[0]), tuple(elements[1]), found.peak, dict(found.sent))
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Largest number of bytes alive at once, those alive between forward and backward, and bytes sent."""
+
+    peak: int
+    kept: int
+    sent: Counter[tuple[str, str]]
+
+
+def _deepened(config: Config, groups: Groups) -> _MicroBatch:
+    """A micro-batch of the whole model, from those of two shallow ones that differ by a layer.
+
+    A further layer adds to the peak what it keeps for the backward pass. Where layers keep next to nothing (recompute:
+    full), the peak of a shallow model can lie in the embedding instead; what comes out is then an upper bound.
+    """
+    layers = config.model.layers
+    more = _micro_batch(config, min(layers, SHALLOW + 1), groups)
+    if layers <= SHALLOW + 1:
+        return more
+    less, times = _micro_batch(config, SHALLOW, groups), layers - SHALLOW - 1
+    sent = {key: value + times * (value - less.sent[key]) for key, value in more.sent.items()}
+    return _MicroBatch(more.peak + times * (more.kept - less.kept), more.kept, Counter(sent))
+
+
+def _micro_batch(config: Config, layers: int, groups: Groups) -> _MicroBatch:
+    """One forward and backward pass of a model of so many layers."""
+    model_config = dataclasses.replace(config.model, layers=layers, allow_short_reach=True, dropout=0.0)
+    names: dict[str, str] = {groups.tensor.group_name: "tensor", groups.context.group_name: "context"}
+    with FakeTensorMode(), _Messages(names) as messages:
+        model = LanguageModel(model_config, _shard(config, groups), config.attention).train()
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            shape = (config.training.micro_batch_size, config.model.sequence_length)
+            losses = model(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
+            kept = _activations(tracker, "current")
+            losses.sum().backward()
+        return _MicroBatch(_activations(tracker, "peak"), kept, messages.sent)
+
+
+def _activations(tracker: MemTracker, when: Literal["current", "peak"]) -> int:
+    """Bytes alive, without parameters and their gradients, which are counted by the rules of ZeRO."""
+    found = tracker.get_tracker_snapshot(when)[torch.device("cpu")]
+    return sum(value for kind, value in found.items() if "ACT" in str(kind) or "TEMP" in str(kind))
+
+
+def _shard(config: Config, groups: Groups) -> Shard:
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return Shard.of(config.parallel, groups, dtype)
+
+
+class _Messages(TorchDispatchMode):
+    """Counts the bytes that collectives and sends hand over."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.sent: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            operation = func._schema.name.removeprefix("c10d::")
+            if operation in SENDING:
+                leaves = tree_leaves(args)
+                group = next(dist.ProcessGroup.unbox(leaf) for leaf in leaves if isinstance(leaf, torch.ScriptObject))
+                tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                # A gather's first argument is what it fills.
+                handed_over = tensors[-1] if operation in ("_allgather_base_", "_reduce_scatter_base_") else tensors[0]
+                kind = self.names.get(group.group_name, "data")
+                self.sent[kind, operation.strip("_")] += handed_over.numel() * handed_over.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _fake_launch(world_size: int, rank: int) -> Iterator[None]:
+    assert not dist.is_initialized(), "a plan is made before a launch"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
