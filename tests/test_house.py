@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "errors", "deepspeed_json", "command_line", "presets", "__init__"},
     {"attention", "parallel"},
     {"models", "data"},
-    {"checkpoint", "evaluation"},
+    {"checkpoint", "evaluation", "planning"},
     {"training"},
     {"launch", "data_tools"},
 ]

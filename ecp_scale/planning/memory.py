@@ -79,13 +79,25 @@ def states(
         part = sum(-(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT for group in (decayed, other))
         weights, buffers = weight * whole, weight * bucket
         # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
-        gradients = (FP32 + (weight if bf16 else 0)) * whole if stage == 1 else FP32 * part
-        if stage == 2:
-            gradients += _across_the_border(decayed, other, data_ranks)
+        if stage == 1:
+            gradients = (FP32 + (weight if bf16 else 0)) * whole
+        else:
+            gradients = FP32 * _most_whole_elements((decayed, other), data_ranks)
     moments = 2 * FP32 * part * adam
     return States(weights, FP32 * part, moments, gradients, buffers, FP32 * part + moments if offload else 0)
 
 
-def _across_the_border(decayed: Sequence[int], other: Sequence[int], data_ranks: int) -> int:
-    """At most one parameter per group lies across each end of a partition, and its gradient is kept whole."""
-    return 0 if data_ranks == 1 else FP32 * (max(decayed, default=0) + max(other, default=0))
+def _most_whole_elements(groups: Sequence[Sequence[int]], data_ranks: int) -> int:
+    """Elements of the parameters that reach into a rank's partitions, of the rank that has most of them.
+
+    ZeRO-2 keeps their gradients whole while it accumulates, also those that a border cuts.
+    """
+    held = [0] * data_ranks
+    for group in groups:
+        part = -(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT
+        start = 0
+        for elements in group:
+            for rank in range(start // part, (start + elements - 1) // part + 1):
+                held[rank] += elements
+            start += elements
+    return max(held)

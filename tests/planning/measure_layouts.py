@@ -1,0 +1,194 @@
+"""Run by test_plans.py: plan layouts (one process), or train a micro-batch of each for real and measure (its ranks).
+
+Arguments: plan or measure, a JSON file that lists command lines, and the file to write. Memory is measured by torch's
+profiler and on the engine's own tensors, messages where they are handed to torch.distributed.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from ecp_scale import deepspeed_json
+from ecp_scale.command_line import Request, parse
+from ecp_scale.models.initialization import initialize
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.groups import Groups, process_groups
+
+
+def planned(request: Request) -> dict[str, Any]:
+    """What the planner says."""
+    from ecp_scale.planning.plan import plan
+
+    found = plan(request.config, request.deepspeed, request.world_size)
+    held = found.states
+    return {
+        "parameters": found.trace.parameters,
+        "weights": held.weights,
+        "master_weights": held.master_weights,
+        "moments": held.moments,
+        "gradients": held.gradients,
+        "activations": found.trace.activations,
+        "sent": {" ".join(key): value for key, value in sorted(found.trace.sent.items())},
+    }
+
+
+def size(tensors: Any) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def measured(request: Request) -> dict[str, Any]:
+    """What is there."""
+    with process_groups(request.config.parallel) as groups:
+        return {**_states(request, groups), **_activations_and_messages(request, groups)}
+
+
+def _states(request: Request, groups: Groups) -> dict[str, Any]:
+    from ecp_scale.training.engine import build_engine
+
+    config = request.config
+    settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+    engine = build_engine(config, settings, groups)
+    tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
+    micro_batches = config.accumulation_steps(request.world_size)
+    for step in range(2):
+        for number in range(micro_batches):
+            engine.backward(engine(tokens, tokens).mean())
+            if step == 1 and number == micro_batches - 2:
+                gradients = _gradients(engine)
+            engine.step()
+    parameters, optimizer = list(engine.module.parameters()), engine.optimizer
+    stage = engine.zero_optimization_stage()
+    flats = next(
+        (
+            getattr(optimizer, name)
+            for name in (
+                "fp32_partitioned_groups_flat",
+                "fp32_groups_flat_partition",
+                "single_partition_of_fp32_groups",
+            )
+            if hasattr(optimizer, name)
+        ),
+        [],
+    )
+    base = optimizer if stage == 0 else optimizer.optimizer
+    moments = [value for state in base.state.values() for key, value in state.items() if key != "step"]
+    found = {
+        "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
+        "weights": size(parameter.ds_tensor for parameter in parameters) if stage == 3 else size(parameters),
+        "master_weights": size(flats),
+        "moments": size(moments),
+        "gradients": gradients,
+    }
+    engine.destroy()
+    return found
+
+
+def _gradients(engine: Any) -> int:
+    """Bytes that hold gradients while micro-batches are accumulated."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    own = size(parameter.grad for parameter in engine.module.parameters())
+    if stage == 3:
+        return size([optimizer.grad_partitions_flat_buffer])
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):
+        return size(optimizer.fp32_groups_gradients_flat) + size(
+            parameter.grad if parameter.grad is not None else parameter for parameter in engine.module.parameters()
+        )
+    if stage == 2:
+        held = [*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()]
+        return size(gradient for group in held for gradient in group or [])
+    return own
+
+
+def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any]:
+    config = request.config
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    shard = Shard.of(config.parallel, groups, dtype)
+    model = LanguageModel(config.model, shard, config.attention).train()
+    initialize(model, config.model, shard, seed=1)
+    tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
+    model(tokens, tokens).sum().backward()
+    sent: Counter[str] = Counter()
+    with counted(groups, sent), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(tokens, tokens).sum().backward()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return {"activations": peak, "sent": dict(sorted(sent.items()))}
+
+
+@contextmanager
+def counted(groups: Groups, sent: "Counter[str]") -> Iterator[None]:
+    """Count the bytes that this rank hands to torch.distributed, by group and operation."""
+    names = {id(groups.tensor): "tensor", id(groups.context): "context"}
+    whole = {
+        name: getattr(dist, name)
+        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "batch_isend_irecv")
+    }
+
+    def count(operation: str, group: Any, tensor: Tensor) -> None:
+        sent[f"{names[id(group)]} {operation}"] += size([tensor])
+
+    def wrapper(name: str, operation: str, which: int) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            count(operation, options.get("group"), arguments[which])
+            return whole[name](*arguments, **options)
+
+        return call
+
+    def sends(operations: list[Any]) -> Any:
+        for item in operations:
+            if item.op is dist.isend:
+                count("send", item.group, item.tensor)
+        return whole["batch_isend_irecv"](operations)
+
+    from megatron.core.tensor_parallel import mappings
+
+    gather = wrapper("all_gather_into_tensor", "allgather_base", 1)
+    scatter = wrapper("reduce_scatter_tensor", "reduce_scatter_base", 1)
+    # Megatron has bound two of them to names of its own.
+    bound = (mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func)
+    mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func = gather, scatter
+    dist.all_reduce = wrapper("all_reduce", "allreduce", 0)
+    dist.batch_isend_irecv = sends  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func = bound
+        dist.all_reduce, dist.batch_isend_irecv = whole["all_reduce"], whole["batch_isend_irecv"]
+
+
+def main() -> None:
+    """Plan or measure every command line of the list."""
+    what, jobs, output = sys.argv[-3:]
+    results = []
+    if what == "measure":
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        dist.init_process_group("gloo")
+    for job in json.loads(Path(jobs).read_text()):
+        request = parse(job["options"], "", world_size=job["ranks"])
+        results.append(planned(request) if what == "plan" else measured(request))
+    mine = int(os.environ.get("RANK", "0"))
+    Path(f"{output}.{mine}").write_text(json.dumps(results))
+    if what == "measure":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

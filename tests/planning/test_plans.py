@@ -1,0 +1,158 @@
+"""Plans against reality, and presets against their names."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecp_scale.command_line import load_preset, preset_names
+from ecp_scale.planning.proposals import SUGGESTED
+from tests.launching import ROOT, run, run_successfully
+
+SCRIPT = "tests/planning/measure_layouts.py"
+BASE = {
+    "model.preset": "scaled-125m",
+    "model.vocab_size": 500,
+    "model.layers": 5,
+    "model.width": 64,
+    "model.heads": 8,
+    "model.key_value_heads": 4,
+    "model.feed_forward_width": 160,
+    "model.sequence_length": 256,
+    "model.segment_length": 32,
+    "model.allow_short_reach": True,
+    "training.micro_batch_size": 2,
+    "training.global_batch_size": 16,
+}
+PAPER = {"model.preset": "paper-12l", "model.key_value_heads": "null", "model.dropout": 0.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout to plan and to measure."""
+
+    ranks: int
+    zero: int
+    precision: str = "fp32"
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    def job(self) -> dict[str, Any]:
+        """As measure_layouts.py reads it."""
+        values = {**BASE, "training.precision": self.precision, **dict(self.changes)}
+        words = [f"--{key}={value}" for key, value in values.items()]
+        return {
+            "ranks": self.ranks,
+            "options": [*words, "--deepspeed_config", f"{ROOT}/ds_configs/zero{self.zero}.json"],
+        }
+
+
+def changed(**changes: Any) -> tuple[tuple[str, Any], ...]:
+    """Changes of fields of ``parallel``."""
+    return tuple((f"parallel.{name}", value) for name, value in changes.items())
+
+
+LAYOUTS = [
+    Layout(1, 0),
+    Layout(1, 1, "bf16", changed(recompute="selective")),
+    Layout(1, 2, "fp32", tuple(PAPER.items())),
+    Layout(1, 3, "bf16", changed(recompute="full")),
+    Layout(2, 2, "fp32", changed(context=2)),
+    Layout(2, 2, "bf16", changed(tensor=2, sequence=True, recompute="selective")),
+    Layout(2, 3, "fp32", (*changed(context=2), *PAPER.items())),
+    Layout(4, 1, "fp32", changed(tensor=2, sequence=True, context=2)),
+]
+
+
+@cache
+def results(folder: Path) -> dict[Layout, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Of every layout, the plan and what each rank measured."""
+    found = {}
+    for ranks in sorted({layout.ranks for layout in LAYOUTS}):
+        layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
+        jobs = folder / f"{ranks}.json"
+        jobs.write_text(json.dumps([layout.job() for layout in layouts]))
+        run_successfully(SCRIPT, "plan", jobs, folder / f"plan{ranks}")
+        run_successfully(SCRIPT, "measure", jobs, folder / f"real{ranks}", ranks=ranks)
+        plans = json.loads((folder / f"plan{ranks}.0").read_text())
+        real = [json.loads((folder / f"real{ranks}.{rank}").read_text()) for rank in range(ranks)]
+        for number, layout in enumerate(layouts):
+            found[layout] = (plans[number], [rank[number] for rank in real])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.ranks}-zero{layout.zero}-{layout.precision}")
+def test_a_plan_is_what_happens(layout: Layout, folder: Path) -> None:
+    plan, ranks = results(folder)[layout]
+    for real in ranks:
+        for exact in ("parameters", "master_weights", "moments"):
+            assert real[exact] == plan[exact], exact
+        if layout.zero < 3:
+            assert real["weights"] == plan["weights"]
+        else:  # beside its parts, ZeRO-3 keeps small parameters whole on every rank
+            assert real["weights"] <= plan["weights"]
+    # Under ZeRO-2 ranks differ, as borders between them cut parameters.
+    assert max(real["gradients"] for real in ranks) == plan["gradients"]
+    # The plan is that of the rank that has neighbours, or of the one that sends as much.
+    assert plan["sent"] in [real["sent"] for real in ranks]
+    assert max(real["activations"] for real in ranks) == pytest.approx(plan["activations"], rel=0.1)
+
+
+SIZES = {"125m": 125e6, "350m": 350e6, "1b3": 1.3e9, "6b7": 6.7e9, "13b": 13e9, "30b": 30e9, "70b": 70e9}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_are_as_large_as_their_names(name: str) -> None:
+    config = load_preset(f"scaled-{name}")
+    assert config.model.parameters == pytest.approx(SIZES[name], rel=0.03)
+    assert config.model.padded_vocab_size(config.parallel.tensor) % (128 * config.parallel.tensor) == 0
+    assert config.model.reach_tokens >= config.model.sequence_length
+    gpus, _ = SUGGESTED[f"scaled-{name}"]
+    assert config.problems(gpus) == []
+
+
+def test_every_scaled_preset_is_laid_out() -> None:
+    assert {name for name in preset_names() if name.startswith("scaled-")} == SUGGESTED.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "125m" else pytest.param(name, marks=pytest.mark.exhaustive) for name in SIZES]
+)
+def test_the_suggested_layout_fits(name: str) -> None:
+    gpus, stage = SUGGESTED[f"scaled-{name}"]
+    words = ("--config", f"scaled-{name}", "--gpus", gpus, "--deepspeed_config", f"{ROOT}/ds_configs/zero{stage}.json")
+    out = run_successfully("launch/plan.py", *words, "--gpu-memory", "80GiB")
+    assert "verdict             fits" in out
+
+
+def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
+    small = [word for key, value in BASE.items() for word in (f"--{key}={value}",)]
+    done = run("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "25MiB", "--propose")
+    assert done.returncode == 1, done.stderr
+    assert "does not fit" in done.stdout
+    assert "proposal 1" in done.stdout
+
+
+def test_impossible_layouts_are_refused_with_every_reason() -> None:
+    words = ("--config", "scaled-125m", "--gpus", 6, "--parallel.tensor=8", "--parallel.context=3")
+    done = run("launch/plan.py", *words)
+    assert done.returncode == 2
+    for part in (
+        "not a multiple of parallel.tensor * parallel.context = 8 * 3",
+        "whole segments",
+        "whole key/value heads",
+    ):
+        assert part in done.stderr
+
+
+def test_a_layout_is_rehearsed(tmp_path: Path) -> None:
+    words = ("--config", "scaled-125m", "--gpus", 16, "--parallel.tensor=2", "--parallel.sequence=true")
+    out = run_successfully("launch/plan.py", *words, "--rehearse")
+    assert "rehearsal           2 steps on 4 ranks, loss" in out
