@@ -63,14 +63,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: Config, deepspeed: dict[str, Any], world_size: int) -> Plan:
-    """Plan a launch; config and JSON must fit each other and ``world_size``."""
+def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Trace | None = None) -> Plan:
+    """Plan a launch; config and JSON must fit each other and ``world_size``. ``traced`` is its trace, where known."""
     resolved = deepspeed_json.resolve(deepspeed, config, world_size)
     stage = deepspeed_json.zero_stage(resolved)
     parallel, bf16 = config.parallel, config.training.precision == "bf16"
     data_ranks = world_size // parallel.tensor
-    # The second run of a sequence has neighbours on both sides, or sends as much as the first.
-    traced = trace(config, world_size, parallel.tensor if parallel.context > 1 else 0)
+    traced = traced or trace_busiest(config, world_size)
     zero = resolved["zero_optimization"]
     per_layer = (traced.parameters - 2 * _embedding(config)) // config.model.layers
     held = states(
@@ -93,6 +92,11 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int) -> Plan:
     saved += 2 * FP32 * traced.parameters * tensor_ranks * (config.optimizer.name == "adamw")
     flops = config.model.flops_per_token * config.tokens_per_step
     return Plan(config, world_size, stage, traced, held, messages, saved, flops)
+
+
+def trace_busiest(config: Config, world_size: int) -> Trace:
+    """Trace the rank with the second run of a sequence: it has two neighbours, or sends as much as the first."""
+    return trace(config, world_size, config.parallel.tensor if config.parallel.context > 1 else 0)
 
 
 def _embedding(config: Config) -> int:

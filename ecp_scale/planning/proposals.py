@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ecp_scale.config import Config, ParallelConfig
 from ecp_scale.models.linear import Recompute
 from ecp_scale.planning.memory import FP32
-from ecp_scale.planning.plan import Plan, plan
+from ecp_scale.planning.plan import Plan, plan, trace_busiest
 
 SUGGESTED = {
     "scaled-125m": (8, 1),
@@ -27,25 +27,28 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
     """Plans that fit, found one after another; every one is traced, so ask for no more than are wanted.
 
-    Those with fewer ranks per replica come first, then those that compute less again, then the lower ZeRO stage.
+    Those with fewer ranks per replica come first, then those that compute less again; each with the lowest ZeRO stage.
     """
-    for tensor, context, recompute, stage in _candidates(world_size):
+    for tensor, context, recompute in _candidates(world_size):
         layout = dataclasses.replace(
             config.parallel, tensor=tensor, context=context, sequence=tensor > 1, recompute=recompute
         )
         candidate = _with_batch(dataclasses.replace(config, parallel=layout), world_size)
-        if candidate.problems(world_size) or _least_bytes(candidate, layout, stage, world_size) > memory:
+        stages = [stage for stage in (1, 2, 3) if _least_bytes(candidate, layout, stage, world_size) <= memory]
+        if candidate.problems(world_size) or not stages:
             continue
-        found = plan(candidate, {"zero_optimization": {"stage": stage}}, world_size)
-        if found.peak_bytes <= memory:
-            yield found
+        traced = trace_busiest(candidate, world_size)
+        plans = (plan(candidate, {"zero_optimization": {"stage": stage}}, world_size, traced) for stage in stages)
+        fitting = next((found for found in plans if found.peak_bytes <= memory), None)
+        if fitting is not None:
+            yield fitting
 
 
-def _candidates(world_size: int) -> Iterator[tuple[int, int, Recompute, int]]:
+def _candidates(world_size: int) -> Iterator[tuple[int, int, Recompute]]:
     powers = [2**exponent for exponent in range(world_size.bit_length())]
     pairs = [(t, c) for t, c in itertools.product(powers, powers) if t <= NODE and t * c <= world_size]
     for tensor, context in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
-        yield from itertools.product([tensor], [context], RECOMPUTE, (1, 2, 3))
+        yield from itertools.product([tensor], [context], RECOMPUTE)
 
 
 def _with_batch(config: Config, world_size: int) -> Config:

@@ -65,7 +65,7 @@ def rehearse(request: Request) -> str:
         (folder / "run.yaml").write_text(to_yaml(dataclasses.replace(copy, data=data, training=training)))
         (folder / "deepspeed.json").write_text(json.dumps(request.deepspeed))
         script = Path(ecp_scale.__file__).parent.parent / "launch" / "pretrain_ecp.py"
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         words += [str(script), "--config", str(folder / "run.yaml")]
         words += ["--deepspeed_config", str(folder / "deepspeed.json")]
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)

@@ -134,7 +134,7 @@ def test_the_suggested_layout_fits(name: str) -> None:
 
 def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     small = [word for key, value in BASE.items() for word in (f"--{key}={value}",)]
-    done = run("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "25MiB", "--propose")
+    done = run("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "10MiB", "--propose")
     assert done.returncode == 1, done.stderr
     assert "does not fit" in done.stdout
     assert "proposal 1" in done.stdout
