@@ -106,7 +106,8 @@ def load_preset(name: str) -> Config:
     Raises:
         InputError: if the preset does not exist or is not valid.
     """
-    return parse([f"--model.preset={name}"], "").config
+    # A dry run: a preset that is laid out for many ranks does not fit this process alone.
+    return parse([f"--model.preset={name}", "--dry-run"], "").config
 
 
 def to_yaml(config: Config) -> str:

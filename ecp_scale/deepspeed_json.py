@@ -92,7 +92,7 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
     # DeepSpeed counts every rank that holds the same parameters as a reader of other samples; those of a context group
     # read the same ones.
     resolved["train_batch_size"] *= config.parallel.context
-    if "stage" in resolved.get("zero_optimization", {}):
+    if "stage" in resolved.get("zero_optimization", {}) and config.model.vocab_size is not None:
         # DeepSpeed's own size is 500 M elements, which ZeRO-1 and -3 allocate for models of any size.
         bucket = min(MOST_BUCKET_ELEMENTS, config.model.parameters // config.parallel.tensor)
         resolved["zero_optimization"].setdefault("reduce_bucket_size", bucket)

@@ -29,7 +29,8 @@ def test_every_preset_is_valid_and_survives_yaml(name: str, tmp_path: Path) -> N
     config = load_preset(name)
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
-    assert parse(["--config", str(file)], "").config == config
+    ranks = config.parallel.tensor * config.parallel.context
+    assert parse(["--config", str(file)], "", world_size=ranks).config == config
 
 
 def test_presets_have_the_size_of_their_names() -> None:
