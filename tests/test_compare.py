@@ -110,6 +110,6 @@ def test_everything_wrong_is_said_before_any_work(sharded_text: ShardedText, tmp
     message = run(SCRIPT, "--architectures=ecp,mamba,ecp", *words, "--seeds=1,two").stderr
     for part in ("names 'mamba', expected some of ecp", "--seeds is '1,two'", "names something twice: ecp,mamba,ecp"):
         assert part in message, part
-    message = run(SCRIPT, "--architectures=ecp,longlora", *words, "--model.key_value_heads=3").stderr
+    message = run(SCRIPT, "--architectures=ecp,longlora", *words, "--model.key_value_heads=1").stderr
     assert "with model.architecture longlora: longlora shifts half of the key/value heads" in message
     assert not (tmp_path / "x").exists()
