@@ -216,7 +216,7 @@ def _trained_together(ranks: int, kind: str, text: ShardedText) -> Path:
 def _kind(layout: Layout) -> str:
     """Which launch a layout belongs to."""
     if layout not in ALL:
-        return f"product-zero{layout.zero}-{layout.optimizer}"
+        return f"product-zero{layout.zero}-{layout.optimizer}-{layout.settings}"
     return "architectures" if layout.steps > 20 else "layouts"
 
 
