@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The errors that are not bugs: bad input, which is the user's to mend, and a rank that is lost."""
 
 import os
 import sys
@@ -10,6 +10,17 @@ class InputError(ValueError):
     """Bad input: names the file, field or rank, what was found and what was expected."""
 
 
+class LostRankError(RuntimeError):
+    """A rank of the launch did not come, or died: names it and its host.
+
+    ``speaks``: whether this rank says so; on every host one does, since nobody knows who else is left.
+    """
+
+    def __init__(self, message: str, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for the launch: rank 0, or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -17,9 +28,10 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
-    """Print an ``InputError`` as one message and exit with code 2; anything else is a bug and keeps its traceback.
+    """Print an ``InputError`` as one message and exit with code 2, a ``LostRankError`` with code 1.
 
-    Every rank of a launch raises the same error (see ``ecp_scale.parallel.groups.agreed``); rank 0 prints it.
+    Every rank of a launch raises the same ``InputError`` (see ``ecp_scale.parallel.groups.agreed``); rank 0 prints it.
+    Anything else is a bug and keeps its traceback.
     """
     try:
         yield
@@ -27,3 +39,7 @@ def input_errors_exit() -> Iterator[None]:
         if is_first_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except LostRankError as error:
+        if error.speaks:
+            print(f"stopped: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -19,7 +19,7 @@ def command(script: str, ranks: int, options: Sequence[object]) -> list[str]:
         launcher: list[object] = [sys.executable]
     else:
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        launcher = [deepspeed, "--num_gpus", ranks, "--master_port", _free_port()]
+        launcher = [deepspeed, "--num_gpus", ranks, "--master_port", free_port()]
     return [str(word) for word in [*launcher, ROOT / script, *options]]
 
 
@@ -48,7 +48,7 @@ def metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

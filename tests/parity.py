@@ -25,7 +25,8 @@ from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.models.sharding import Layout, load_whole
-from ecp_scale.parallel.groups import Groups, Ranks, agreed, process_groups
+from ecp_scale.parallel.groups import Groups, agreed, process_groups
+from ecp_scale.parallel.places import Ranks
 
 LOGITS_TOLERANCE = 1e-5
 LOSS_TOLERANCE = 1e-5

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,23 +14,10 @@ from torch.distributed import ProcessGroup
 from ecp_scale.config import ParallelConfig
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.device import backend, local_device
+from ecp_scale.parallel.places import Ranks
+from ecp_scale.parallel.roll_call import joined_launch
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process's place in the launch, from the environment that every launcher sets."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Ranks":
-        """RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, the only rank."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)))
 
 
 @dataclass(frozen=True)
@@ -63,16 +49,18 @@ class Groups:
 def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     """Join the launch, build Megatron's groups, and leave both in order.
 
-    Without a launcher this is a group of one on an in-memory store: one program, whatever the number of ranks. Where
-    torch.distributed is up already, its world is used and left as it is.
+    One program, whatever the number of ranks: see ``joined_launch``. Where torch.distributed is up already, its world
+    is used and left as it is.
+
+    Raises:
+        LostRankError: on the ranks that are there, if another does not come or is lost.
     """
     ranks = Ranks.from_environment()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
     device = local_device(ranks.local_rank)
     with ExitStack() as stack:
         if not dist.is_initialized():
-            _init_process_group(device, timedelta(seconds=config.timeout_seconds))
-            stack.callback(dist.destroy_process_group)
+            stack.enter_context(joined_launch(backend(device), config.timeout_seconds))
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             context_parallel_size=config.context,
@@ -87,13 +75,6 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
             data=parallel_state.get_data_parallel_group(with_context_parallel=True),
             device=device,
         )
-
-
-def _init_process_group(device: torch.device, timeout: timedelta) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(backend(device), timeout=timeout)
-    else:
-        dist.init_process_group(backend(device), timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def agreed(action: Callable[[], T]) -> T:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -42,9 +43,9 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in metrics(folder)]
 
 
-def start_until(words: list[str], reached: Callable[[], bool]) -> subprocess.Popen[bytes]:
+def start_until(words: list[str], reached: Callable[[], bool]) -> subprocess.Popen[str]:
     """Start a launch and return when ``reached`` says so."""
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not reached():
         assert process.poll() is None, "the launch ended too early"
@@ -53,12 +54,19 @@ def start_until(words: list[str], reached: Callable[[], bool]) -> subprocess.Pop
     return process
 
 
-def kill(process: "subprocess.Popen[bytes]") -> None:
+def kill(process: "subprocess.Popen[str]") -> None:
     """SIGKILL to a launch and all of its ranks."""
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         with suppress(psutil.NoSuchProcess):
             victim.kill()
     process.wait()
+
+
+def rank_1(process: "subprocess.Popen[str]") -> psutil.Process:
+    """The second rank of a launch."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    (rank,) = [child for child in children if "--local_rank=1" in child.cmdline()]
+    return rank
 
 
 def has_done(folder: Path, steps: int) -> bool:
@@ -82,11 +90,13 @@ def uninterrupted(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def killed(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, killed with SIGKILL at step 7 and left with a half-written newer checkpoint."""
+    """The same run, of which a rank was killed at step 7, left with a half-written newer checkpoint."""
     output = tmp_path_factory.mktemp("killed") / "run"
     words = command(SCRIPT, 2, options(sharded_text, output))
     process = start_until(words, lambda: steps_done(output) >= KILLED_AT)
-    kill(process)
+    rank_1(process).kill()
+    _, errors = process.communicate(timeout=60)
+    assert f"stopped: rank 1 of 2 on host {socket.gethostname()} (process " in errors
     done = steps_done(output)
     assert KILLED_AT <= done < 12
     newest = find_checkpoint(output)
@@ -239,9 +249,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_cleanly_and_the_run_can_be_exten
     output = tmp_path / "run"
     unlimited = [word for word in options(sharded_text, output) if "training.steps" not in word]
     process = start_until(command(SCRIPT, 2, [*unlimited, "--training.steps=2000"]), lambda: steps_done(output) >= 5)
-    children = psutil.Process(process.pid).children(recursive=True)
-    (rank,) = [child for child in children if "--local_rank=1" in child.cmdline()]
-    rank.send_signal(signal.SIGTERM)
+    rank_1(process).send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     done = steps_done(output)
     assert done < 2000
