@@ -20,6 +20,18 @@ OWNED_BY_RUN_CONFIG = {
     "sequence_parallel_size": "parallel.context",
 }
 """Sections of DeepSpeed that have no place in our JSON, and who decides instead."""
+REFUSED_IN_ZERO = {
+    # Tried: training goes right, and the weights of a converted checkpoint are wrong.
+    "round_robin_gradients": "checkpoints do not tell the order of its partitions, so they could not be read",
+    "zero_quantized_weights": "it rounds weights on their way, so the curve would not be that of one process",
+    "zero_quantized_nontrainable_weights": "it rounds weights on their way",
+    "zero_quantized_gradients": "it rounds gradients on their way, so the curve would not be that of one process",
+    "mics_shard_size": "DeepSpeed has removed MiCS",
+    "zenflow": "it updates some weights later, so the curve would not be that of one process",
+}
+"""What ZeRO offers and we do not, with the reason."""
+OFFLOADED = {"offload_optimizer": (2, 3), "offload_param": (3,)}
+"""What ZeRO can keep in CPU memory, and at which stages."""
 
 
 def read(path: str | None) -> dict[str, Any]:
@@ -68,15 +80,31 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
         given = _get(content, key)
         if given not in (None, "auto", value):
             found.append(f'{where}: {key} is {given!r} but {owner} says {value!r}; write "auto" there')
+    found += [f"{where}: zero_optimization{text}" for text in _zero_problems(content.get("zero_optimization"))]
     stage = _get(content, "zero_optimization.stage")
-    if stage not in (None, 0, 1, 2, 3):
-        found.append(f"{where}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
     bf16 = config.training.precision == "bf16"
     if bf16 and stage in (None, 0):
         found.append(
             f"{where}: ZeRO-0 with training.precision bf16 strays from the fp32 curve and exports no fp32 weights; "
             "use stage 1 to 3"
         )
+    return found
+
+
+def _zero_problems(section: Any) -> list[str]:
+    """What is wrong with the section about ZeRO by itself."""
+    if not isinstance(section, dict):
+        return [] if section is None else [f" is {section!r}, expected an object"]
+    stage = section.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        return [f".stage is {stage!r}, expected 0, 1, 2 or 3"]
+    found = [f".{key} is {section[key]!r}: {why}" for key, why in REFUSED_IN_ZERO.items() if section.get(key)]
+    for key, stages in OFFLOADED.items():
+        device = _get(section, f"{key}.device")
+        if device not in (None, "none", "cpu"):
+            found.append(f".{key}.device is {device!r}, expected cpu or none: checkpoints of others could not be read")
+        elif device == "cpu" and stage not in stages:
+            found.append(f".{key} needs stage {' or '.join(map(str, stages))}, found {stage}")
     return found
 
 
@@ -98,6 +126,8 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
         resolved["zero_optimization"].setdefault("reduce_bucket_size", bucket)
     # The optimizer is ours (ecp_scale.training.engine), and DeepSpeed warns of any but its own.
     resolved.setdefault("zero_allow_untested_optimizer", True)
+    # Offloaded states are updated by the same optimizer, whose fused form runs on a CPU.
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     resolved.setdefault("steps_per_print", None)
     return resolved
 
@@ -105,6 +135,11 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
 def zero_stage(content: dict[str, Any]) -> int:
     """ZeRO stage of the JSON."""
     return int(_get(content, "zero_optimization.stage") or 0)
+
+
+def is_offloaded(content: dict[str, Any], what: str) -> bool:
+    """Whether ``what``, a key of ``OFFLOADED``, is in CPU memory."""
+    return _get(content, f"zero_optimization.{what}.device") == "cpu"
 
 
 def _get(content: dict[str, Any], dotted: str) -> Any:

@@ -50,7 +50,8 @@ def test_every_deepspeed_json_fits_every_preset(path: Path) -> None:
         assert "auto" not in json.dumps(resolved)
         assert resolved["bf16"]["enabled"] == (config.training.precision == "bf16")
         assert resolved["gradient_accumulation_steps"] == config.accumulation_steps(1)
-        assert deepspeed_json.zero_stage(resolved) == int(path.stem.removeprefix("zero"))
+        assert deepspeed_json.zero_stage(resolved) == int(path.stem.removeprefix("zero")[0])
+        assert deepspeed_json.is_offloaded(resolved, "offload_optimizer") == path.stem.endswith("offload")
 
 
 def test_a_folder_with_the_name_of_a_preset_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +279,24 @@ def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path)
         "zero_optimization.stage is 7",
     ):
         assert part in message, part
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients is True: checkpoints do not tell"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights is True: it rounds weights"),
+        ({"stage": 3, "mics_shard_size": 2}, "DeepSpeed has removed MiCS"),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 2 or 3, found 1"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3, found 2"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device is 'nvme', expected cpu"),
+        (3, "zero_optimization is 3, expected an object"),
+    ],
+)
+def test_what_zero_offers_and_is_refused(section: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": section}))
+    assert message in refused("--config", "demo", "--deepspeed_config", str(file))
 
 
 def test_bf16_without_master_weights_is_refused() -> None:

@@ -29,7 +29,7 @@ class States:
     buffers: int
     """To reduce gradients in, and with ZeRO-3 the parameters that are whole at a time."""
     on_host: int = 0
-    """Of master weights and moments, under optimizer offload."""
+    """Of master weights, moments and gradients under optimizer offload, of weights under parameter offload."""
 
     @property
     def on_device(self) -> int:
@@ -47,7 +47,8 @@ def states(
     adam: bool,
     bucket_elements: int,
     largest_block: int,
-    offload: bool,
+    offload_optimizer: bool,
+    offload_parameters: bool,
 ) -> States:
     """Bytes of one rank.
 
@@ -60,7 +61,8 @@ def states(
         adam: whether the optimizer has two moments; otherwise it has none.
         bucket_elements: reduce_bucket_size.
         largest_block: elements of the largest block, or of the embedding or output layer (local).
-        offload: whether master weights and moments are in CPU memory.
+        offload_optimizer: whether master weights, moments and gradients are in CPU memory (ZeRO-2 and -3).
+        offload_parameters: whether this rank's parts of the weights are (ZeRO-3).
     """
     everything = [*decayed, *other]
     whole = sum(everything)
@@ -81,16 +83,30 @@ def states(
         # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
         if stage == 1:
             gradients = (FP32 + (weight if bf16 else 0)) * whole
+        elif bf16:
+            gradients = FP32 * part
         else:
             gradients = FP32 * _most_whole_elements((decayed, other), data_ranks)
-    moments = 2 * FP32 * part * adam
-    return States(weights, FP32 * part, moments, gradients, buffers, FP32 * part + moments if offload else 0)
+    master = FP32 * part
+    moments = 2 * master * adam
+    on_host = weight * part * offload_parameters
+    if offload_optimizer:
+        if stage < 3:
+            # The host takes the sum for its update. In bf16 it is accumulated on the device all the same; in fp32 on
+            # the host, to which one parameter at a time is added.
+            buffers += weight * max(everything)
+            gradients += master
+            on_host += master if bf16 else gradients
+        else:
+            on_host += gradients
+        on_host += master + moments
+    return States(weights, master, moments, gradients, buffers, on_host)
 
 
 def _most_whole_elements(groups: Sequence[Sequence[int]], data_ranks: int) -> int:
     """Elements of the parameters that reach into a rank's partitions, of the rank that has most of them.
 
-    ZeRO-2 keeps their gradients whole while it accumulates, also those that a border cuts.
+    ZeRO-2 in fp32 keeps their gradients whole while it accumulates, also those that a border cuts.
     """
     held = [0] * data_ranks
     for group in groups:

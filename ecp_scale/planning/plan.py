@@ -81,15 +81,15 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
         adam=config.optimizer.name == "adamw",
         bucket_elements=zero["reduce_bucket_size"],
         largest_block=max(per_layer, _embedding(config)),
-        offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offload_optimizer=deepspeed_json.is_offloaded(resolved, "offload_optimizer"),
+        offload_parameters=deepspeed_json.is_offloaded(resolved, "offload_param"),
     )
     micro_batches = config.accumulation_steps(world_size)
     messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
     messages |= _data_messages(traced.parameters, stage, bf16, data_ranks, micro_batches)
-    tensor_ranks = parallel.tensor
-    weight = 2 if bf16 else FP32
-    saved = traced.parameters * tensor_ranks * (weight + (0 if stage == 0 else FP32))
-    saved += 2 * FP32 * traced.parameters * tensor_ranks * (config.optimizer.name == "adamw")
+    master = 0 if stage == 0 else FP32
+    moments = 2 * FP32 * (config.optimizer.name == "adamw")
+    saved = traced.parameters * parallel.tensor * ((2 if bf16 else FP32) + master + moments)
     flops = config.model.flops_per_token * config.tokens_per_step
     return Plan(config, world_size, stage, traced, held, messages, saved, flops)
 

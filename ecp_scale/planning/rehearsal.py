@@ -35,14 +35,12 @@ def narrow(config: Config, world_size: int) -> tuple[Config, int]:
         "segment_length": segment,
         "latents": None,
         "compressed_context": None,
-        "window": 2 * segment if model.window else None,
+        "window": 2 * segment,
         "group_length": None,
         "vocab_size": None,
         "vocab_multiple": 1,
         "allow_short_reach": True,
     }
-    if model.architecture == "sliding_window":
-        sizes["window"] = 2 * segment
     batch = config.training.micro_batch_size * replicas * min(2, config.accumulation_steps(world_size))
     training = dataclasses.replace(config.training, global_batch_size=batch, steps=STEPS)
     copy = dataclasses.replace(config, model=dataclasses.replace(model, **sizes), training=training)

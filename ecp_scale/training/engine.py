@@ -5,9 +5,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 
 from ecp_scale.config import Config, OptimizerConfig
+from ecp_scale.errors import InputError
 from ecp_scale.models.decay import decayed_and_other
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
@@ -39,6 +42,19 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         mpu=ModelParallelUnit(),
     )
     return engine
+
+
+def check_zero_section(deepspeed_config: dict[str, Any]) -> None:
+    """Let DeepSpeed read its section before any process group is made.
+
+    Raises:
+        InputError: if it holds an unknown key or a value of another type.
+    """
+    try:
+        DeepSpeedZeroConfig(**deepspeed_config.get("zero_optimization", {}))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, item['loc']))} is {item['input']!r}: {item['msg']}" for item in error.errors()]
+        raise InputError("\n".join(f"DeepSpeed JSON: zero_optimization.{text}" for text in wrong)) from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, agreed, process_groups
 from ecp_scale.parallel.random import seed_step
-from ecp_scale.training.engine import build_engine, set_learning_rate
+from ecp_scale.training.engine import build_engine, check_zero_section, set_learning_rate
 from ecp_scale.training.metrics import MetricsLog, check_wandb
 from ecp_scale.training.schedule import learning_rate
 from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step, sum_over
@@ -39,6 +39,7 @@ def train(request: Request) -> None:
         InputError: on all ranks, if data, folders or checkpoint cannot be used.
         DivergedError: if loss or gradients stay non-finite.
     """
+    check_zero_section(request.deepspeed)
     with process_groups(request.config.parallel) as groups:
         blend, validation = agreed(lambda: _open_data(request.config))
         config = agreed(lambda: with_vocabulary(request.config, blend.corpora[0]))

@@ -64,16 +64,18 @@ class Layout:
     architecture: str = "ecp"
     steps: int = 20
     masked: bool = False
+    offload: bool = False
 
     def __str__(self) -> str:
         parts = [self.architecture, *(["masked"] if self.masked else []), f"{self.steps}-steps", self.settings]
         spread = f"tp{self.tensor}{'-sp' if self.sequence else ''}-cp{self.context}-dp{self.data}-zero{self.zero}"
+        spread += "-offload" * self.offload
         again = [] if self.recompute == "none" else [self.recompute]
         return "-".join([*parts, spread, *again, self.optimizer, self.precision])
 
     def alone(self) -> "Layout":
         """The same training in one process."""
-        return replace(self, tensor=1, data=1, context=1, zero=0, sequence=False, recompute="none")
+        return replace(self, tensor=1, data=1, context=1, zero=0, sequence=False, recompute="none", offload=False)
 
     @property
     def ranks(self) -> int:
@@ -111,7 +113,8 @@ class Layout:
         if self.optimizer == "sgd":
             values["optimizer.learning_rate"] = 0.3
         words = [f"--{key}={value}" for key, value in values.items()]
-        return [*words, "--deepspeed_config", str(ROOT / f"ds_configs/zero{self.zero}.json")]
+        file = f"zero{self.zero}{'_offload' * self.offload}.json"
+        return [*words, "--deepspeed_config", str(ROOT / "ds_configs" / file)]
 
 
 FEATURES: dict[str, tuple[Any, ...]] = {
@@ -156,6 +159,8 @@ CURVES = [
     Layout(context=4, zero=1, masked=True),
     Layout(tensor=4, sequence=True, zero=2, recompute="selective"),
     Layout(context=2, architecture="sliding_window", masked=True),
+    Layout(data=2, zero=2, offload=True),
+    Layout(data=2, zero=3, offload=True),
     # The only architecture with a matrix of its own, which every tensor rank applies to its own channels.
     Layout(tensor=2, data=2, zero=3, settings="paper", architecture="compressed_double_attention", masked=True),
 ]
@@ -184,7 +189,7 @@ CONVERTED = [
     Layout(data=2, zero=3),
     Layout(tensor=2, data=2, zero=1),
     Layout(tensor=2, data=2, zero=3),
-    *(layout for layout in CURVES if layout.context * layout.tensor == 4),
+    *(layout for layout in CURVES if layout.context * layout.tensor == 4 or layout.offload),
     *(layout for layout in CURVES + ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
     *BF16,
 ]

@@ -107,7 +107,11 @@ def _gradients(engine: Any) -> int:
         )
     if stage == 2:
         held = [*optimizer.averaged_gradients.values(), *optimizer.all_grad_tensors.values()]
-        return size(gradient for group in held for gradient in group or [])
+        tensors = [gradient for group in held for gradient in group or []]
+        if optimizer.cpu_offload:
+            tensors += optimizer.accumulated_grads_in_cpu.values()
+            tensors += [flat.grad for flat in optimizer.single_partition_of_fp32_groups]
+        return size(tensors)
     return own
 
 

@@ -38,6 +38,10 @@ class Layout:
     zero: int
     precision: str = "fp32"
     changes: tuple[tuple[str, Any], ...] = ()
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"zero{self.zero}{'_offload' * self.offload}"
 
     def job(self) -> dict[str, Any]:
         """As measure_layouts.py reads it."""
@@ -45,7 +49,7 @@ class Layout:
         words = [f"--{key}={value}" for key, value in values.items()]
         return {
             "ranks": self.ranks,
-            "options": [*words, "--deepspeed_config", f"{ROOT}/ds_configs/zero{self.zero}.json"],
+            "options": [*words, "--deepspeed_config", f"{ROOT}/ds_configs/{self}.json"],
         }
 
 
@@ -62,6 +66,10 @@ LAYOUTS = [
     Layout(2, 2, "fp32", changed(context=2)),
     Layout(2, 2, "bf16", changed(tensor=2, sequence=True, recompute="selective")),
     Layout(2, 3, "fp32", (*changed(context=2), *PAPER.items())),
+    Layout(2, 2, "bf16"),
+    Layout(2, 2, "bf16", offload=True),
+    Layout(2, 2, "fp32", offload=True),
+    Layout(2, 3, "bf16", offload=True),
     Layout(4, 1, "fp32", changed(tensor=2, sequence=True, context=2)),
 ]
 
@@ -88,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plans")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.ranks}-zero{layout.zero}-{layout.precision}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.ranks}-{layout}-{layout.precision}")
 def test_a_plan_is_what_happens(layout: Layout, folder: Path) -> None:
     plan, ranks = results(folder)[layout]
     for real in ranks:

@@ -129,10 +129,10 @@ def test_a_folder_with_checkpoints_is_not_overwritten_without_resume(
 def test_a_run_killed_three_times_and_resumed_on_other_ranks_reads_and_learns_the_same(
     sharded_text: ShardedText, tmp_path: Path
 ) -> None:
-    """Other numbers of ranks and accumulation steps, other ZeRO stages, and tensor parallelism come and go."""
+    """Numbers of ranks and accumulation steps, ZeRO stages, tensor parallelism and offload come and go."""
     output = tmp_path / "run"
     expected = metrics(trained(Layout(), sharded_text))
-    lives = (Layout(data=2, zero=1), Layout(zero=0), Layout(tensor=2, zero=3), Layout(data=2, zero=2))
+    lives = (Layout(data=2, zero=1), Layout(zero=0), Layout(tensor=2, zero=3), Layout(data=2, zero=2, offload=True))
     for number, layout in enumerate(lives, start=1):
         often = [*layout.options(sharded_text, output), "--checkpoint.every_steps=2", "--resume=auto"]
         words = command(SCRIPT, layout.ranks, often)
