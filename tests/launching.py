@@ -30,15 +30,17 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
-def run(script: str, *options: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *options: object, ranks: int = 1, timeout: float = TIMEOUT_SECONDS
+) -> subprocess.CompletedProcess[str]:
     """Run a script to its end and return its output."""
     words = command(script, ranks, options)
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def run_successfully(script: str, *options: object, ranks: int = 1) -> str:
+def run_successfully(script: str, *options: object, ranks: int = 1, timeout: float = TIMEOUT_SECONDS) -> str:
     """Run a script that must succeed; return its standard output."""
-    done = run(script, *options, ranks=ranks)
+    done = run(script, *options, ranks=ranks, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout
 

@@ -194,6 +194,8 @@ CONVERTED = [
     *BF16,
 ]
 """Layouts whose checkpoints are converted."""
+LAUNCH_SECONDS = 5000
+"""The product's largest launch trains about a hundred layouts on four ranks."""
 ALL = {layout.alone() for layout in (*PRODUCT, *CURVES, *ARCHITECTURE_CURVES)} | {
     *CURVES,
     *ARCHITECTURE_CURVES,
@@ -214,14 +216,14 @@ def _trained_together(ranks: int, kind: str, text: ShardedText) -> Path:
     ]
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps(listed))
-    run_successfully("tests/parallel/train_layouts.py", jobs, ranks=ranks)
+    run_successfully("tests/parallel/train_layouts.py", jobs, ranks=ranks, timeout=LAUNCH_SECONDS)
     return folder
 
 
 def _kind(layout: Layout) -> str:
     """Which launch a layout belongs to."""
     if layout not in ALL:
-        return f"product-zero{layout.zero}-{layout.optimizer}-{layout.settings}"
+        return f"product-zero{layout.zero}"
     return "architectures" if layout.steps > 20 else "layouts"
 
 

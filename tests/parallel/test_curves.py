@@ -7,7 +7,7 @@ import pytest
 
 from tests.corpus import ShardedText
 from tests.launching import metrics
-from tests.parallel.layouts import ARCHITECTURE_CURVES, BF16, CURVES, FEATURES, PRODUCT, Layout, trained
+from tests.parallel.layouts import ARCHITECTURE_CURVES, BF16, CURVES, FEATURES, LAUNCH_SECONDS, PRODUCT, Layout, trained
 
 TOLERANCE = 1e-5
 
@@ -24,7 +24,11 @@ def test_every_pair_of_features_is_trained_together() -> None:
     [
         *CURVES,
         *ARCHITECTURE_CURVES,
-        *(pytest.param(layout, marks=pytest.mark.exhaustive) for layout in PRODUCT if layout not in CURVES),
+        *(
+            pytest.param(layout, marks=[pytest.mark.exhaustive, pytest.mark.timeout(LAUNCH_SECONDS)])
+            for layout in PRODUCT
+            if layout not in CURVES
+        ),
     ],
     ids=str,
 )
