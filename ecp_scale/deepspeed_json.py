@@ -137,11 +137,6 @@ def zero_stage(content: dict[str, Any]) -> int:
     return int(_get(content, "zero_optimization.stage") or 0)
 
 
-def is_offloaded(content: dict[str, Any], what: str) -> bool:
-    """Whether ``what``, a key of ``OFFLOADED``, is in CPU memory."""
-    return _get(content, f"zero_optimization.{what}.device") == "cpu"
-
-
 def _get(content: dict[str, Any], dotted: str) -> Any:
     value: Any = content
     for key in dotted.split("."):

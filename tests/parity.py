@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors import safe_open
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.models.sharding import Layout, load_whole
 from ecp_scale.parallel.groups import Groups, agreed, process_groups
+from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region
 from ecp_scale.parallel.places import Ranks
 
 LOGITS_TOLERANCE = 1e-5

@@ -51,7 +51,7 @@ def test_every_deepspeed_json_fits_every_preset(path: Path) -> None:
         assert resolved["bf16"]["enabled"] == (config.training.precision == "bf16")
         assert resolved["gradient_accumulation_steps"] == config.accumulation_steps(1)
         assert deepspeed_json.zero_stage(resolved) == int(path.stem.removeprefix("zero")[0])
-        assert deepspeed_json.is_offloaded(resolved, "offload_optimizer") == path.stem.endswith("offload")
+        assert ("offload_optimizer" in resolved["zero_optimization"]) == path.stem.endswith("offload")
 
 
 def test_a_folder_with_the_name_of_a_preset_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, what they count, and every check on them. Imports no torch."""
 
 from ecp_scale.config.model import ModelConfig
+from ecp_scale.config.parallel import ParallelConfig, Recompute
 from ecp_scale.config.run import (
     AttentionConfig,
     CheckpointConfig,
@@ -8,7 +9,6 @@ from ecp_scale.config.run import (
     DataConfig,
     LoggingConfig,
     OptimizerConfig,
-    ParallelConfig,
     TrainingConfig,
 )
 
@@ -21,5 +21,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Recompute",
     "TrainingConfig",
 ]

@@ -3,7 +3,6 @@
 from typing import cast
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from ecp_scale.attention import rotation
@@ -12,6 +11,7 @@ from ecp_scale.models.blocks import Block, norm
 from ecp_scale.models.linear import ColumnLinear, Embedding, Shard, enter
 from ecp_scale.models.patterns import Pattern
 from ecp_scale.models.rows import Documents, Rows, Stream
+from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from ecp_scale.parallel.recompute import recomputed
 
 

@@ -10,12 +10,17 @@ fills them.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
-from megatron.core import ModelParallelConfig
-from megatron.core.tensor_parallel import (
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.functional import linear
+
+from ecp_scale.config import ParallelConfig, Recompute
+from ecp_scale.parallel.groups import Groups
+from ecp_scale.parallel.megatron import (
     ColumnParallelLinear,
+    ModelParallelConfig,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
@@ -24,15 +29,6 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.nn.functional import linear
-
-from ecp_scale.config import ParallelConfig
-from ecp_scale.parallel.groups import Groups
-
-Recompute: TypeAlias = Literal["none", "selective", "full"]
-"""Nothing; attention and the hidden layer of the feed-forward network; whole blocks."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from ecp_scale.config import ParallelConfig
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.device import backend, local_device
+from ecp_scale.parallel.megatron import parallel_state
 from ecp_scale.parallel.places import Ranks
 from ecp_scale.parallel.roll_call import joined_launch
 

@@ -6,8 +6,9 @@ installed DeepSpeed.
 """
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
+
+from ecp_scale.parallel.megatron import parallel_state
 
 
 class ModelParallelUnit:

@@ -6,12 +6,13 @@ ZeRO-1 and -2 cut each of the optimizer's two groups into D flat partitions; ZeR
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 FP32 = 4
 ALIGNMENT = 2
 """DeepSpeed pads flat groups to multiples of so many elements per rank."""
-PERSISTENT_ELEMENTS = 100_000
-"""ZeRO-3 keeps smaller parameters whole on every rank (stage3_param_persistence_threshold)."""
 
 
 @dataclass(frozen=True)
@@ -40,48 +41,43 @@ class States:
 def states(
     decayed: Sequence[int],
     other: Sequence[int],
+    zero: DeepSpeedZeroConfig,
     *,
-    stage: int,
     bf16: bool,
     data_ranks: int,
     adam: bool,
-    bucket_elements: int,
     largest_block: int,
-    offload_optimizer: bool,
-    offload_parameters: bool,
 ) -> States:
     """Bytes of one rank.
 
     Args:
         decayed: elements of every parameter of the optimizer's first group (local).
         other: the same of the second.
-        stage: of ZeRO.
+        zero: stage, sizes and offload.
         bf16: whether weights are bf16 with fp32 master weights and fp32 accumulation.
         data_ranks: D.
         adam: whether the optimizer has two moments; otherwise it has none.
-        bucket_elements: reduce_bucket_size.
         largest_block: elements of the largest block, or of the embedding or output layer (local).
-        offload_optimizer: whether master weights, moments and gradients are in CPU memory (ZeRO-2 and -3).
-        offload_parameters: whether this rank's parts of the weights are (ZeRO-3).
     """
     everything = [*decayed, *other]
     whole = sum(everything)
     weight = 2 if bf16 else FP32
-    bucket = min(bucket_elements, whole)
-    if stage == 0:
+    bucket = min(zero.reduce_bucket_size, whole)
+    if zero.stage == 0:
         return States(FP32 * whole, 0, 2 * FP32 * whole * adam, FP32 * whole, FP32 * bucket)
-    if stage == 3:
+    if zero.stage == 3:
         part = sum(-(-elements // data_ranks) for elements in everything)
-        small = sum(elements for elements in everything if elements <= PERSISTENT_ELEMENTS)
+        small = persistent(everything, zero)
         weights = weight * (part + (small if data_ranks > 1 else 0))
-        # Two blocks: the one that is computed, and the next, which is fetched.
-        buffers = weight * (bucket + (2 * largest_block if data_ranks > 1 else 0))
+        # Of the others, two blocks at least: the one that is computed, and the next, which is fetched.
+        alive = min(whole - small, max(zero.max_live_parameters, 2 * largest_block))
+        buffers = weight * (bucket + (alive if data_ranks > 1 else 0))
         gradients = weight * part if not bf16 else FP32 * part
     else:
         part = sum(-(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT for group in (decayed, other))
         weights, buffers = weight * whole, weight * bucket
         # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
-        if stage == 1:
+        if zero.stage == 1:
             gradients = (FP32 + (weight if bf16 else 0)) * whole
         elif bf16:
             gradients = FP32 * part
@@ -89,18 +85,25 @@ def states(
             gradients = FP32 * _most_whole_elements((decayed, other), data_ranks)
     master = FP32 * part
     moments = 2 * master * adam
-    on_host = weight * part * offload_parameters
-    if offload_optimizer:
-        if stage < 3:
+    on_host = weight * part * is_on_host(zero.offload_param)
+    if is_on_host(zero.offload_optimizer):
+        if zero.stage < 3:
             # The host takes the sum for its update. In bf16 it is accumulated on the device all the same; in fp32 on
             # the host, to which one parameter at a time is added.
             buffers += weight * max(everything)
             gradients += master
-            on_host += master if bf16 else gradients
-        else:
-            on_host += gradients
-        on_host += master + moments
+        on_host += master + moments + (master if zero.stage < 3 and bf16 else gradients)
     return States(weights, master, moments, gradients, buffers, on_host)
+
+
+def persistent(parameters: Sequence[int], zero: DeepSpeedZeroConfig) -> int:
+    """Elements of the parameters that ZeRO-3 keeps whole on every rank, since they are small."""
+    return sum(elements for elements in parameters if elements <= zero.param_persistence_threshold)
+
+
+def is_on_host(offload: Any) -> bool:
+    """Whether a section offload_optimizer or offload_param sends its states to CPU memory."""
+    return offload is not None and offload.device == "cpu"
 
 
 def _most_whole_elements(groups: Sequence[Sequence[int]], data_ranks: int) -> int:

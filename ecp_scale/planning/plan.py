@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from ecp_scale import deepspeed_json
 from ecp_scale.config import Config
-from ecp_scale.planning.memory import FP32, States, states
+from ecp_scale.planning.memory import FP32, States, persistent, states
 from ecp_scale.planning.tracing import Trace, trace
 
 GIB = 1 << 30
@@ -65,33 +67,29 @@ class Plan:
 
 def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Trace | None = None) -> Plan:
     """Plan a launch; config and JSON must fit each other and ``world_size``. ``traced`` is its trace, where known."""
-    resolved = deepspeed_json.resolve(deepspeed, config, world_size)
-    stage = deepspeed_json.zero_stage(resolved)
+    section = deepspeed_json.resolve(deepspeed, config, world_size).get("zero_optimization", {})
+    zero = DeepSpeedZeroConfig(**section)
     parallel, bf16 = config.parallel, config.training.precision == "bf16"
     data_ranks = world_size // parallel.tensor
     traced = traced or trace_busiest(config, world_size)
-    zero = resolved["zero_optimization"]
     per_layer = (traced.parameters - 2 * _embedding(config)) // config.model.layers
     held = states(
         traced.decayed,
         traced.other,
-        stage=stage,
+        zero,
         bf16=bf16,
         data_ranks=data_ranks,
         adam=config.optimizer.name == "adamw",
-        bucket_elements=zero["reduce_bucket_size"],
         largest_block=max(per_layer, _embedding(config)),
-        offload_optimizer=deepspeed_json.is_offloaded(resolved, "offload_optimizer"),
-        offload_parameters=deepspeed_json.is_offloaded(resolved, "offload_param"),
     )
     micro_batches = config.accumulation_steps(world_size)
     messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
-    messages |= _data_messages(traced.parameters, stage, bf16, data_ranks, micro_batches)
-    master = 0 if stage == 0 else FP32
+    messages |= zero_messages(traced, config, zero, data_ranks, micro_batches)
+    master = 0 if zero.stage == 0 else FP32
     moments = 2 * FP32 * (config.optimizer.name == "adamw")
     saved = traced.parameters * parallel.tensor * ((2 if bf16 else FP32) + master + moments)
     flops = config.model.flops_per_token * config.tokens_per_step
-    return Plan(config, world_size, stage, traced, held, messages, saved, flops)
+    return Plan(config, world_size, zero.stage, traced, held, messages, saved, flops)
 
 
 def trace_busiest(config: Config, world_size: int) -> Trace:
@@ -103,17 +101,28 @@ def _embedding(config: Config) -> int:
     return config.model.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor * config.model.width
 
 
-def _data_messages(elements: int, stage: int, bf16: bool, data_ranks: int, micro_batches: int) -> dict[str, int]:
-    """What ZeRO hands over per step: gradients, and weights."""
+def zero_messages(
+    traced: Trace, config: Config, zero: DeepSpeedZeroConfig, data_ranks: int, micro_batches: int
+) -> dict[str, int]:
+    """Bytes that ZeRO hands over per step, by what they are: gradients, and this rank's own part of the weights.
+
+    Exact, but for ZeRO-3 where not all large parameters may stay whole from the forward to the backward pass
+    (stage3_max_live_parameters, stage3_max_reuse_distance): then it is the most, as if none did.
+    """
     if data_ranks == 1:
         return {}
-    weight = 2 if bf16 else FP32
-    # ZeRO-0 and -1 reduce once per step, ZeRO-2 and -3 after every micro-batch, into the rank that owns the part.
-    reductions = micro_batches if stage >= 2 else 1
-    gradient = FP32 if stage == 1 else weight
-    found = {"data: gradients": elements * gradient * reductions}
-    if stage in (1, 2):
-        found["data: updated weights (own part)"] = elements // data_ranks * weight
-    if stage == 3:
-        found["data: weights, forward and backward (own part)"] = 2 * micro_batches * elements // data_ranks * weight
+    elements = traced.parameters
+    weight = 2 if config.training.precision == "bf16" else FP32
+    # ZeRO-0 and -1 reduce once per step, ZeRO-2 and -3 after every micro-batch.
+    reductions = micro_batches if zero.stage >= 2 else 1
+    found = {"data: gradients": elements * weight * reductions}
+    if zero.stage in (1, 2):
+        found["data: updated weights"] = elements // data_ranks * weight
+    if zero.stage == 3:
+        small = persistent([*traced.decayed, *traced.other], zero)
+        passes = 3 if config.parallel.recompute == "full" else 2
+        if elements - small <= min(zero.max_live_parameters, zero.max_reuse_distance):
+            passes = 1
+        found["data: updated small weights"] = small // data_ranks * weight
+        found["data: weights for every pass"] = (elements - small) // data_ranks * weight * passes * micro_batches
     return found

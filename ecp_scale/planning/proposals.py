@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import get_args
 
-from ecp_scale.config import Config, ParallelConfig
-from ecp_scale.models.linear import Recompute
+from ecp_scale.config import Config, ParallelConfig, Recompute
 from ecp_scale.planning.memory import FP32
 from ecp_scale.planning.plan import Plan, plan, trace_busiest
 
@@ -21,7 +21,6 @@ SUGGESTED = {
 """GPUs (of 80 GiB) and ZeRO stage for which each preset is laid out."""
 NODE = 8
 """Ranks of a node, within which tensor parallelism should stay."""
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
@@ -48,7 +47,7 @@ def _candidates(world_size: int) -> Iterator[tuple[int, int, Recompute]]:
     powers = [2**exponent for exponent in range(world_size.bit_length())]
     pairs = [(t, c) for t, c in itertools.product(powers, powers) if t <= NODE and t * c <= world_size]
     for tensor, context in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
-        yield from itertools.product([tensor], [context], RECOMPUTE)
+        yield from itertools.product([tensor], [context], get_args(Recompute))
 
 
 def _with_batch(config: Config, world_size: int) -> Config:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,6 +22,7 @@ from ecp_scale.models.linear import Shard
 from ecp_scale.models.sharding import Layout
 from ecp_scale.parallel import halo
 from ecp_scale.parallel.groups import process_groups
+from ecp_scale.parallel.megatron import parallel_state
 from tests.models.settings import PAPER, SCALED
 
 SETTINGS = {"paper": PAPER, "scaled": SCALED}

@@ -1,6 +1,7 @@
 """Run by test_plans.py: plan layouts (one process), or train a micro-batch of each for real and measure (its ranks).
 
-Arguments: plan or measure, a JSON file that lists command lines, and the file to write. Memory is measured by torch's
+Arguments: plan or measure, a JSON file that lists {"ranks": ..., "options": command line, "states": ...}, and the file
+to write. Memory is measured by torch's
 profiler and on the engine's own tensors, messages where they are handed to torch.distributed.
 """
 
@@ -9,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ecp_scale import deepspeed_json
 from ecp_scale.command_line import Request, parse
@@ -39,8 +42,17 @@ def planned(request: Request) -> dict[str, Any]:
         "moments": held.moments,
         "gradients": held.gradients,
         "activations": found.trace.activations,
+        "sent by ZeRO": by_zero(found.messages),
         "sent": {" ".join(key): value for key, value in sorted(found.trace.sent.items())},
     }
+
+
+def by_zero(messages: dict[str, int]) -> dict[str, int]:
+    """Bytes of gradients and of weights that ZeRO sends in a step."""
+    data = {name: value for name, value in messages.items() if name.startswith("data: ")}
+    found = {"gradients": data.get("data: gradients", 0)}
+    found["weights"] = sum(data.values()) - found["gradients"]
+    return {what: value for what, value in found.items() if value}
 
 
 def size(tensors: Any) -> int:
@@ -48,10 +60,11 @@ def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def measured(request: Request) -> dict[str, Any]:
-    """What is there."""
+def measured(request: Request, with_states: bool) -> dict[str, Any]:
+    """What is there; the states of DeepSpeed take several steps."""
     with process_groups(request.config.parallel) as groups:
-        return {**_states(request, groups), **_activations_and_messages(request, groups)}
+        states = _states(request, groups) if with_states else {}
+        return {**states, **_activations_and_messages(request, groups)}
 
 
 def _states(request: Request, groups: Groups) -> dict[str, Any]:
@@ -62,12 +75,14 @@ def _states(request: Request, groups: Groups) -> dict[str, Any]:
     engine = build_engine(config, settings, groups)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
     micro_batches = config.accumulation_steps(request.world_size)
+    messages = DataMessages(groups.data.group_name)
     for step in range(2):
-        for number in range(micro_batches):
-            engine.backward(engine(tokens, tokens).mean())
-            if step == 1 and number == micro_batches - 2:
-                gradients = _gradients(engine)
-            engine.step()
+        with messages if step == 1 else nullcontext():
+            for number in range(micro_batches):
+                engine.backward(engine(tokens, tokens).mean())
+                if step == 1 and number == micro_batches - 2:
+                    gradients = _gradients(engine)
+                engine.step()
     parameters, optimizer = list(engine.module.parameters()), engine.optimizer
     stage = engine.zero_optimization_stage()
     flats = next(
@@ -90,9 +105,36 @@ def _states(request: Request, groups: Groups) -> dict[str, Any]:
         "master_weights": size(flats),
         "moments": size(moments),
         "gradients": gradients,
+        "sent by ZeRO": dict(messages.sent) if groups.data.size() > 1 else {},
     }
     engine.destroy()
     return found
+
+
+class DataMessages(TorchDispatchMode):
+    """Counts the bytes that this rank hands to the group of ranks with the same parameters: gradients and weights.
+
+    Single numbers (norms, overflows) are left out.
+    """
+
+    def __init__(self, group_name: str) -> None:
+        super().__init__()
+        self.group_name = group_name
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            leaves = tree_leaves(args)
+            group = next(dist.ProcessGroup.unbox(leaf) for leaf in leaves if isinstance(leaf, torch.ScriptObject))
+            operation = func._schema.name
+            if group.group_name == self.group_name:
+                tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                assert operation in ("c10d::allreduce_", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+                # Of the latter two the first tensor is what they fill.
+                given = tensors[:1] if operation == "c10d::allreduce_" else tensors[1:]
+                what = "weights" if operation == "c10d::_allgather_base_" else "gradients"
+                self.sent[what] += sum(size([tensor]) for tensor in given if tensor.numel() > 1)
+        return func(*args, **(kwargs or {}))
 
 
 def _gradients(engine: Any) -> int:
@@ -187,7 +229,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     for job in json.loads(Path(jobs).read_text()):
         request = parse(job["options"], "", world_size=job["ranks"])
-        results.append(planned(request) if what == "plan" else measured(request))
+        results.append(planned(request) if what == "plan" else measured(request, job.get("states", True)))
     mine = int(os.environ.get("RANK", "0"))
     Path(f"{output}.{mine}").write_text(json.dumps(results))
     if what == "measure":

@@ -1,6 +1,11 @@
 """Plans against reality, and presets against their names."""
 
+import argparse
+import ast
+import inspect
 import json
+import tarfile
+import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,8 +14,9 @@ from typing import Any
 import pytest
 
 from ecp_scale.command_line import load_preset, preset_names
+from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.planning.proposals import SUGGESTED
-from tests.launching import ROOT, run, run_successfully
+from tests.launching import ROOT, metrics, run, run_successfully
 
 SCRIPT = "tests/planning/measure_layouts.py"
 BASE = {
@@ -100,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plan_is_what_happens(layout: Layout, folder: Path) -> None:
     plan, ranks = results(folder)[layout]
     for real in ranks:
-        for exact in ("parameters", "master_weights", "moments"):
+        for exact in ("parameters", "master_weights", "moments", "sent by ZeRO"):
             assert real[exact] == plan[exact], exact
         if layout.zero < 3:
             assert real["weights"] == plan["weights"]
@@ -164,3 +170,42 @@ def test_a_layout_is_rehearsed(tmp_path: Path) -> None:
     words = ("--config", "scaled-125m", "--gpus", 16, "--parallel.tensor=2", "--parallel.sequence=true")
     out = run_successfully("launch/plan.py", *words, "--rehearse")
     assert "rehearsal           2 steps on 4 ranks, loss" in out
+
+
+@pytest.mark.exhaustive
+def test_a_quarter_of_a_million_tokens_train_as_planned(tmp_path: Path) -> None:
+    """One sequence of 262,144 tokens over two ranks: the loss of one process, in the memory that the plan says."""
+    modules = (argparse, ast, inspect, tarfile, typing)
+    (tmp_path / "text.txt").write_text("\n".join(inspect.getsource(module) for module in modules))
+    preprocess([str(tmp_path / "text.txt")], "byte", str(tmp_path / "shards"))
+    long = {
+        **BASE,
+        "model.layers": 4,
+        "model.sequence_length": 262_144,
+        "model.segment_length": 512,
+        "model.vocab_size": 257,
+        "training.precision": "fp32",
+        "training.micro_batch_size": 1,
+        "training.global_batch_size": 1,
+        "training.steps": 1,
+        "data.prefix": tmp_path / "shards",
+        "parallel.recompute": "full",
+    }
+    options = [f"--{key}={value}" for key, value in long.items()]
+    records = []
+    for ranks in (1, 2):
+        layout = (f"--parallel.context={ranks}", f"--training.output_dir={tmp_path / str(ranks)}")
+        run_successfully("launch/pretrain_ecp.py", *options, *layout, ranks=ranks)
+        records += metrics(tmp_path / str(ranks))
+    for key in ("loss", "grad_norm"):
+        assert records[1][key] == pytest.approx(records[0][key], rel=1e-5)
+
+    job = {"ranks": 2, "options": [*options, "--parallel.context=2"], "states": False}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    run_successfully(SCRIPT, "plan", tmp_path / "jobs.json", tmp_path / "plan")
+    run_successfully(SCRIPT, "measure", tmp_path / "jobs.json", tmp_path / "real", ranks=2)
+    (plan,) = json.loads((tmp_path / "plan.0").read_text())
+    for rank in range(2):
+        (real,) = json.loads((tmp_path / f"real.{rank}").read_text())
+        assert real["activations"] == pytest.approx(plan["activations"], rel=0.05)
+        assert real["sent"] == plan["sent"]
