@@ -59,15 +59,17 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
     device = local_device(ranks.local_rank)
     with ExitStack() as stack:
-        if not dist.is_initialized():
+        if dist.is_initialized():
+            stack.callback(_end_groups)
+        else:
             stack.enter_context(joined_launch(backend(device), config.timeout_seconds))
+            stack.callback(parallel_state.destroy_model_parallel)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             context_parallel_size=config.context,
             distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
             create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
         )
-        stack.callback(parallel_state.destroy_model_parallel)
         yield Groups(
             tensor=parallel_state.get_tensor_model_parallel_group(),
             context=parallel_state.get_context_parallel_group(),
@@ -75,6 +77,15 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
             data=parallel_state.get_data_parallel_group(with_context_parallel=True),
             device=device,
         )
+
+
+def _end_groups() -> None:
+    # Trap: Megatron-core forgets its groups, whose threads then run on beside those of the next ones.
+    groups = parallel_state._global_process_group_list
+    parallel_state.destroy_model_parallel()
+    for group in groups or []:
+        if group is not None:
+            dist.destroy_process_group(group)
 
 
 def agreed(action: Callable[[], T]) -> T:
