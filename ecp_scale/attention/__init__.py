@@ -1,4 +1,4 @@
-"""Pure maths on this rank's heads: imports torch alone and knows no process group."""
+"""Pure maths on this rank's heads: imports torch and a type of the config, and knows no process group."""
 
 from ecp_scale.attention.attend import KeyValue, attend
 from ecp_scale.attention.cache import SegmentCache

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ecp_scale.attention.attend import KeyValue, attend, join
+from ecp_scale.attention.flexible import flexible_attention
+from ecp_scale.attention.merged import merged_attention
+from ecp_scale.config import AttentionBackend
 
 Exchange: TypeAlias = Callable[[KeyValue], Callable[[], KeyValue]]
 """Gives ``right`` away at once, and promises ``left``."""
@@ -33,6 +36,7 @@ def segment_attention(
     first_length: int | None = None,
     documents: Tensor | None = None,
     dropout: float = 0.0,
+    backend: AttentionBackend = "auto",
 ) -> tuple[Tensor, KeyValue]:
     """Attend from every segment to itself, causally, and to all of the segment on its left.
 
@@ -52,6 +56,7 @@ def segment_attention(
         documents: number of the document (B, N) of every position, or (B, M + N) with those of a ``left`` that has
             none of its own; attention does not cross documents.
         dropout: probability of dropping an attention weight.
+        backend: how it is computed.
 
     Returns:
         The attended values (B, H, Nq, E), and ``right``: keys and values of the chunk's last segment, which is
@@ -65,23 +70,82 @@ def segment_attention(
     before = None
     if documents is not None:
         before, documents = documents.tensor_split([documents.shape[-1] - k.shape[-2]], dim=-1)
-    segments = KeyValue(k, v, documents).split(lengths)
-    promise = left(segments[-1]) if callable(left) else lambda: left
-    answered = k.shape[-2] - q.shape[-2]
-    asking = [min(length, max(0, end - answered)) for length, end in zip(lengths, _ends(lengths), strict=True)]
-    outputs = []
+    chunk = KeyValue(k, v, documents)
+    segments = chunk.split(lengths)
     # The first segment comes last: the others need not wait for its neighbour.
-    for number, queries in reversed(list(enumerate(q.split(asking, dim=-2)))):
-        if queries.shape[-2] == 0:
-            continue
-        previous = segments[number - 1] if number else _with_documents(promise(), before)
-        seen = segments[number] if previous is None or not look_back else join(previous, segments[number])
-        outputs.append(attend(queries, seen, window=window, dropout=dropout))
-    return torch.cat(outputs[::-1], dim=-2), segments[-1]
+    promise = left(segments[-1]) if callable(left) else lambda: left
+    waiting = max(0, q.shape[-2] - k.shape[-2] + lengths[0]) if look_back and left is not None else 0
+    outputs = []
+    first, rest = q.split([waiting, q.shape[-2] - waiting], dim=-2) if waiting else (None, q)
+    if rest.shape[-2]:
+        compute = _backend(backend, rest, chunk, lengths, segment_length, window, dropout)
+        if compute == "flex":
+            outputs = [flexible_attention(rest, chunk, lengths[0], segment_length, look_back, window)]
+        elif compute == "merged":
+            outputs = _merged_and_tail(rest, chunk, segments, segment_length, look_back)
+        else:
+            outputs = _by_segment(rest, segments, look_back, window, dropout)
+    if first is not None:
+        seen = _behind(promise(), before, segments[0])
+        outputs.insert(0, attend(first, seen, window=window, dropout=dropout))
+    return torch.cat(outputs, dim=-2) if len(outputs) > 1 else outputs[0], segments[-1]
 
 
-def _with_documents(left: KeyValue | None, documents: Tensor | None) -> KeyValue | None:
-    return left._replace(documents=documents) if left is not None and left.documents is None else left
+def _by_segment(
+    q: Tensor, segments: list[KeyValue], look_back: bool, window: int | None, dropout: float
+) -> list[Tensor]:
+    """Attended values of the last Nq positions, one tensor for each segment that has queries."""
+    ends = list(itertools.accumulate(segment.positions for segment in segments))
+    answered = ends[-1] - q.shape[-2]
+    asking = [min(segment.positions, max(0, end - answered)) for segment, end in zip(segments, ends, strict=True)]
+    outputs = []
+    for number, queries in enumerate(q.split(asking, dim=-2)):
+        if queries.shape[-2]:
+            seen = join(segments[number - 1], segments[number]) if number and look_back else segments[number]
+            outputs.append(attend(queries, seen, window=window, dropout=dropout))
+    return outputs
+
+
+def _merged_and_tail(
+    q: Tensor, chunk: KeyValue, segments: list[KeyValue], segment_length: int, look_back: bool
+) -> list[Tensor]:
+    """Attended values of the full segments together, and of a shorter last one."""
+    tail = chunk.positions % segment_length
+    if not tail:
+        return [merged_attention(q, chunk.keys, chunk.values, segment_length, look_back)]
+    full, last = q.split([q.shape[-2] - tail, tail], dim=-2)
+    whole = chunk.split([chunk.positions - tail, tail])[0]
+    out = merged_attention(full, whole.keys, whole.values, segment_length, look_back)
+    return [out, *_by_segment(last, segments[-2:], look_back, None, 0.0)]
+
+
+def _backend(
+    asked: AttentionBackend,
+    q: Tensor,
+    chunk: KeyValue,
+    lengths: list[int],
+    segment_length: int,
+    window: int | None,
+    dropout: float,
+) -> AttentionBackend:
+    """The backend that computes these shapes."""
+    wanted = ("flex" if q.is_cuda else "merged") if asked == "auto" else asked
+    if wanted == "flex" and not dropout and q.shape[-2] > 1:
+        return "flex"
+    plain = window is None and chunk.documents is None and not dropout
+    # Whole segments, with or without the queries of the first one; a single one is a plain call anyway.
+    answered = chunk.positions - q.shape[-2]
+    several = lengths[0] == segment_length and (len(lengths) > 2 or (len(lengths) == 2 and lengths[1] == lengths[0]))
+    if wanted == "merged" and plain and several and answered in (0, segment_length) and q.device.type == "cpu":
+        return "merged"
+    return "segments"
+
+
+def _behind(left: KeyValue | None, documents: Tensor | None, segment: KeyValue) -> KeyValue:
+    """What a segment sees: its neighbour, whose documents may have come apart from it, and itself."""
+    if left is None:
+        return segment
+    return join(left._replace(documents=documents) if left.documents is None else left, segment)
 
 
 def segment_lengths(positions: int, segment_length: int, first_length: int | None = None) -> list[int]:
@@ -89,10 +153,6 @@ def segment_lengths(positions: int, segment_length: int, first_length: int | Non
     first = min(positions, first_length or segment_length)
     full, tail = divmod(positions - first, segment_length)
     return [first] + [segment_length] * full + [tail] * (tail > 0)
-
-
-def _ends(lengths: list[int]) -> list[int]:
-    return list(itertools.accumulate(lengths))
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | Exchange | None) -> None:

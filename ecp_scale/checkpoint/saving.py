@@ -20,6 +20,7 @@ from ecp_scale.parallel.groups import agreed
 
 HARMLESS_MODEL_FIELDS = {"preset", "allow_short_reach", "dropout", *GEOMETRY_FIELDS}
 """Model fields that may change over a resume; of the geometry, if the weights allow it."""
+HARMLESS = {f"model.{name}" for name in HARMLESS_MODEL_FIELDS} | {"attention.backend"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
     differences += [
         f"{key} was {saved!r} and is now {value!r}"
         for key, (saved, value) in pairs.items()
-        if saved != value and key.removeprefix("model.") not in HARMLESS_MODEL_FIELDS
+        if saved != value and key not in HARMLESS
     ]
     if differences:
         raise InputError(f"{folder} cannot be continued by this run:\n" + "\n".join(f"  - {x}" for x in differences))

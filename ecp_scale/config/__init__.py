@@ -3,6 +3,7 @@
 from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.parallel import ParallelConfig, Recompute
 from ecp_scale.config.run import (
+    AttentionBackend,
     AttentionConfig,
     CheckpointConfig,
     Config,
@@ -13,6 +14,7 @@ from ecp_scale.config.run import (
 )
 
 __all__ = [
+    "AttentionBackend",
     "AttentionConfig",
     "CheckpointConfig",
     "Config",

@@ -5,17 +5,23 @@ The words that --help prints about a field are the text below it.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ecp_scale.config.checks import not_positive
 from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.parallel import ParallelConfig
 
+AttentionBackend: TypeAlias = Literal["auto", "segments", "merged", "flex"]
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """What attention does at the borders of documents."""
+    """What attention does at the borders of documents, and what computes it."""
 
+    backend: AttentionBackend = "auto"
+    """How segments are computed: one call each (segments), two calls for all (merged, on a CPU), FlexAttention (flex,
+    on a GPU), or the fastest for the device (auto). All compute the same; where merged or flex cannot (dropout; on a
+    CPU also windows and documents), segments does."""
     document_mask: bool = False
     """Attention never crosses the border of a document, in any architecture."""
     restart_positions: bool = False

@@ -26,13 +26,15 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, shard: Shard, attention: AttentionConfig | None = None) -> None:
         super().__init__()
         self.config = config
-        self.masking = attention or AttentionConfig()
+        self.attention = attention or AttentionConfig()
         self.shard = shard
         padded = config.padded_vocab_size(shard.size)
         local = padded // shard.size
         self.local_vocab_size = min(max(config.known_vocab_size - shard.rank * local, 0), local)
         self.embedding = Embedding(padded, config.width, shard)
         self.layers = nn.ModuleList(Block(config, layer, shard) for layer in range(config.layers))
+        for pattern in self._patterns():
+            pattern.backend = self.attention.backend
         self.norm = norm(config.norm, config.width, shard)
         self.output = ColumnLinear(config.width, padded, config.bias, shard)
         for parameter in (self.embedding.weight, *self.output.parameters()):
@@ -109,13 +111,13 @@ class LanguageModel(nn.Module):
         run = self._run(tokens.shape[1])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         documents = None
-        if self.masking.document_mask:
-            end = self.masking.end_of_document
+        if self.attention.document_mask:
+            end = self.attention.end_of_document
             assert end is not None, "end_of_document is read from the tokenizer before the model is built"
             found = Documents.of(tokens, end, stream.documents if stream else None)
             # Those of the segment to the left are known here; they need not travel with its keys and values.
             documents = found.ids[:, max(0, run.start - self.config.geometry.halo_positions) : run.stop]
-            positions = found.positions if self.masking.restart_positions else positions
+            positions = found.positions if self.attention.restart_positions else positions
             if stream:
                 stream.documents = found.next_token(tokens, end)
         if stream:

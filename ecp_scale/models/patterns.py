@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import adaptive_avg_pool1d, linear
 
 from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
+from ecp_scale.config import AttentionBackend
 from ecp_scale.models.linear import Shard, summed_gradient
 from ecp_scale.models.rows import LayerCache, Rows
 from ecp_scale.parallel.halo import Halo
@@ -19,6 +20,9 @@ from ecp_scale.parallel.halo import Halo
 
 class Pattern(nn.Module):
     """One layer's attention pattern. The residual stream passes unchanged unless a pattern says otherwise."""
+
+    backend: AttentionBackend = "auto"
+    """How segments are computed."""
 
     def asking(self, positions: int) -> int:
         """How many of the last ``positions`` rows have a query."""
@@ -62,7 +66,15 @@ class CausalSegments(Pattern):
         k, v, documents = key_value
         left = None if self.halo is None else self._exchange
         out, _ = segment_attention(
-            q, k, v, self.segment_length, left, window=self.window, documents=documents, dropout=dropout
+            q,
+            k,
+            v,
+            self.segment_length,
+            left,
+            window=self.window,
+            documents=documents,
+            dropout=dropout,
+            backend=self.backend,
         )
         return out
 
@@ -112,6 +124,7 @@ class ShiftedGroups(Pattern):
                 first_length=first_length,
                 documents=part.documents,
                 dropout=dropout,
+                backend=self.backend,
             )[0]
             for queries, part, (_, first_length) in zip(*self._split(q, key_value), self.kinds, strict=True)
         ]

@@ -1,14 +1,17 @@
 """segment_attention against the oracle, and the four uses of the one primitive."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ecp_scale.attention import KeyValue, SegmentCache, segment_attention
-from tests.attention.oracle import segment_attention_oracle
+from ecp_scale.attention import KeyValue, SegmentCache, segment, segment_attention
+from ecp_scale.attention.merged import merged_attention
+from ecp_scale.config import AttentionBackend
+from tests.attention.oracle import random_documents, segment_attention_oracle
 
 
 def random_case(seed: int) -> tuple[list[Tensor], int]:
@@ -26,15 +29,16 @@ def random_case(seed: int) -> tuple[list[Tensor], int]:
     return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes], m
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, m: int) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, m: int, backend: AttentionBackend = "auto") -> Tensor:
     """Whole-sequence attention."""
-    return segment_attention(q, k, v, m)[0]
+    return segment_attention(q, k, v, m, backend=backend)[0]
 
 
+@pytest.mark.parametrize("backend", ["segments", "merged"])
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_the_oracle_forward_and_backward(seed: int) -> None:
+def test_equals_the_oracle_forward_and_backward(seed: int, backend: AttentionBackend) -> None:
     inputs, m = random_case(seed)
-    out, expected = attend(*inputs, m), segment_attention_oracle(*inputs, m)
+    out, expected = attend(*inputs, m, backend), segment_attention_oracle(*inputs, m)
     assert_close(out, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(seed + 1))
     gradients = torch.autograd.grad((out * weights).sum(), inputs)
@@ -47,6 +51,57 @@ def test_cases_include_ragged_ends_and_grouped_heads() -> None:
     cases = [random_case(seed) for seed in range(20)]
     assert sum(inputs[0].shape[2] % m > 0 for inputs, m in cases) >= 5
     assert sum(inputs[0].shape[1] != inputs[1].shape[1] for inputs, m in cases) >= 5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flex_equals_the_oracle(seed: int) -> None:
+    # FlexAttention has no backward pass on a CPU.
+    inputs, m = random_case(seed)
+    q, k, v = (x.detach() for x in inputs)
+    left = KeyValue(*(torch.randn_like(k[:, :, :1]).repeat(1, 1, m, 1) for _ in range(2)))
+    for neighbour in (None, left):
+        got, _ = segment_attention(q, k, v, m, neighbour, backend="flex")
+        assert_close(got, segment_attention(q, k, v, m, neighbour, backend="segments")[0], rtol=1e-6, atol=1e-6)
+    assert_close(attend(q, k, v, m, "flex"), segment_attention_oracle(q, k, v, m), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{"window": 5}, {"look_back": False, "first_length": 3}, {}], ids=str)
+@pytest.mark.parametrize("documents", [None, random_documents(2, 22, seed=4)], ids=["whole", "documents"])
+def test_every_backend_computes_every_pattern(kind: dict[str, Any], documents: Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, 4, 22, 8), (2, 2, 22, 8), (2, 2, 22, 8)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    backends: tuple[AttentionBackend, ...] = ("segments", "merged", "flex", "auto")
+    outputs = [segment_attention(q, k, v, 5, **kind, documents=documents, backend=name)[0] for name in backends]
+    for out in outputs[1:]:
+        assert_close(out, outputs[0], rtol=1e-6, atol=1e-6)
+
+
+def test_merged_is_chosen_for_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(segment, "merged_attention", lambda *arguments: calls.append(1) or merged_attention(*arguments))
+    q = torch.randn(1, 2, 12, 4)
+    for left in (None, KeyValue(q[:, :, :4], q[:, :, :4])):
+        segment_attention(q, q, q, 4, left)
+        segment_attention(q[:, :, :-1], q[:, :, :-1], q[:, :, :-1], 4, left)
+    assert len(calls) == 4
+    segment_attention(q, q, q, 4, dropout=0.1)
+    segment_attention(q, q, q, 4, backend="segments")
+    segment_attention(q[:, :, -1:], q, q, 4)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_merged_in_bf16_is_as_near_to_float64_as_bf16_is(seed: int) -> None:
+    """The bound: a few roundings of 2^-8 on numbers of about 1; the gradients sum over up to 2m of them."""
+    inputs, m = random_case(seed)
+    exact = attend(*inputs, m, "segments")
+    rounded = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    got = attend(*rounded, m, "merged")
+    assert_close(got.double(), exact, rtol=0, atol=0.04)
+    wanted = torch.autograd.grad(exact.sum(), inputs)
+    for found, expected in zip(torch.autograd.grad(got.sum(), rounded), wanted, strict=True):
+        assert_close(found.double(), expected, rtol=0.05, atol=0.05)
 
 
 def test_tied_keys_and_values_are_one_tensor_throughout() -> None:

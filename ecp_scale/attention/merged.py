@@ -1,0 +1,79 @@
+"""Segment attention as two dense calls for all segments at once: each with itself, and each with its left neighbour.
+
+A flash kernel (arXiv 2205.14135) also returns the logarithm of the sum that normalises each row, by which the two are
+weighed into one. Its backward kernel takes the rows' output and normaliser as arguments; given those of the whole, it
+returns the gradients of each part of the whole. No scores are masked away that have been computed: n * 1.5m pairs, as
+many as the pattern has.
+
+Shape suffixes as in ``ecp_scale.attention.attend``; S segments, m positions each.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def merged_attention(q: Tensor, k: Tensor, v: Tensor, segment_length: int, look_back: bool = True) -> Tensor:
+    """Attention of whole segments on a CPU.
+
+    Args:
+        q: queries (B, H, Nq, E) of all segments, or of all but the first.
+        k: keys (B, G, S * m, E).
+        v: values (B, G, S * m, E).
+        segment_length: m.
+        look_back: whether segments see their left neighbours.
+
+    Returns:
+        The attended values (B, H, Nq, E).
+    """
+    return _Merged.apply(q, k, v, segment_length, look_back)
+
+
+def _segments(x: Tensor, m: int) -> Tensor:
+    """(B, H, S * m, E) -> (S, B * H, m, E): a view where positions are outermost in memory, as a linear leaves them."""
+    return x.unflatten(2, (-1, m)).permute(2, 0, 1, 3, 4).flatten(1, 2)
+
+
+def _positions(x: Tensor, batch: int) -> Tensor:
+    """(S, B * H, m, E) -> (B, H, S * m, E)."""
+    return x.unflatten(1, (batch, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, m: int, look_back: bool) -> Tensor:
+        queries, keys, values = (_segments(x, m) for x in (q, k, v))
+        own = len(keys) - len(queries)  # the first segment of keys that has queries
+        out, normaliser = _forward(queries, keys[own:], values[own:], 0.0, True)
+        seeing = 1 - own  # the first segment of queries with a left neighbour
+        if look_back and len(queries) > seeing:
+            left, of_left = _forward(queries[seeing:], keys[:-1], values[:-1], 0.0, False)
+            whole = torch.logaddexp(normaliser[seeing:], of_left)
+            share = (of_left - whole).exp_()[..., None].to(out.dtype)
+            out[seeing:].lerp_(left, share)
+            normaliser[seeing:] = whole
+        ctx.save_for_backward(q, k, v, out, normaliser)
+        ctx.m, ctx.look_back = m, look_back
+        return _positions(out, len(q))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, normaliser = ctx.saved_tensors
+        gradient, queries, keys, values = (_segments(x, ctx.m) for x in (gradients[0], q, k, v))
+        own = len(keys) - len(queries)
+        rows = (out, normaliser)
+        of_q, of_k, of_v = _backward(gradient, queries, keys[own:], values[own:], *rows, 0.0, True)
+        if own:  # keys that only their right neighbour sees
+            of_k, of_v = (torch.cat((torch.zeros_like(x[:1]), x)) for x in (of_k, of_v))
+        seeing = 1 - own
+        if ctx.look_back and len(queries) > seeing:
+            rows = (out[seeing:], normaliser[seeing:])
+            left = _backward(gradient[seeing:], queries[seeing:], keys[:-1], values[:-1], *rows, 0.0, False)
+            of_q[seeing:] += left[0]
+            of_k[:-1] += left[1]
+            of_v[:-1] += left[2]
+        return *(_positions(x, len(q)) for x in (of_q, of_k, of_v)), None, None
