@@ -125,7 +125,8 @@ def compare(path: str, groups: Groups) -> dict[str, float]:
 
     tokens = golden["tokens"].to(groups.device)
     errors = {"logits": (model.logits(tokens[:, :-1]).cpu() - golden["logits"]).abs().max().item()}
-    loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+    total, losses = model(tokens[:, :-1], tokens[:, 1:])
+    loss = total / losses.numel()
     loss.backward()
     errors["loss"] = abs(loss.item() - golden["loss"].item())
     parameters = dict(model.named_parameters())

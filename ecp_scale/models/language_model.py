@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.models.blocks import Block, norm
-from ecp_scale.models.linear import ColumnLinear, Embedding, Shard, enter
+from ecp_scale.models.linear import Embedding, Shard, enter
+from ecp_scale.models.output import VocabularyOutput
 from ecp_scale.models.patterns import Pattern
 from ecp_scale.models.rows import Documents, Rows, Stream
-from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region
 from ecp_scale.parallel.recompute import recomputed
 
 
@@ -29,29 +30,30 @@ class LanguageModel(nn.Module):
         self.attention = attention or AttentionConfig()
         self.shard = shard
         padded = config.padded_vocab_size(shard.size)
-        local = padded // shard.size
-        self.local_vocab_size = min(max(config.known_vocab_size - shard.rank * local, 0), local)
         self.embedding = Embedding(padded, config.width, shard)
         self.layers = nn.ModuleList(Block(config, layer, shard) for layer in range(config.layers))
         for pattern in self._patterns():
             pattern.backend = self.attention.backend
         self.norm = norm(config.norm, config.width, shard)
-        self.output = ColumnLinear(config.width, padded, config.bias, shard)
-        for parameter in (self.embedding.weight, *self.output.parameters()):
-            parameter.vocabulary_rows = config.known_vocab_size
+        self.output = VocabularyOutput(config.width, padded, config.known_vocab_size, config.bias, shard)
+        self.embedding.weight.vocabulary_rows = config.known_vocab_size
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, trained: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of the targets of every trained position of this rank's run of the sequence.
 
         Args:
             tokens: token ids (B, N) of the whole sequence, also where ranks share it.
             targets: the token that follows each of them (B, N).
+            trained: which of ``trained_targets`` (B, R) count; None means all.
 
         Returns:
-            Losses in nats (B, R) of ``trained_targets``, float32.
+            The sum of the losses that count, in nats, to train on; and all losses (B, R), without gradients. At least
+            float32.
         """
-        scores = self._local_logits(tokens, None)
-        return vocab_parallel_cross_entropy(scores, self.trained_targets(targets).t().contiguous()).t()
+        wanted = self.trained_targets(targets).t()
+        counted = None if trained is None else trained.t()
+        total, losses = self.output(self._outgoing(tokens, None), wanted, counted)
+        return total, losses.t()
 
     def trained_targets(self, targets: Tensor) -> Tensor:
         """Those targets (B, R) of a sequence (B, N) whose loss this rank computes."""
@@ -75,7 +77,7 @@ class LanguageModel(nn.Module):
         Returns:
             Logits (B, R, V) of the trained positions.
         """
-        local = self._local_logits(tokens, stream)
+        local = self.output(self._outgoing(tokens, stream))
         gathered = gather_from_tensor_model_parallel_region(local, group=self.shard.group)
         return gathered[..., : self.config.known_vocab_size].transpose(0, 1)
 
@@ -87,8 +89,8 @@ class LanguageModel(nn.Module):
         """
         return Stream([pattern.new_cache() for pattern in self._patterns()])
 
-    def _local_logits(self, tokens: Tensor, stream: Stream | None) -> Tensor:
-        """Scores (R, B, local rows); rows of the padding are -inf."""
+    def _outgoing(self, tokens: Tensor, stream: Stream | None) -> Tensor:
+        """What the output layer reads (R, B, D)."""
         rows = self._rows(tokens, stream)
         x = self.embedding(tokens[:, self._run(tokens.shape[1])])
         for number, (block, pattern) in enumerate(zip(self.layers, self._patterns(), strict=True)):
@@ -98,9 +100,7 @@ class LanguageModel(nn.Module):
             else:
                 x = block(x, rows, cache)
             rows = pattern.outgoing(rows)
-        scores = self.output(enter(self.norm(x), self.shard))
-        scores[..., self.local_vocab_size :] = -torch.inf
-        return scores
+        return enter(self.norm(x), self.shard)
 
     def _patterns(self) -> list[Pattern]:
         return [cast(Block, block).attention.pattern for block in self.layers]

@@ -42,7 +42,6 @@ with _light():
         reduce_from_tensor_model_parallel_region,
         reduce_scatter_to_sequence_parallel_region,
         set_tensor_model_parallel_attributes,
-        vocab_parallel_cross_entropy,
     )
 
 __all__ = [
@@ -57,5 +56,4 @@ __all__ = [
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
     "set_tensor_model_parallel_attributes",
-    "vocab_parallel_cross_entropy",
 ]

@@ -53,7 +53,8 @@ def optimizer_step(
         (count,) = sum_over([sum(int(mask.sum()) for mask in trained)], groups.data, groups.device)
     scale = len(batches) * groups.data.size() / max(1, count)
     for number, (ids, mask) in enumerate(zip(batches, trained, strict=True), start=1):
-        loss = engine(ids[:, :-1], ids[:, 1:]).masked_fill(~mask, 0).sum() * scale
+        total, _ = engine(ids[:, :-1], ids[:, 1:], mask)
+        loss = total * scale
         losses.append(loss.detach().float())
         engine.backward(loss)
         if number < len(batches):
@@ -104,7 +105,7 @@ def mean_loss(
     totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batch, counted in batches:
         ids = batch.to(groups.device)
-        losses = engine(ids[:, :-1], ids[:, 1:])
+        _, losses = engine(ids[:, :-1], ids[:, 1:])
         trained = has_loss(engine.module.trained_targets(ids[:, 1:]), untrained)[:counted]
         losses = losses[trained.nonzero(as_tuple=True)]
         totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)

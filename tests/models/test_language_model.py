@@ -74,11 +74,12 @@ def test_flops_of_the_config_equal_those_counted_by_torch(
 
     for module in (segment, latent, patterns):
         monkeypatch.setattr(module, "attend", seen)
+    monkeypatch.setattr(segment, "merged_attention", lambda q, k, v, *_: seen(q, KeyValue(k, v)))
     config = variant(config, architecture, vocab_multiple=1)
     model = build(config, groups)
     tokens = random_tokens(config, config.sequence_length + 1, batch=1)
     with FlopCounterMode(display=False) as counter:
-        model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        model(tokens[:, :-1], tokens[:, 1:])[0].backward()
     attention = 3 * 4 * config.width * config.score_pairs
     assert counter.get_total_flops() == config.flops_per_token * config.sequence_length - attention
 
@@ -91,10 +92,8 @@ def test_vocabulary_padding_never_shows(config: ModelConfig, groups: Groups) -> 
         model = build(dataclasses.replace(config, vocab_multiple=multiple), groups)
         logits = model.logits(tokens[:, :-1])
         assert logits.shape[-1] == config.known_vocab_size
-        losses = model(tokens[:, :-1], tokens[:, 1:])
-        expected = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-        )
+        _, losses = model(tokens[:, :-1], tokens[:, 1:])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         assert_close(losses.flatten(), expected, rtol=1e-5, atol=1e-6)
         results.append((logits, losses))
     assert_close(results[0][0], results[1][0])
@@ -104,7 +103,7 @@ def test_vocabulary_padding_never_shows(config: ModelConfig, groups: Groups) -> 
 def test_padding_rows_get_no_gradient(config: ModelConfig, groups: Groups) -> None:
     model = build(config, groups)
     tokens = random_tokens(config, 17)
-    model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+    model(tokens[:, :-1], tokens[:, 1:])[0].backward()
     for parameter in (model.embedding.weight, *model.output.parameters()):
         assert parameter.grad[config.known_vocab_size :].abs().sum() == 0
         assert parameter.grad[: config.known_vocab_size].abs().sum() > 0
@@ -140,12 +139,12 @@ def test_dropout_is_on_in_training_alone(groups: Groups) -> None:
     model = build(PAPER, groups)
     tokens = random_tokens(PAPER, 33)
     arguments = (tokens[:, :-1], tokens[:, 1:])
-    still = model(*arguments)
+    still = model(*arguments)[0]
     model.train()
     draws = []
     for step in (1, 1, 2):
         seed_step(seed=3, step=step, groups=groups)
-        draws.append(model(*arguments))
+        draws.append(model(*arguments)[0])
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], still)

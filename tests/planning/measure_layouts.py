@@ -79,7 +79,7 @@ def _states(request: Request, groups: Groups) -> dict[str, Any]:
     for step in range(2):
         with messages if step == 1 else nullcontext():
             for number in range(micro_batches):
-                engine.backward(engine(tokens, tokens).mean())
+                engine.backward(engine(tokens, tokens)[0])
                 if step == 1 and number == micro_batches - 2:
                     gradients = _gradients(engine)
                 engine.step()
@@ -164,10 +164,10 @@ def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any
     model = LanguageModel(config.model, shard, config.attention).train()
     initialize(model, config.model, shard, seed=1)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
-    model(tokens, tokens).sum().backward()
+    model(tokens, tokens)[0].backward()
     sent: Counter[str] = Counter()
     with counted(groups, sent), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(tokens, tokens).sum().backward()
+        model(tokens, tokens)[0].backward()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):

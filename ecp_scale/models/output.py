@@ -1,0 +1,128 @@
+"""The output layer and its loss, which never holds the scores of all positions at once.
+
+With V in the tens of thousands the scores of a sequence outweigh all of a small model's other activations. Here they
+are made for some positions, turned into losses and gradients, and dropped: since the loss is a sum, the gradients are
+known but for one factor when the forward pass has seen the targets.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.nn.functional import linear
+
+from ecp_scale.models.linear import ColumnLinear, Shard
+
+CHUNK_ELEMENTS = 1 << 23
+"""Scores that exist at a time on this rank; as floats 32 MiB, which stays in the cache of a large CPU."""
+
+
+class VocabularyOutput(ColumnLinear):
+    """Linear to the scores of a vocabulary whose rows are split over the tensor group.
+
+    Args:
+        width: D.
+        padded: rows of the vocabulary with its padding, over all ranks.
+        known: true rows over all ranks; the others have score -inf.
+        bias: whether there is one.
+        shard: this rank's share.
+    """
+
+    def __init__(self, width: int, padded: int, known: int, bias: bool, shard: Shard) -> None:
+        super().__init__(width, padded, bias, shard)
+        self.group = shard.group
+        self.first_row = shard.rank * (padded // shard.size)
+        self.rows = min(max(known - self.first_row, 0), padded // shard.size)
+        for parameter in self.parameters():
+            parameter.vocabulary_rows = known
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, trained: Tensor | None = None) -> Any:
+        """Scores, or with targets their losses.
+
+        Args:
+            x: rows (R, B, D) that ``enter`` returned.
+            targets: token ids (R, B).
+            trained: which of them count (R, B); None means all.
+
+        Returns:
+            The scores (R, B, V / t) of this rank's rows. With targets, the sum of the losses of those that count, in
+            nats, with its gradients, and all losses (R, B) without.
+        """
+        if targets is None:
+            return _scores(x, self.weight, self.bias, self.rows)
+        trained = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained
+        place = (self.rows, self.first_row, self.group)
+        return _Loss.apply(x, self.weight, self.bias, targets, trained, place, torch.is_grad_enabled())
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    scores = linear(x, weight, bias)
+    scores[..., rows:] = -torch.inf
+    return scores
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        trained: Tensor,
+        place: tuple[int, int, ProcessGroup],
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows, first_row, group = place
+        flat, counts = x.flatten(0, 1), trained.flatten()
+        losses = torch.empty(len(flat), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        if with_gradients:
+            of_x, of_weight = torch.empty_like(flat), torch.zeros_like(weight, dtype=losses.dtype)
+            of_bias = None if bias is None else torch.zeros_like(bias, dtype=losses.dtype)
+        size = max(1, CHUNK_ELEMENTS // len(weight))
+        for start in range(0, len(flat), size):
+            chunk = slice(start, start + size)
+            scores = _scores(flat[chunk], weight, bias, rows).to(losses.dtype)
+            local = targets.flatten()[chunk] - first_row
+            losses[chunk], scores = _losses_and_probabilities(scores, local, rows, group)
+            if with_gradients:
+                mine = ((local >= 0) & (local < rows)).to(scores.dtype)
+                scores.scatter_add_(1, local.clamp(0, max(rows - 1, 0))[:, None], -mine[:, None])
+                scores *= counts[chunk, None]
+                rounded = scores.to(x.dtype)
+                torch.mm(rounded, weight, out=of_x[chunk])
+                if of_weight.dtype == x.dtype:
+                    torch.addmm(of_weight, rounded.t(), flat[chunk], out=of_weight)
+                else:
+                    of_weight += rounded.t() @ flat[chunk]
+                if of_bias is not None:
+                    of_bias += scores.sum(0)
+        if with_gradients:
+            ctx.gradients = of_x.view_as(x), of_weight, of_bias
+            ctx.dtype = weight.dtype
+        losses_of_all = losses.view_as(targets)
+        ctx.mark_non_differentiable(losses_of_all)
+        return losses.masked_fill(~counts, 0).sum(), losses_of_all
+
+    @staticmethod
+    def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factor = of_outputs[0]
+        of_x, of_weight, of_bias = ctx.gradients
+        of_parameters = (None if one is None else (one * factor).to(ctx.dtype) for one in (of_weight, of_bias))
+        return of_x * factor.to(of_x.dtype), *of_parameters, None, None, None, None
+
+
+def _losses_and_probabilities(scores: Tensor, local: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (T,) of targets, numbered from this rank's first row; softmax in place of scores."""
+    top = scores.amax(-1) if rows else scores.new_full((len(scores),), -torch.inf)
+    dist.all_reduce(top, ReduceOp.MAX, group=group)
+    scores -= top[:, None]
+    mine = (local >= 0) & (local < rows)
+    of_target = scores.gather(1, local.clamp(0, max(rows - 1, 0))[:, None])[:, 0].masked_fill(~mine, 0)
+    scores.exp_()
+    sums = torch.stack((of_target, scores.sum(-1)))
+    dist.all_reduce(sums, group=group)
+    scores /= sums[1][:, None]
+    return sums[1].log() - sums[0], scores
