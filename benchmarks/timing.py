@@ -1,0 +1,83 @@
+"""How the benchmarks measure: alternating rounds in one process, medians, memory by torch's own allocations."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; every round runs all of them, so that a slow spell hits them alike.
+
+    One call of each before the first round is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, run in contenders.items():
+            synchronise()
+            began = time.perf_counter()
+            run()
+            synchronise()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Median of each contender's rounds."""
+    return {name: statistics.median(rounds) for name, rounds in seconds.items()}
+
+
+def ratio(seconds: Mapping[str, list[float]], peer: str, ours: str) -> float:
+    """How many times as fast as a peer we are: the median over rounds of what the two took in the same round."""
+    return statistics.median(theirs / mine for theirs, mine in zip(seconds[peer], seconds[ours], strict=True))
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most memory alive at once of what ``run`` allocates, beside what is there before."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
+    """The best of several rounds of a square matrix product: the peak against which utilisation is counted."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = min(alternate({"product": lambda: a @ b}, rounds)["product"])
+    return 2 * size**3 / best
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": device, "threads": torch.get_num_threads(), **versions}
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,64 @@
+"""What the benchmarks compare with computes what this package computes."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.peers import MaterialisedLanguageModel
+from benchmarks.timing import alternate, peak_bytes, ratio
+from ecp_scale.models.initialization import initialize
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.groups import Groups
+from tests.models.settings import PAPER
+
+NAMES = {
+    "layers": "blocks",
+    "attention.query": "query",
+    "attention.key": "key_value",
+    "attention.output": "output",
+    "attention.first_output": "first_output",
+    "feed_forward.up": "up",
+    "feed_forward.down": "down",
+}
+
+
+def test_the_materialised_implementation_is_the_same_model(groups: Groups) -> None:
+    config = dataclasses.replace(PAPER, dropout=0.0, vocab_multiple=1)
+    shard = Shard(groups.tensor)
+    ours = LanguageModel(config, shard)
+    initialize(ours, config, shard, seed=1)
+    theirs = MaterialisedLanguageModel(config)
+    weights = {}
+    for name, weight in ours.state_dict().items():
+        for our_part, their_part in NAMES.items():
+            name = name.replace(our_part, their_part)
+        weights[name] = weight
+    theirs.load_state_dict(weights)
+    tokens = torch.randint(config.vocab_size, (2, config.sequence_length + 1))
+    total, losses = ours(tokens[:, :-1], tokens[:, 1:])
+    loss = theirs(tokens[:, :-1], tokens[:, 1:])
+    assert loss.item() == pytest.approx(total.item() / losses.numel(), rel=1e-5)
+    (total / losses.numel()).backward()
+    loss.backward()
+    for name, parameter in theirs.named_parameters():
+        if name == "blocks.0.query.weight":
+            torch.testing.assert_close(parameter.grad, ours.layers[0].attention.query.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_rounds_alternate_and_the_first_is_not_counted() -> None:
+    calls: list[str] = []
+    seconds = alternate({name: partial(calls.append, name) for name in "ab"}, rounds=3)
+    assert calls == list("abababab")
+    assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 3, "b": 3}
+    assert ratio({"peer": [2.0, 9.0, 3.0], "ours": [1.0, 1.0, 1.0]}, "peer", "ours") == 3.0
+
+
+def test_peak_memory_is_what_is_alive_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            torch.ones(1000) + torch.ones(1000)
+
+    assert peak_bytes(run) == 3 * 4000
