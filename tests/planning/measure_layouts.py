@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.timing import peak_bytes
 from ecp_scale import deepspeed_json
 from ecp_scale.command_line import Request, parse
 from ecp_scale.models.initialization import initialize
@@ -166,13 +166,8 @@ def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
     model(tokens, tokens)[0].backward()
     sent: Counter[str] = Counter()
-    with counted(groups, sent), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(tokens, tokens)[0].backward()
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    with counted(groups, sent):
+        peak = peak_bytes(lambda: model(tokens, tokens)[0].backward())
     return {"activations": peak, "sent": dict(sorted(sent.items()))}
 
 
