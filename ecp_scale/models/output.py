@@ -117,12 +117,14 @@ class _Loss(torch.autograd.Function):
 def _losses_and_probabilities(scores: Tensor, local: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods (T,) of targets, numbered from this rank's first row; softmax in place of scores."""
     top = scores.amax(-1) if rows else scores.new_full((len(scores),), -torch.inf)
-    dist.all_reduce(top, ReduceOp.MAX, group=group)
+    if group.size() > 1:
+        dist.all_reduce(top, ReduceOp.MAX, group=group)
     scores -= top[:, None]
     mine = (local >= 0) & (local < rows)
     of_target = scores.gather(1, local.clamp(0, max(rows - 1, 0))[:, None])[:, 0].masked_fill(~mine, 0)
     scores.exp_()
     sums = torch.stack((of_target, scores.sum(-1)))
-    dist.all_reduce(sums, group=group)
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
     scores /= sums[1][:, None]
     return sums[1].log() - sums[0], scores
