@@ -5,7 +5,7 @@ Every contender makes the same step: forward, backward, AdamW, on one sequence a
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -72,19 +72,22 @@ def plain_step(model: nn.Module, config: Config, device: torch.device) -> Callab
 
 def compare(config: Config, rounds: int, peers: tuple[str, ...]) -> dict[str, Any]:
     """Tokens per second and peak memory of a step of each, and how many times as fast as each peer ours is."""
-    transformer = dataclasses.replace(config.model, architecture="transformer", first_segment_projection=False)
-    with process_groups(config.parallel) as groups, our_step(config, groups) as ours:
-        contenders: dict[str, Callable[[], object]] = {OURS: ours}
+    with ExitStack() as stack:
+        groups = stack.enter_context(process_groups(config.parallel))
+        contenders: dict[str, Callable[[], object]] = {OURS: stack.enter_context(our_step(config, groups))}
         if "materialised fp32" in peers:
-            contenders["materialised fp32"] = plain_step(MaterialisedLanguageModel(config.model), config, groups.device)
+            materialised = MaterialisedLanguageModel(config.model)
+            contenders["materialised fp32"] = plain_step(materialised, config, groups.device)
         for kind in ("llama", "gpt2"):
             if kind in peers:
-                contenders[f"Hugging Face {kind}"] = plain_step(hugging_face(kind, config.model), config, groups.device)
-        with our_step(dataclasses.replace(config, model=transformer), groups) as full:
-            if "transformer" in peers:
-                contenders["our transformer"] = full
-            seconds = alternate(contenders, rounds)
-            memory = {name: peak_bytes(run) for name, run in contenders.items()}
+                model = hugging_face(kind, config.model)
+                contenders[f"Hugging Face {kind}"] = plain_step(model, config, groups.device)
+        if "transformer" in peers:
+            full = dataclasses.replace(config.model, architecture="transformer", first_segment_projection=False)
+            other = dataclasses.replace(config, model=full)
+            contenders["our transformer"] = stack.enter_context(our_step(other, groups))
+        seconds = alternate(contenders, rounds)
+        memory = {name: peak_bytes(run) for name, run in contenders.items()}
     tokens = config.model.sequence_length
     return {
         name: {

@@ -135,7 +135,7 @@ def _backend(
     plain = window is None and chunk.documents is None and not dropout
     # Whole segments, with or without the queries of the first one; a single one is a plain call anyway.
     answered = chunk.positions - q.shape[-2]
-    several = lengths[0] == segment_length and (len(lengths) > 2 or (len(lengths) == 2 and lengths[1] == lengths[0]))
+    several = lengths[:2] == [segment_length, segment_length]
     if wanted == "merged" and plain and several and answered in (0, segment_length) and q.device.type == "cpu":
         return "merged"
     return "segments"

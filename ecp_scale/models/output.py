@@ -86,10 +86,10 @@ class _Loss(torch.autograd.Function):
             chunk = slice(start, start + size)
             scores = _scores(flat[chunk], weight, bias, rows).to(losses.dtype)
             local = targets.flatten()[chunk] - first_row
-            losses[chunk], scores = _losses_and_probabilities(scores, local, rows, group)
+            mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
+            losses[chunk], scores = _losses_and_probabilities(scores, mine, row, group)
             if with_gradients:
-                mine = ((local >= 0) & (local < rows)).to(scores.dtype)
-                scores.scatter_add_(1, local.clamp(0, max(rows - 1, 0))[:, None], -mine[:, None])
+                scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
                 scores *= counts[chunk, None]
                 rounded = scores.to(x.dtype)
                 torch.mm(rounded, weight, out=of_x[chunk])
@@ -114,14 +114,16 @@ class _Loss(torch.autograd.Function):
         return of_x * factor.to(of_x.dtype), *of_parameters, None, None, None, None
 
 
-def _losses_and_probabilities(scores: Tensor, local: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (T,) of targets, numbered from this rank's first row; softmax in place of scores."""
-    top = scores.amax(-1) if rows else scores.new_full((len(scores),), -torch.inf)
+def _losses_and_probabilities(scores: Tensor, mine: Tensor, row: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (T,), and the softmax in place of scores (T, V / t).
+
+    ``mine`` (T,) says whether a target is among this rank's rows, ``row`` (T, 1) which one it is.
+    """
+    top = scores.amax(-1)
     if group.size() > 1:
         dist.all_reduce(top, ReduceOp.MAX, group=group)
     scores -= top[:, None]
-    mine = (local >= 0) & (local < rows)
-    of_target = scores.gather(1, local.clamp(0, max(rows - 1, 0))[:, None])[:, 0].masked_fill(~mine, 0)
+    of_target = scores.gather(1, row)[:, 0].masked_fill(~mine, 0)
     scores.exp_()
     sums = torch.stack((of_target, scores.sum(-1)))
     if group.size() > 1:

@@ -1,4 +1,4 @@
-"""The parts of Megatron-core that this package uses, and an import of it that takes a third of its time.
+"""The parts of Megatron-core that this package uses, and an import of it that takes half of its time.
 
 Trap: while it is imported, Megatron-core decorates functions of its own with ``torch.compile``, which loads the whole
 compiler, and loads wandb if that is installed. None of what it decorates is used here.

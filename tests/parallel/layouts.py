@@ -195,7 +195,7 @@ CONVERTED = [
 ]
 """Layouts whose checkpoints are converted."""
 LAUNCH_SECONDS = 5000
-"""The product's largest launch trains about a hundred layouts on four ranks."""
+"""The product's largest launches train about sixty layouts on four ranks."""
 ALL = {layout.alone() for layout in (*PRODUCT, *CURVES, *ARCHITECTURE_CURVES)} | {
     *CURVES,
     *ARCHITECTURE_CURVES,
