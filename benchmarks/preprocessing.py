@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -71,25 +72,19 @@ def peak_memory() -> Iterator[list[int]]:
         thread.join()
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-only", action="store_true", help="one run of preprocessing, without the peer")
-    options = parser.parse_args()
-    sources = find_sources(options.input)
-    result: dict[str, object] = {"tokenizer": options.tokenizer, "bytes": sum(source.size for source in sources)}
+def measure(inputs: list[str], tokenizer: str, rounds: int, memory_only: bool = False) -> dict[str, Any]:
+    """What the module says; ``memory_only`` runs preprocessing once, without the peer."""
+    sources = find_sources(inputs)
+    result: dict[str, Any] = {"bytes": sum(source.size for source in sources)}
     alone, together, whole = [], [], []
-    texts = [] if options.memory_only else list(read_documents(sources, Parsing()))
-    for _ in range(1 if options.memory_only else options.rounds):
+    texts = [] if memory_only else list(read_documents(sources, Parsing()))
+    for _ in range(1 if memory_only else rounds):
         if texts:
-            alone.append(tokenize_alone(options.tokenizer, [texts]))
-            together.append(tokenize_alone(options.tokenizer, [texts[::2], texts[1::2]]))
+            alone.append(tokenize_alone(tokenizer, [texts]))
+            together.append(tokenize_alone(tokenizer, [texts[::2], texts[1::2]]))
         with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
             began = time.perf_counter()
-            preprocess(options.input, options.tokenizer, str(Path(folder) / "x"), workers=WORKERS)
+            preprocess(inputs, tokenizer, str(Path(folder) / "x"), workers=WORKERS)
             whole.append(time.perf_counter() - began)
         result["peak_bytes"] = peak[0]
     result["preprocess_seconds"] = statistics.median(whole)
@@ -99,7 +94,19 @@ def main() -> None:
         shares = [(ideal / both, ideal / program) for ideal, both, program in pairs]
         result["two_tokenizers"] = statistics.median(share for share, _ in shares)
         result["preprocess"] = statistics.median(share for _, share in shares)
-    print(json.dumps(result, indent=1))
+    return result
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-only", action="store_true", help="one run of preprocessing, without the peer")
+    options = parser.parse_args()
+    measured = measure(options.input, options.tokenizer, options.rounds, options.memory_only)
+    print(json.dumps({"tokenizer": options.tokenizer, **measured}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""How the benchmarks measure: alternating rounds in one process, medians, memory by torch's own allocations."""
+"""How the benchmarks measure: alternating rounds, medians, memory by torch's own allocations."""
 
+import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, TypeAlias
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+Contender: TypeAlias = Callable[[], AbstractContextManager[Callable[[], object]]]
+"""Builds what is measured, gives the call to measure, and clears up."""
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -25,6 +31,58 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> di
             if number:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+class Worker:
+    """A contender in a process of its own, as its users run it: what others do to memory does not touch it."""
+
+    def __init__(self, contender: Contender) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(contender, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self) -> None:
+        """One call."""
+        self._ask("run")
+
+    def peak_bytes(self) -> int:
+        """``peak_bytes`` of one call."""
+        return self._ask("memory")
+
+    def _ask(self, what: str) -> Any:
+        self._pipe.send(what)
+        return self._pipe.recv()
+
+    def end(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(contender: Contender, pipe: Connection) -> None:
+    with contender() as run:
+        while True:
+            try:
+                asked = pipe.recv()
+            except EOFError:
+                return
+            if asked == "run":
+                run()
+                synchronise()
+            pipe.send(peak_bytes(run) if asked == "memory" else None)
+
+
+@contextmanager
+def workers(contenders: Mapping[str, Contender]) -> Iterator[dict[str, Worker]]:
+    """A process for each contender."""
+    started = {name: Worker(contender) for name, contender in contenders.items()}
+    try:
+        yield started
+    finally:
+        for worker in started.values():
+            worker.end()
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:

@@ -1,26 +1,31 @@
-"""Training steps: ours against a materialised implementation, Hugging Face's models, and our own transformer.
+"""Training steps: ours against a materialised implementation, other people's models, and our own transformer.
 
-Every contender makes the same step: forward, backward, AdamW, on one sequence at a time, without dropout.
+Every contender makes the same step in a process of its own: forward, backward, AdamW, on one sequence at a time,
+without dropout.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import MaterialisedLanguageModel, hugging_face
-from benchmarks.timing import alternate, matmul_flops_per_second, medians, peak_bytes, ratio
+from benchmarks.peers import HuggingFace, MaterialisedLanguageModel, PerceiverArPytorch
+from benchmarks.timing import Contender, alternate, matmul_flops_per_second, medians, peak_bytes, ratio, workers
 from ecp_scale import deepspeed_json
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
+from ecp_scale.parallel.device import local_device
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.training.engine import build_engine
 from ecp_scale.training.step import optimizer_step
 
 OURS = "ours"
+KEPT = ", freed memory kept"
+"""What a peer's name ends with where its process allocates as ours do."""
 
 
 def preset(name: str, **changes: Any) -> Config:
@@ -41,53 +46,76 @@ def tokens_of(config: Config) -> Tensor:
 
 
 @contextmanager
-def our_step(config: Config, groups: Groups) -> Iterator[Callable[[], object]]:
-    """A step of a training run, through DeepSpeed."""
+def our_engine(config: Config, groups: Groups) -> Iterator[Any]:
+    """A model under DeepSpeed."""
     stage = 1 if config.training.precision == "bf16" else 0
     content = {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": stage}}
     engine = build_engine(config, deepspeed_json.resolve(content, config, 1), groups)
-    tokens = tokens_of(config)
     try:
-        yield lambda: optimizer_step(engine, [tokens], groups, False)
+        yield engine
     finally:
         engine.destroy()
 
 
-def plain_step(model: nn.Module, config: Config, device: torch.device) -> Callable[[], object]:
-    """A step of a model that returns its mean loss, or an output that holds it."""
-    model.to(device)
+@contextmanager
+def our_step(config: Config, groups: Groups) -> Iterator[Callable[[], object]]:
+    """A step of a training run, through DeepSpeed."""
+    tokens = tokens_of(config)
+    with our_engine(config, groups) as engine:
+        yield lambda: optimizer_step(engine, [tokens], groups, False)
+
+
+@contextmanager
+def our_own_step(config: Config) -> Iterator[Callable[[], object]]:
+    """``our_step`` in a launch of one process."""
+    with process_groups(config.parallel) as groups, our_step(config, groups) as step:
+        yield step
+
+
+@contextmanager
+def plain_step(
+    build: Callable[[], nn.Module], config: Config, freed_memory_kept: bool = False
+) -> Iterator[Callable[[], object]]:
+    """A step of a model that gives the mean loss of tokens and targets, with or without our choice of allocation."""
+    device = local_device(0) if freed_memory_kept else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build().to(device)
     tokens = tokens_of(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    is_ours = isinstance(model, MaterialisedLanguageModel)
 
     def step() -> None:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        loss = model(inputs, targets) if is_ours else model(input_ids=inputs, labels=inputs).loss
-        loss.backward()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    yield step
+
+
+def peer(name: str, config: Config) -> Contender:
+    """One of those that we compare with."""
+    model = config.model
+    if name == "our transformer":
+        full = dataclasses.replace(model, architecture="transformer", first_segment_projection=False)
+        return partial(our_own_step, dataclasses.replace(config, model=full))
+    builds: dict[str, Callable[[], nn.Module]] = {
+        "fp32 materialised n x n": partial(MaterialisedLanguageModel, model, by_segment=False),
+        "fp32 materialised by segment": partial(MaterialisedLanguageModel, model, by_segment=True),
+        "Hugging Face Llama": partial(HuggingFace, "llama", model),
+        "Hugging Face GPT-2": partial(HuggingFace, "gpt2", model),
+        "perceiver-ar-pytorch": partial(PerceiverArPytorch, model),
+    }
+    plain = name.removesuffix(KEPT)
+    return partial(plain_step, builds[plain], config, plain != name)
 
 
 def compare(config: Config, rounds: int, peers: tuple[str, ...]) -> dict[str, Any]:
     """Tokens per second and peak memory of a step of each, and how many times as fast as each peer ours is."""
-    with ExitStack() as stack:
-        groups = stack.enter_context(process_groups(config.parallel))
-        contenders: dict[str, Callable[[], object]] = {OURS: stack.enter_context(our_step(config, groups))}
-        if "materialised fp32" in peers:
-            materialised = MaterialisedLanguageModel(config.model)
-            contenders["materialised fp32"] = plain_step(materialised, config, groups.device)
-        for kind in ("llama", "gpt2"):
-            if kind in peers:
-                model = hugging_face(kind, config.model)
-                contenders[f"Hugging Face {kind}"] = plain_step(model, config, groups.device)
-        if "transformer" in peers:
-            full = dataclasses.replace(config.model, architecture="transformer", first_segment_projection=False)
-            other = dataclasses.replace(config, model=full)
-            contenders["our transformer"] = stack.enter_context(our_step(other, groups))
-        seconds = alternate(contenders, rounds)
-        memory = {name: peak_bytes(run) for name, run in contenders.items()}
+    contenders: dict[str, Contender] = {
+        OURS: partial(our_own_step, config),
+        **{name: peer(name, config) for name in peers},
+    }
+    with workers(contenders) as started:
+        seconds = alternate({name: worker.run for name, worker in started.items()}, rounds)
+        memory = {name: worker.peak_bytes() for name, worker in started.items()}
     tokens = config.model.sequence_length
     return {
         name: {

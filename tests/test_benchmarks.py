@@ -1,13 +1,15 @@
 """What the benchmarks compare with computes what this package computes."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.peers import MaterialisedLanguageModel
-from benchmarks.timing import alternate, peak_bytes, ratio
+from benchmarks.timing import alternate, peak_bytes, ratio, workers
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
@@ -25,12 +27,13 @@ NAMES = {
 }
 
 
-def test_the_materialised_implementation_is_the_same_model(groups: Groups) -> None:
+@pytest.mark.parametrize("by_segment", [True, False])
+def test_the_materialised_implementation_is_the_same_model(by_segment: bool, groups: Groups) -> None:
     config = dataclasses.replace(PAPER, dropout=0.0, vocab_multiple=1)
     shard = Shard(groups.tensor)
     ours = LanguageModel(config, shard)
     initialize(ours, config, shard, seed=1)
-    theirs = MaterialisedLanguageModel(config)
+    theirs = MaterialisedLanguageModel(config, by_segment)
     weights = {}
     for name, weight in ours.state_dict().items():
         for our_part, their_part in NAMES.items():
@@ -46,6 +49,19 @@ def test_the_materialised_implementation_is_the_same_model(groups: Groups) -> No
     for name, parameter in theirs.named_parameters():
         if name == "blocks.0.query.weight":
             torch.testing.assert_close(parameter.grad, ours.layers[0].attention.query.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+@contextmanager
+def _counter() -> Iterator[Callable[[], object]]:
+    calls = [torch.ones(1)]
+    yield lambda: calls.append(torch.ones(len(calls) * 1000))
+
+
+def test_a_worker_runs_its_contender_in_another_process() -> None:
+    with workers({"counter": _counter}) as started:
+        (worker,) = started.values()
+        assert worker.run() is None
+        assert worker.peak_bytes() == 2000 * 4
 
 
 def test_rounds_alternate_and_the_first_is_not_counted() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ecp_scale.precision import product_type
+
 
 class KeyValue(NamedTuple):
     """Keys and values, each (B, G, N, E); the same tensor twice where K and V are tied.
@@ -69,15 +71,17 @@ def attend(
     plain = window is None and key_value.documents is None
     if not plain or (causal and 1 < n_query < n_key):
         mask = _visible(n_query, n_key, causal, window, key_value.documents, q.device)
-    return scaled_dot_product_attention(
-        q,
-        key_value.keys,
-        key_value.values,
+    wide = product_type(q)
+    attended = scaled_dot_product_attention(
+        q.to(wide),
+        key_value.keys.to(wide),
+        key_value.values.to(wide),
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=causal and mask is None and n_query > 1,
         enable_gqa=q.shape[1] != key_value.keys.shape[1],
     )
+    return attended.to(q.dtype)
 
 
 def _visible(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecp_scale.precision import product_type
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -30,7 +32,8 @@ def merged_attention(q: Tensor, k: Tensor, v: Tensor, segment_length: int, look_
     Returns:
         The attended values (B, H, Nq, E).
     """
-    return _Merged.apply(q, k, v, segment_length, look_back)
+    wide = product_type(q)
+    return _Merged.apply(*(x.to(wide) for x in (q, k, v)), segment_length, look_back).to(q.dtype)
 
 
 def _segments(x: Tensor, m: int) -> Tensor:

@@ -150,6 +150,8 @@ class TrainingConfig:
     """Sequences of one optimizer step, over all ranks and accumulation steps."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of weights in the forward pass; bf16 keeps fp32 master weights."""
+    compile: bool = False
+    """Compile norms, rotary positions and SwiGLU with torch.compile; the first step then takes up to minutes longer."""
     validation_every_steps: int = 100
     """Optimizer steps between two validations."""
     validation_windows: int = 64

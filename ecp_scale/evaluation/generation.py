@@ -51,7 +51,7 @@ def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:
 
     def follow(ids: list[int]) -> Tensor:
         chunks = [ids[i : i + model.config.sequence_length] for i in range(0, len(ids), model.config.sequence_length)]
-        return [model.logits(torch.tensor([chunk], device=device), stream)[0, -1] for chunk in chunks][-1]
+        return [model.logits(torch.tensor([chunk], device=device), stream, last=1)[0, -1] for chunk in chunks][-1]
 
     return follow
 
@@ -64,7 +64,7 @@ def _windowed(model: LanguageModel, padding: int) -> Callable[[list[int]], Tenso
     def follow(ids: list[int]) -> Tensor:
         seen.extend(ids)
         del seen[: -model.config.sequence_length]
-        return model.logits(torch.tensor([seen], device=device))[0, -1]
+        return model.logits(torch.tensor([seen], device=device), last=1)[0, -1]
 
     return follow
 

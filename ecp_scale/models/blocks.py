@@ -8,47 +8,17 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, gelu, layer_norm, rms_norm, silu
+from torch.nn.functional import dropout, gelu
 
 from ecp_scale.attention import KeyValue, rotate
 from ecp_scale.config import ModelConfig
 from ecp_scale.models.architectures import ARCHITECTURES
-from ecp_scale.models.linear import ColumnLinear, RowLinear, Shard, enter, leave, summed_gradient
+from ecp_scale.models.linear import ColumnLinear, RowLinear, Shard, enter, leave
+from ecp_scale.models.norms import LayerNorm, RmsNorm, norm
+from ecp_scale.models.pointwise import fused, swiglu
 from ecp_scale.models.rows import LayerCache, Rows
 from ecp_scale.parallel.random import tensor_parallel_random
 from ecp_scale.parallel.recompute import recomputed
-
-NORM_EPSILON = 1e-5
-
-
-class RmsNorm(nn.RMSNorm):
-    """RMSNorm over the last dimension; ``split`` says that each rank of the tensor group has rows of its own."""
-
-    def __init__(self, width: int, shard: Shard, split: bool) -> None:
-        super().__init__(width, eps=NORM_EPSILON, dtype=shard.dtype)
-        self.group = shard.group if split else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise; the shape stays."""
-        return rms_norm(x, self.normalized_shape, summed_gradient(self.weight, self.group), self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last dimension; ``split`` says that each rank of the tensor group has rows of its own."""
-
-    def __init__(self, width: int, shard: Shard, split: bool) -> None:
-        super().__init__(width, eps=NORM_EPSILON, dtype=shard.dtype)
-        self.group = shard.group if split else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise; the shape stays."""
-        weight, bias = (summed_gradient(parameter, self.group) for parameter in (self.weight, self.bias))
-        return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def norm(kind: str, width: int, shard: Shard) -> nn.Module:
-    """The norm of a position of the residual stream."""
-    return (LayerNorm if kind == "layernorm" else RmsNorm)(width, shard, split=shard.sequence)
 
 
 class Block(nn.Module):
@@ -63,8 +33,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, cache: LayerCache | None) -> Tensor:
         """(N, B, D) -> (N', B, D); the pattern says which rows leave. With sequence parallelism both are shares."""
-        x = self.attention.pattern.residual(x, rows) + self.attention(self.attention_norm(x), rows, cache)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        residual = self.attention.pattern.residual(x, rows)
+        x, normed = self.feed_forward_norm(residual, self.attention(self.attention_norm(x), rows, cache))
+        return x + self.feed_forward(normed)
 
 
 class Attention(nn.Module):
@@ -106,7 +77,8 @@ class Attention(nn.Module):
         asking = q.shape[0]
         q, k = self.query_norm(self._heads(q)), self.key_norm(self._heads(k))
         if self.rotated:
-            q, k = rotate(q, rows.last(asking).rotation), rotate(k, rows.rotation)
+            turn = fused(rotate, self.shard.compiled)
+            q, k = turn(q, rows.last(asking).rotation), turn(k, rows.rotation)
         k = self.key_value_norm(k)
         key_value = KeyValue(k, k if v is None else self._heads(v), rows.documents)
         if cache is not None:
@@ -151,13 +123,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, B, D) -> (N, B, D)."""
         x = enter(x, self.shard)
-        up, gate = self.up(x), None if self.gate is None else self.gate(x)
-        if self.training and self.shard.recompute == "selective":
-            return self.down(recomputed(self._hidden, up, gate, random=self.dropout > 0))
-        return self.down(self._hidden(up, gate))
+        inputs = [self.up(x)] if self.gate is None else [self.up(x), self.gate(x)]
+        if not self.training or self.shard.recompute == "full":
+            return self.down(self._hidden(*inputs))
+        return self.down(*inputs, of=self._hidden, random=self.dropout > 0)
 
-    def _hidden(self, up: Tensor, gate: Tensor | None) -> Tensor:
-        hidden = gelu(up) if gate is None else silu(gate) * up
+    def _hidden(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = gelu(up) if gate is None else fused(swiglu, self.shard.compiled)(up, gate)
         if self.dropout and self.training:
             with tensor_parallel_random():
                 hidden = dropout(hidden, self.dropout)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, ModelConfig
-from ecp_scale.models.blocks import Block, norm
+from ecp_scale.models.blocks import Block
 from ecp_scale.models.linear import Embedding, Shard, enter
+from ecp_scale.models.norms import norm
 from ecp_scale.models.output import VocabularyOutput
 from ecp_scale.models.patterns import Pattern
 from ecp_scale.models.rows import Documents, Rows, Stream
@@ -67,17 +68,19 @@ class LanguageModel(nn.Module):
         length = positions // context.size()
         return slice(context.rank() * length, (context.rank() + 1) * length)
 
-    def logits(self, tokens: Tensor, stream: Stream | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, stream: Stream | None = None, last: int | None = None) -> Tensor:
         """Scores of the next token, over the true vocabulary, complete on every rank.
 
         Args:
             tokens: token ids (B, N); where ranks share the sequence, each returns the scores of its run.
             stream: from ``new_stream``; the tokens then continue what it has seen.
+            last: how many of the last trained positions are asked for; None means all.
 
         Returns:
             Logits (B, R, V) of the trained positions.
         """
-        local = self.output(self._outgoing(tokens, stream))
+        outgoing = self._outgoing(tokens, stream)
+        local = self.output(outgoing if last is None else outgoing[-last:])
         gathered = gather_from_tensor_model_parallel_region(local, group=self.shard.group)
         return gathered[..., : self.config.known_vocab_size].transpose(0, 1)
 

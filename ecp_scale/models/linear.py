@@ -9,14 +9,14 @@ Every parameter says how it is shared, by the attributes that Megatron-core and 
 fills them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.functional import linear
 
-from ecp_scale.config import ParallelConfig, Recompute
+from ecp_scale.config import Config, Recompute
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.megatron import (
     ColumnParallelLinear,
@@ -29,6 +29,8 @@ from ecp_scale.parallel.megatron import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from ecp_scale.parallel.recompute import recomputed
+from ecp_scale.precision import linear
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class Shard:
     """Ranks that hold one run of segments each of every sequence; None where each holds all of it."""
     recompute: Recompute = "none"
     """What is computed again in the backward pass instead of being kept."""
+    compiled: bool = False
+    """Whether pointwise operations go through torch.compile."""
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, groups: Groups, dtype: torch.dtype = torch.float32) -> "Shard":
+    def of(cls, config: Config, groups: Groups, dtype: torch.dtype = torch.float32) -> "Shard":
         """The share of a rank of a training run."""
+        parallel = config.parallel
         context = groups.context if parallel.context > 1 else None
-        return cls(groups.tensor, dtype, parallel.sequence, context, parallel.recompute)
+        return cls(groups.tensor, dtype, parallel.sequence, context, parallel.recompute, config.training.compile)
 
     @property
     def size(self) -> int:
@@ -122,7 +127,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the local rows to what ``enter`` returned."""
-        return super().forward(x)[0]
+        return linear(x, self.weight, self.bias)
 
 
 class RowLinear(RowParallelLinear):
@@ -144,9 +149,20 @@ class RowLinear(RowParallelLinear):
         self.shard = shard
         set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the local columns, sum over the group, add the bias."""
-        out = leave(self.term(x), self.shard)
+    def forward(self, *inputs: Tensor, of: Callable[..., Tensor] | None = None, random: bool = False) -> Tensor:
+        """Apply the local columns, sum over the group, add the bias.
+
+        Args:
+            inputs: what it is applied to, (n, b, in/t); or the arguments of ``of``.
+            of: a cheap function of them. It is computed again in the backward pass, and what it returns is not kept.
+            random: whether ``of`` draws random numbers.
+        """
+        if of is None:
+            term = self.term(*inputs)
+        else:
+            # In this module's forward, since ZeRO-3 gathers the weight for its forward and its backward alone.
+            term = recomputed(lambda *arguments: self.term(of(*arguments)), *inputs, random=random)
+        out = leave(term, self.shard)
         return out if self.bias is None else out + self.whole_bias()
 
     def term(self, x: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
-from torch.nn.functional import linear
 
 from ecp_scale.models.linear import ColumnLinear, Shard
+from ecp_scale.precision import linear, product_type
 
-CHUNK_ELEMENTS = 1 << 23
-"""Scores that exist at a time on this rank; as floats 32 MiB, which stays in the cache of a large CPU."""
+CHUNK_ELEMENTS = 1 << 24
+"""Scores that exist at a time on this rank; as floats 64 MiB. With fewer, the products with the weights slow down."""
 
 
 class VocabularyOutput(ColumnLinear):
@@ -76,7 +76,9 @@ class _Loss(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, first_row, group = place
-        flat, counts = x.flatten(0, 1), trained.flatten()
+        wide = product_type(x)
+        flat, counts = x.flatten(0, 1).to(wide), trained.flatten()
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         losses = torch.empty(len(flat), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if with_gradients:
             of_x, of_weight = torch.empty_like(flat), torch.zeros_like(weight, dtype=losses.dtype)
@@ -91,17 +93,17 @@ class _Loss(torch.autograd.Function):
             if with_gradients:
                 scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
                 scores *= counts[chunk, None]
-                rounded = scores.to(x.dtype)
+                rounded = scores.to(wide)
                 torch.mm(rounded, weight, out=of_x[chunk])
-                if of_weight.dtype == x.dtype:
+                if of_weight.dtype == wide:
                     torch.addmm(of_weight, rounded.t(), flat[chunk], out=of_weight)
                 else:
                     of_weight += rounded.t() @ flat[chunk]
                 if of_bias is not None:
                     of_bias += scores.sum(0)
         if with_gradients:
-            ctx.gradients = of_x.view_as(x), of_weight, of_bias
-            ctx.dtype = weight.dtype
+            ctx.gradients = of_x.to(x.dtype).view_as(x), of_weight, of_bias
+            ctx.dtype = x.dtype
         losses_of_all = losses.view_as(targets)
         ctx.mark_non_differentiable(losses_of_all)
         return losses.masked_fill(~counts, 0).sum(), losses_of_all
@@ -109,9 +111,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
         factor = of_outputs[0]
-        of_x, of_weight, of_bias = ctx.gradients
-        of_parameters = (None if one is None else (one * factor).to(ctx.dtype) for one in (of_weight, of_bias))
-        return of_x * factor.to(of_x.dtype), *of_parameters, None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are of use once
+        scaled = [None if one is None else one.mul_(factor.to(one.dtype)).to(ctx.dtype) for one in gradients]
+        return *scaled, None, None, None, None
 
 
 def _losses_and_probabilities(scores: Tensor, mine: Tensor, row: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:

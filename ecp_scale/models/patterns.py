@@ -9,13 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.functional import adaptive_avg_pool1d, linear
+from torch.nn.functional import adaptive_avg_pool1d
 
 from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
 from ecp_scale.config import AttentionBackend
 from ecp_scale.models.linear import Shard, summed_gradient
 from ecp_scale.models.rows import LayerCache, Rows
 from ecp_scale.parallel.halo import Halo
+from ecp_scale.precision import linear
 
 
 class Pattern(nn.Module):

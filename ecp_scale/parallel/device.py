@@ -1,5 +1,6 @@
 """Where CPU and GPU differ."""
 
+import ctypes
 import resource
 import sys
 
@@ -14,7 +15,21 @@ def local_device(local_rank: int) -> torch.device:
     # Trap: Megatron-core allocates its gather and reduce buffers on torch.cuda.current_device(), without asking
     # where the tensors are. On a machine without a GPU the answer is the CPU.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    _keep_freed_memory()
     return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep what it frees, as torch does on a GPU; nothing where the C library has no such choice.
+
+    Trap: glibc maps every large tensor anew and gives it back when it is freed, and the kernel then fills it with zeros
+    page by page at the next use. That is a fifth of a training step (docs/performance.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # names and numbers of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 def backend(device: torch.device) -> str:

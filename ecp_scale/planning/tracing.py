@@ -111,7 +111,7 @@ def _activations(tracker: MemTracker, when: Literal["current", "peak"]) -> int:
 
 def _shard(config: Config, groups: Groups) -> Shard:
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    return Shard.of(config.parallel, groups, dtype)
+    return dataclasses.replace(Shard.of(config, groups, dtype), compiled=False)  # there is nothing to compile for
 
 
 class _Messages(TorchDispatchMode):

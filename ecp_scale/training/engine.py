@@ -31,7 +31,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
     # Trap: on a CPU DeepSpeed compiles a shared-memory kernel at the first start, for a minute, with g++. Only its
     # inference all-reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    shard = Shard.of(config.parallel, groups)
+    shard = Shard.of(config, groups)
     model = LanguageModel(config.model, shard, config.attention)
     initialize(model, config.model, shard, config.training.seed)
     model.to(groups.device)
@@ -41,6 +41,8 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         config=deepspeed_config,
         mpu=ModelParallelUnit(),
     )
+    if groups.data.size() == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it would copy all gradients there and back
     return engine
 
 
@@ -91,6 +93,6 @@ def plain_gradient_norm(engine: deepspeed.DeepSpeedEngine, groups: Groups) -> fl
     for parameter in engine.module.parameters():
         counts = Layout.of(parameter).partition_dim is not None or groups.tensor_rank == 0
         if counts and parameter.grad is not None:
-            square += parameter.grad.detach().float().square().sum()
+            square += torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32).square()
     dist.all_reduce(square, group=groups.tensor)
     return square.sqrt().item()

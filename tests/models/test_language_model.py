@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ecp_scale.attention import KeyValue, latent, segment
 from ecp_scale.config import ModelConfig
 from ecp_scale.models import patterns
+from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.groups import Groups
 from tests.models.settings import ARCHITECTURES, BOTH, NAMES, PAPER, SCALED, build, random_tokens, variant
 
@@ -37,6 +38,46 @@ def test_streaming_in_chunks_equals_the_full_forward(config: ModelConfig, groups
     stream = model.new_stream()
     parts = [model.logits(tokens[:, a:b], stream) for a, b in ((0, 24), (24, 25), (25, 64), (64, 75))]
     assert_close(torch.cat(parts, dim=1), model.logits(tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_the_last_logits_are_those_of_all(config: ModelConfig, groups: Groups) -> None:
+    model = build(config, groups)
+    tokens = random_tokens(config, 20)
+    assert_close(model.logits(tokens, last=3), model.logits(tokens)[:, -3:], rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_pointwise_operations_compute_the_same(groups: Groups) -> None:
+    config = dataclasses.replace(SCALED, layers=1, allow_short_reach=True)
+    plain = build(config, groups, torch.float32)
+    shard = dataclasses.replace(plain.shard, compiled=True)
+    compiled = LanguageModel(config, shard).to(groups.device)
+    compiled.load_state_dict(plain.state_dict())
+    tokens = random_tokens(config, config.sequence_length + 1)
+    gradients = []
+    for model in (plain, compiled):
+        total, losses = model.eval()(tokens[:, :-1], tokens[:, 1:])
+        total.backward()
+        gradients.append([losses, *(parameter.grad for parameter in model.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_hidden_layer_of_the_feed_forward_network_is_not_kept(config: ModelConfig, groups: Groups) -> None:
+    config = dataclasses.replace(config, dropout=0.0)
+    model = build(config, groups).train()
+    rows, width = 2 * config.sequence_length, config.feed_forward_width
+    kept = 0
+
+    def count(x: Tensor) -> Tensor:
+        nonlocal kept
+        kept += x.numel() == rows * width
+        return x
+
+    tokens = random_tokens(config, config.sequence_length + 1)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        model(tokens[:, :-1], tokens[:, 1:])
+    inputs = 2 if config.activation == "swiglu" else 1  # what it is computed from
+    assert kept == inputs * config.layers
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from ecp_scale.config import AttentionConfig, ModelConfig, ParallelConfig
+from ecp_scale.config import AttentionConfig, Config, ModelConfig, ParallelConfig
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
@@ -69,7 +69,7 @@ def check(job: dict[str, Any], wire: Wire) -> None:
         logits = whole.logits(tokens).detach()
         expected = gradients(whole, tokens)
     with process_groups(parallel) as groups:
-        shard = Shard.of(parallel, groups, torch.float64)
+        shard = Shard.of(Config(parallel=parallel), groups, torch.float64)
         model = model_of(config, shard, attention)
         wire.sent.clear()
         with torch.no_grad():

@@ -160,7 +160,7 @@ def _gradients(engine: Any) -> int:
 def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any]:
     config = request.config
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    shard = Shard.of(config.parallel, groups, dtype)
+    shard = Shard.of(config, groups, dtype)
     model = LanguageModel(config.model, shard, config.attention).train()
     initialize(model, config.model, shard, seed=1)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)

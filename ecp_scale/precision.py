@@ -1,0 +1,46 @@
+"""Products of bf16 matrices on processors that have no instructions for them.
+
+Trap: torch multiplies them there in a plain loop, hundreds of times as slow as in float32 (docs/performance.md). So the
+operands are widened for the product, and the result is rounded, as the instructions do. Nothing else is kept wider.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which products of ``x`` are computed: its own, or float32 where the processor cannot."""
+    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _widens() else x.dtype
+
+
+@cache
+def _widens() -> bool:
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what torch itself asks before each product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: x (..., in), weight (out, in) -> (..., out)."""
+    if product_type(x) == x.dtype:
+        return functional.linear(x, weight, bias)
+    out = _WidenedLinear.apply(x, weight)
+    return out if bias is None else out + bias
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """Keeps its operands as they are for the backward pass, not widened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0].float()
+        of_weight = gradient.flatten(0, -2).t() @ x.float().flatten(0, -2)
+        return (gradient @ weight.float()).to(x.dtype), of_weight.to(weight.dtype)
