@@ -1,16 +1,19 @@
 """One attention layer, forward and backward, against PyPI's local-attention and full causal attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.timing import alternate, medians, peak_bytes, ratio
+from benchmarks.timing import KEPT, Contender, alternate, medians, ratio, workers
 from ecp_scale.attention import segment_attention
+from ecp_scale.parallel.device import local_device
 
-OURS = "ours"
+OURS, LOCAL, FULL = "ours", "local-attention", "full causal"
 HEADS, HEAD_WIDTH = 8, 64
 
 
@@ -34,35 +37,45 @@ def local_attention(segment_length: int) -> Callable[..., Tensor]:
     return layer
 
 
-def compare(length: int, segment_length: int, dtype: torch.dtype, rounds: int, full: bool) -> dict[str, Any]:
-    """Seconds and memory of each, how many times as fast as each peer ours is, and the largest difference from it."""
+@contextmanager
+def passes(name: str, length: int, segment_length: int, dtype: torch.dtype) -> Iterator[Callable[[], list[Tensor]]]:
+    """Forward and backward of one of them: the attended values, and the gradients of q, k and v."""
+    if name == OURS or name.endswith(KEPT):
+        local_device(0)  # chooses how this process allocates
     functions: dict[str, Callable[..., Tensor]] = {
         OURS: lambda q, k, v: segment_attention(q, k, v, segment_length)[0],
-        "local-attention": local_attention(segment_length),
+        FULL: lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
     }
-    if full:
-        functions["full causal"] = lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
+    function = functions[name] if name in functions else local_attention(segment_length)
     inputs = inputs_of(length, dtype)
 
-    def both(function: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            out = function(*inputs)
-            return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
+    def run() -> list[Tensor]:
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
 
-        return run
+    yield run
 
-    runs = {name: both(function) for name, function in functions.items()}
-    seconds = alternate(runs, rounds)
-    ours = runs[OURS]()
-    difference = max(
-        (a.float() - b.float()).abs().max().item() for a, b in zip(ours, runs["local-attention"](), strict=True)
-    )
-    return {
+
+def largest_difference(length: int, segment_length: int, dtype: torch.dtype) -> float:
+    """Between our values and gradients and local-attention's."""
+    with passes(OURS, length, segment_length, dtype) as ours, passes(LOCAL, length, segment_length, dtype) as theirs:
+        return max((a.float() - b.float()).abs().max().item() for a, b in zip(ours(), theirs(), strict=True))
+
+
+def compare(length: int, segment_length: int, dtype: torch.dtype, rounds: int, full: bool) -> dict[str, Any]:
+    """Seconds and memory of each, how many times as fast as each peer ours is, and the largest difference."""
+    names = [OURS, LOCAL, LOCAL + KEPT] + [FULL] * full
+    contenders: dict[str, Contender] = {name: partial(passes, name, length, segment_length, dtype) for name in names}
+    with workers(contenders) as started:
+        seconds = alternate({name: worker.run for name, worker in started.items()}, rounds)
+        memory = {name: worker.peak_bytes() for name, worker in started.items()}
+    found = {
         name: {
             "milliseconds": middle * 1e3,
-            "peak_bytes": peak_bytes(runs[name]),
+            "peak_bytes": memory[name],
             "ours_is_times_as_fast": ratio(seconds, name, OURS),
-            **({"largest_difference": difference} if name == "local-attention" else {}),
         }
         for name, middle in medians(seconds).items()
     }
+    found[LOCAL]["largest_difference"] = largest_difference(length, segment_length, dtype)
+    return found

@@ -14,6 +14,8 @@ from typing import Any
 
 import ecp_scale
 from benchmarks.timing import medians
+from ecp_scale.command_line import to_yaml
+from ecp_scale.config import Config
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.planning.rehearsal import write_text_of_package
 from ecp_scale.training.metrics import read_metrics
@@ -30,17 +32,18 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 """Ranks of each, and what is said on its command line."""
 
 
-def compare(options: list[str], rounds: int) -> dict[str, Any]:
-    """Tokens per second of each layout, and how many times those of one process; ``options`` choose the model."""
+def compare(config: Config, rounds: int) -> dict[str, Any]:
+    """Tokens per second of each layout, how many times those of one process, and how long each takes to start."""
     speeds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     starts: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "run.yaml").write_text(to_yaml(config))
         preprocess([str(write_text_of_package(folder))], "byte", str(folder / "shards"))
         for number in range(rounds):
             for layout, (ranks, words) in LAYOUTS.items():
                 run = folder / f"{layout}-{number}".replace(" ", "-")
-                start, speed = _launch(ranks, [*options, *words, f"--data.prefix={folder / 'shards'}"], run)
+                start, speed = _launch(folder, run, ranks, words)
                 speeds[layout].append(speed)
                 starts[layout].append(start)
     times = {
@@ -57,11 +60,12 @@ def compare(options: list[str], rounds: int) -> dict[str, Any]:
     }
 
 
-def _launch(ranks: int, options: list[str], run: Path) -> tuple[float, float]:
+def _launch(folder: Path, run: Path, ranks: int, options: list[str]) -> tuple[float, float]:
     """Seconds from the launch until the first step begins, and the median speed of the later steps."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words += [str(ROOT / "launch/pretrain_ecp.py"), "--deepspeed_config", str(ROOT / "ds_configs/zero0.json"), *options]
-    words += [f"--training.output_dir={run}", f"--training.steps={STEPS}", "--training.precision=fp32"]
+    words += [str(ROOT / "launch/pretrain_ecp.py"), "--deepspeed_config", str(ROOT / "ds_configs/zero0.json")]
+    words += [f"--config={folder / 'run.yaml'}", f"--data.prefix={folder / 'shards'}", *options]
+    words += [f"--training.output_dir={run}", f"--training.steps={STEPS}"]
     began = time.time()
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:

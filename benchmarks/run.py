@@ -1,92 +1,137 @@
-"""The speed of this package against named peers: python -m benchmarks.run --suite cpu [--only attention ...].
+"""The speed of this package against named peers: python -m benchmarks.run --suite cpu|gpu [--only attention ...].
 
-Writes OUTPUT/SUITE.json and a table OUTPUT/SUITE.md. Peers are measured in the same process, in alternating rounds; a
-ratio is the median over rounds. Needs the extra "benchmarks"; a suite takes from minutes to an hour.
+Writes OUTPUT/SUITE.json and a table OUTPUT/SUITE.md. Peers are measured in alternating rounds; a ratio is the median
+over rounds. Needs the extra "benchmarks"; a suite takes an hour or two. With --toy everything is small, to see that a
+suite works, on any machine.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
 from benchmarks import attention, files, generation, launches, training
-from benchmarks.timing import environment
+from benchmarks.timing import KEPT, environment
+from ecp_scale.config import Config
 from ecp_scale.errors import InputError, input_errors_exit
 
-Measurement = Callable[[int], dict[Any, Any]]
+
+class Measurement(Protocol):
+    """Measures in so many alternating rounds."""
+
+    def __call__(self, rounds: int) -> dict[Any, Any]: ...
 
 
-def _steps(preset: str, precision: str, *peers: str, **changes: Any) -> Measurement:
-    return lambda rounds: training.compare(training.preset(preset, precision=precision, **changes), rounds, peers)
-
-
-def _utilisation(preset: str, precision: str, **changes: Any) -> Measurement:
-    return lambda rounds: training.utilisation(training.preset(preset, precision=precision, **changes), rounds)
-
-
-def _cost_per_token(preset: str, precision: str, lengths: tuple[int, ...], **changes: Any) -> Measurement:
-    return lambda rounds: training.cost_per_token(
-        training.preset(preset, precision=precision, **changes), lengths, rounds
-    )
-
-
-def _generation(preset: str, precision: str, contexts: tuple[int, ...]) -> Measurement:
-    return lambda rounds: generation.compare(training.preset(preset, precision=precision), contexts, 32, rounds)
-
-
-def _layer(length: int, dtype: torch.dtype, full: bool) -> Measurement:
-    return lambda rounds: attention.compare(length, 256, dtype, rounds, full)
-
+Suite = dict[str, Measurement]
+Precision: TypeAlias = Literal["fp32", "bf16"]
 
 MATERIALISED = (
     "fp32 materialised n x n",
     "fp32 materialised by segment",
-    f"fp32 materialised by segment{training.KEPT}",
+    f"fp32 materialised by segment{KEPT}",
 )
-ALL_PEERS = (*MATERIALISED, "Hugging Face Llama", "Hugging Face GPT-2", "our transformer")
-PERCEIVER = {"tied_key_value": False, "key_value_norm": False, "feed_forward_width": 3072}
+OTHERS = ("Hugging Face Llama", "Hugging Face GPT-2", "our transformer")
+PERCEIVER = {"tied_key_value": False, "key_value_norm": False}
 """What perceiver-ar-pytorch has of the choices of the preset."""
 NARROW = {"layers": 2, "width": 256, "heads": 2, "feed_forward_width": 1024, "vocab_size": 4096}
-LONG = {
-    "sequence_length": 16_384,
-    "segment_length": 256,
-    "layers": 2,
-    "width": 384,
-    "heads": 3,
-    "feed_forward_width": 1536,
-}
-"""Narrow, since one layer's scores of n x n take 1 GiB per head, several times over."""
+"""For long sequences: at n 16,384 the scores of n x n take 1 GiB for each head and layer, several times over."""
+TOY = {"layers": 2, "width": 64, "heads": 2, "feed_forward_width": 256, "sequence_length": 64, "segment_length": 16}
 SMALL_PRESETS = ("scaled-125m", "scaled-350m")
-SUITES: dict[str, dict[str, Measurement]] = {
-    "cpu": {
-        "step fp32": _steps("paper-12l", "fp32", *ALL_PEERS),
-        "step bf16": _steps("paper-12l", "bf16", *MATERIALISED),
-        "step fp32, n 16384, 2 layers, width 384": _steps("paper-12l", "fp32", *MATERIALISED, **LONG),
-        "step perceiver_ar fp32": _steps("paper-12l-perceiver-ar", "fp32", "perceiver-ar-pytorch", **PERCEIVER),
-        **{f"attention fp32, n {n}": _layer(n, torch.float32, n <= 32_768) for n in (2048, 8192, 32_768, 65_536)},
-        "attention bf16, n 8192": _layer(8192, torch.bfloat16, False),
-        "utilisation paper-12l fp32": _utilisation("paper-12l", "fp32"),
-        "utilisation paper-12l bf16": _utilisation("paper-12l", "bf16"),
-        **{f"utilisation {name} fp32, 4 layers": _utilisation(name, "fp32", layers=4) for name in SMALL_PRESETS},
-        "cost per token": _cost_per_token("paper-12l", "fp32", (2048, 8192, 65_536, 262_144), **NARROW),
-        "generation fp32": _generation("paper-12l", "fp32", (1024, 8192, 65_536)),
+
+
+class Sizes:
+    """Presets and lengths as they are, or small ones in their place."""
+
+    def __init__(self, toy: bool) -> None:
+        self.toy = toy
+
+    def preset(self, name: str, precision: Precision, **changes: Any) -> Config:
+        """A preset with changes."""
+        config = training.preset(name, precision, **changes)
+        if not self.toy:
+            return config
+        grouped = {"key_value_heads": 1} if config.model.key_value_heads else {}
+        latents = {"latents": 32} if config.model.latents else {}
+        return training.preset(name, precision, **{**changes, **TOY, **grouped, **latents, "vocab_size": 256})
+
+    def lengths(self, *lengths: int) -> tuple[int, ...]:
+        """Sequence lengths."""
+        return tuple(length // 32 if self.toy else length for length in lengths)
+
+    def steps(self, peers: tuple[str, ...], name: str, precision: Precision, **changes: Any) -> Measurement:
+        """Training steps."""
+        return partial(_compare_steps, self.preset(name, precision, **changes), peers)
+
+    def layers(self, precision: torch.dtype, *lengths: int, full_up_to: int) -> Suite:
+        """Attention alone."""
+        (segment,) = self.lengths(256)
+        return {
+            f"attention {str(precision).removeprefix('torch.')}, n {length}": partial(
+                attention.compare, length, segment, precision, full=length <= full_up_to
+            )
+            for length in self.lengths(*lengths)
+        }
+
+    def utilisation(self, precision: Precision, names: tuple[str, ...], **changes: Any) -> Suite:
+        """Share of the peak."""
+        return {
+            f"utilisation {name} {precision}": partial(training.utilisation, self.preset(name, precision, **changes))
+            for name in names
+        }
+
+
+def _compare_steps(config: Config, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    return training.compare(config, rounds, peers)
+
+
+def cpu(sizes: Sizes) -> Suite:
+    """What a machine without a GPU can show."""
+    lengths = sizes.lengths(2048, 8192, 65_536, 262_144)
+    return {
+        "step fp32, materialised": sizes.steps(MATERIALISED, "paper-12l", "fp32"),
+        "step fp32, others": sizes.steps(OTHERS, "paper-12l", "fp32"),
+        "step bf16, materialised": sizes.steps(MATERIALISED, "paper-12l", "bf16"),
+        "step fp32, materialised, n 16384": sizes.steps(
+            MATERIALISED, "paper-12l", "fp32", sequence_length=16_384, **NARROW
+        ),
+        "step fp32, perceiver_ar": sizes.steps(
+            ("perceiver-ar-pytorch",), "paper-12l-perceiver-ar", "fp32", feed_forward_width=3072, **PERCEIVER
+        ),
+        **sizes.layers(torch.float32, 2048, 8192, 32_768, 65_536, full_up_to=32_768),
+        **sizes.layers(torch.bfloat16, 8192, full_up_to=0),
+        **sizes.utilisation("fp32", ("paper-12l",)),
+        **sizes.utilisation("bf16", ("paper-12l",)),
+        **sizes.utilisation("fp32", SMALL_PRESETS, layers=4),
+        "cost per token": partial(training.cost_per_token, sizes.preset("paper-12l", "fp32", **NARROW), lengths),
+        "generation fp32": partial(
+            generation.compare, sizes.preset("paper-12l", "fp32"), sizes.lengths(1024, 8192, 65_536), 32
+        ),
         "shards": files.shards,
-        "checkpoints": lambda rounds: files.checkpoints(training.preset("paper-12l"), rounds),
-        "ranks": lambda rounds: launches.compare(["--config=paper-12l", "--model.layers=2"], rounds),
+        "checkpoints": partial(files.checkpoints, sizes.preset("paper-12l", "fp32")),
+        "ranks": partial(launches.compare, sizes.preset("paper-12l", "fp32", layers=2)),
         "start": launches.start_up,
-    },
-    "gpu": {
-        "step bf16": _steps("paper-12l", "bf16", *ALL_PEERS),
-        **{f"attention bf16, n {n}": _layer(n, torch.bfloat16, True) for n in (2048, 8192, 32_768)},
-        **{f"utilisation {name} bf16": _utilisation(name, "bf16") for name in (*SMALL_PRESETS, "scaled-1b3")},
-        "cost per token": _cost_per_token("scaled-350m", "bf16", (8192, 131_072, 1_048_576)),
-        "generation bf16": _generation("scaled-350m", "bf16", (1024, 8192, 65_536)),
-    },
-}
-"""What each suite measures, by name."""
+    }
+
+
+def gpu(sizes: Sizes) -> Suite:
+    """What only a GPU can show."""
+    lengths = sizes.lengths(8192, 131_072, 1_048_576)
+    return {
+        "step bf16, materialised": sizes.steps(MATERIALISED, "paper-12l", "bf16"),
+        "step bf16, others": sizes.steps(OTHERS, "paper-12l", "bf16"),
+        **sizes.layers(torch.bfloat16, 2048, 8192, 32_768, full_up_to=32_768),
+        **sizes.utilisation("bf16", (*SMALL_PRESETS, "scaled-1b3")),
+        "cost per token": partial(training.cost_per_token, sizes.preset("scaled-350m", "bf16"), lengths),
+        "generation bf16": partial(
+            generation.compare, sizes.preset("scaled-350m", "bf16"), sizes.lengths(1024, 8192, 65_536), 32
+        ),
+    }
+
+
+SUITES = {"cpu": cpu, "gpu": gpu}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -101,31 +146,39 @@ def table(results: dict[str, Any]) -> str:
     return f"{setting}; {results['rounds']} rounds\n\n" + "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="measurements whose name has one of these words")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="measurements whose name has one of these texts")
+    parser.add_argument("--toy", action="store_true", help="small models and lengths, whose figures mean nothing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
-    options = parser.parse_args()
-    if options.suite == "gpu" and not torch.cuda.is_available():
+    options = parser.parse_args(words)
+    if options.suite == "gpu" and not options.toy and not torch.cuda.is_available():
         raise InputError("--suite gpu needs a GPU, and torch finds none")
+    suite = SUITES[options.suite](Sizes(options.toy))
     chosen = {
         name: measure
-        for name, measure in SUITES[options.suite].items()
-        if options.only is None or any(word in name for word in options.only)
+        for name, measure in suite.items()
+        if options.only is None or any(text in name for text in options.only)
     }
     if not chosen:
-        raise InputError(f"--only {' '.join(options.only)}: expected words of {'; '.join(SUITES[options.suite])}")
+        raise InputError(f"--only {' '.join(options.only)}: expected texts of {'; '.join(suite)}")
     options.output.mkdir(parents=True, exist_ok=True)
+    # What an earlier call found in the same environment stays, so that a suite can be done in parts.
+    written = options.output / f"{options.suite}.json"
     results: dict[str, Any] = {"environment": environment(), "rounds": options.rounds, "measurements": {}}
+    if written.exists():
+        earlier = json.loads(written.read_text())
+        if all(earlier[key] == results[key] for key in ("environment", "rounds")):
+            results = earlier
     for name, measure in chosen.items():
-        results["measurements"][name] = measure(options.rounds)
+        results["measurements"][name] = measure(rounds=options.rounds)
         # After every measurement: the next one may be interrupted.
-        (options.output / f"{options.suite}.json").write_text(json.dumps(results, indent=1) + "\n")
+        written.write_text(json.dumps(results, indent=1) + "\n")
+        (options.output / f"{options.suite}.md").write_text(table(results))
         print(json.dumps({name: results["measurements"][name]}, indent=1), flush=True)
-    (options.output / f"{options.suite}.md").write_text(table(results))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+KEPT = ", freed memory kept"
+"""What a peer's name ends with where its process allocates as ours do."""
 Contender: TypeAlias = Callable[[], AbstractContextManager[Callable[[], object]]]
 """Builds what is measured, gives the call to measure, and clears up."""
 

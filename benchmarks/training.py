@@ -8,13 +8,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import HuggingFace, MaterialisedLanguageModel, PerceiverArPytorch
-from benchmarks.timing import Contender, alternate, matmul_flops_per_second, medians, peak_bytes, ratio, workers
+from benchmarks.timing import KEPT, Contender, alternate, matmul_flops_per_second, medians, peak_bytes, ratio, workers
 from ecp_scale import deepspeed_json
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
@@ -24,14 +24,11 @@ from ecp_scale.training.engine import build_engine
 from ecp_scale.training.step import optimizer_step
 
 OURS = "ours"
-KEPT = ", freed memory kept"
-"""What a peer's name ends with where its process allocates as ours do."""
 
 
-def preset(name: str, **changes: Any) -> Config:
-    """A preset without dropout, one sequence per step, in fp32 unless said otherwise."""
+def preset(name: str, precision: Literal["fp32", "bf16"], **changes: Any) -> Config:
+    """A preset without dropout and with changes of the model, one sequence per step."""
     config = load_preset(name)
-    precision = changes.pop("precision", "fp32")
     model = dataclasses.replace(config.model, dropout=0.0, allow_short_reach=True, **changes)
     training = dataclasses.replace(
         config.training, micro_batch_size=1, global_batch_size=1, precision=precision, output_dir=None

@@ -1,15 +1,19 @@
 """What the benchmarks compare with computes what this package computes."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import run
 from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.timing import alternate, peak_bytes, ratio, workers
+from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
@@ -78,3 +82,28 @@ def test_peak_memory_is_what_is_alive_at_once() -> None:
             torch.ones(1000) + torch.ones(1000)
 
     assert peak_bytes(run) == 3 * 4000
+
+
+@pytest.mark.parametrize(
+    ("suite", "text", "library"),
+    [
+        ("gpu", "utilisation", "torch"),
+        ("gpu", "cost per token", "torch"),
+        ("cpu", "checkpoints", "torch"),
+        ("gpu", "attention", "local_attention"),
+        ("gpu", "generation", "transformers"),
+    ],
+)
+def test_a_suite_runs_at_toy_size_and_is_written_in_parts(suite: str, text: str, library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed; it comes with the extra benchmarks")
+    for words in ([text], ["no such measurement"]):
+        arguments = ["--suite", suite, "--toy", "--rounds", "1", "--output", str(tmp_path), "--only", *words]
+        if words == [text]:
+            run.main(arguments)
+        else:
+            with pytest.raises(InputError, match="expected texts of step"):
+                run.main(arguments)
+    names = list(json.loads((tmp_path / f"{suite}.json").read_text())["measurements"])
+    assert names
+    assert all(text in name for name in names)
+    assert all(name in (tmp_path / f"{suite}.md").read_text() for name in names)

@@ -76,7 +76,8 @@ class _Merged(torch.autograd.Function):
         if ctx.look_back and len(queries) > seeing:
             rows = (out[seeing:], normaliser[seeing:])
             left = _backward(gradient[seeing:], queries[seeing:], keys[:-1], values[:-1], *rows, 0.0, False)
-            of_q[seeing:] += left[0]
-            of_k[:-1] += left[1]
-            of_v[:-1] += left[2]
+            # add_, since += on a slice copies the sum onto itself once more.
+            of_q[seeing:].add_(left[0])
+            of_k[:-1].add_(left[1])
+            of_v[:-1].add_(left[2])
         return *(_positions(x, len(q)) for x in (of_q, of_k, of_v)), None, None

@@ -75,7 +75,6 @@ class _Loss(torch.autograd.Function):
         place: tuple[int, int, ProcessGroup],
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows, first_row, group = place
         wide = product_type(x)
         flat, counts = x.flatten(0, 1).to(wide), trained.flatten()
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
@@ -86,21 +85,9 @@ class _Loss(torch.autograd.Function):
         size = max(1, CHUNK_ELEMENTS // len(weight))
         for start in range(0, len(flat), size):
             chunk = slice(start, start + size)
-            scores = _scores(flat[chunk], weight, bias, rows).to(losses.dtype)
-            local = targets.flatten()[chunk] - first_row
-            mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
-            losses[chunk], scores = _losses_and_probabilities(scores, mine, row, group)
-            if with_gradients:
-                scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
-                scores *= counts[chunk, None]
-                rounded = scores.to(wide)
-                torch.mm(rounded, weight, out=of_x[chunk])
-                if of_weight.dtype == wide:
-                    torch.addmm(of_weight, rounded.t(), flat[chunk], out=of_weight)
-                else:
-                    of_weight += rounded.t() @ flat[chunk]
-                if of_bias is not None:
-                    of_bias += scores.sum(0)
+            gradients = (of_x[chunk], of_weight, of_bias) if with_gradients else None
+            wanted = targets.flatten()[chunk]
+            losses[chunk] = _losses_of_chunk(flat[chunk], weight, bias, wanted, counts[chunk], place, gradients)
         if with_gradients:
             ctx.gradients = of_x.to(x.dtype).view_as(x), of_weight, of_bias
             ctx.dtype = x.dtype
@@ -114,6 +101,37 @@ class _Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are of use once
         scaled = [None if one is None else one.mul_(factor.to(one.dtype)).to(ctx.dtype) for one in gradients]
         return *scaled, None, None, None, None
+
+
+def _losses_of_chunk(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    counts: Tensor,
+    place: tuple[int, int, ProcessGroup],
+    gradients: tuple[Tensor, Tensor, Tensor | None] | None,
+) -> Tensor:
+    """Losses (T,) of some rows (T, D). Gradients, if asked for: that of x is written, those of weight and bias grow."""
+    rows, first_row, group = place
+    scores = _scores(x, weight, bias, rows)
+    scores = scores.to(torch.promote_types(x.dtype, torch.float32))
+    local = targets - first_row
+    mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
+    losses, scores = _losses_and_probabilities(scores, mine, row, group)
+    if gradients is not None:
+        of_x, of_weight, of_bias = gradients
+        scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
+        scores *= counts[:, None]
+        rounded = scores.to(x.dtype)
+        torch.mm(rounded, weight, out=of_x)
+        if of_weight.dtype == x.dtype:
+            torch.addmm(of_weight, rounded.t(), x, out=of_weight)
+        else:
+            of_weight += rounded.t() @ x
+        if of_bias is not None:
+            of_bias += scores.sum(0)
+    return losses
 
 
 def _losses_and_probabilities(scores: Tensor, mine: Tensor, row: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ waits in a collective for ever (or in a kernel of NCCL, which raises nothing) st
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -81,6 +82,8 @@ class RollCall:
         except Exception as error:
             news = self._news_after(error)
             if news is not None:
+                # The launcher has seen it too, and asks those that are left to end: they will, when they have said why.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 raise LostRankError(news, self._speaks()) from error
             raise
         self.leave()
