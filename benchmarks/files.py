@@ -25,6 +25,7 @@ from ecp_scale.data.blend import Blend
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.parallel.groups import process_groups
+from ecp_scale.planning.rehearsal import write_text_of_package
 
 COPIES = 3
 VOCABULARY = 8000
@@ -64,7 +65,7 @@ def checkpoints(config: Config, rounds: int) -> dict[str, Any]:
         our_engine(config, groups) as engine,
     ):
         folder = Path(name)
-        preprocess([__file__], "byte", f"{folder}/x")
+        preprocess([str(write_text_of_package(folder))], "byte", f"{folder}/x")
         blend = Blend([(0, {f"{folder}/x": 1.0})], 64, seed=1)
         saved, model = checkpoints_folder(folder) / tag(1), folder / "model"
         calls: dict[str, Callable[[], object]] = {

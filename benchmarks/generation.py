@@ -90,7 +90,7 @@ def _theirs(model: Any, cache: Any, tokens: int) -> int:
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     model.generate(ids, past_key_values=cache, do_sample=False, pad_token_id=0, **length)
     held = sum(_bytes(layer.keys) + _bytes(layer.values) for layer in cache.layers)
-    cache.crop(context)
+    cache.crop(context - cache.get_seq_length())
     return held
 
 

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ecp_scale.precision import product_type
+
 KEPT = ", freed memory kept"
 """What a peer's name ends with where its process allocates as ours do."""
 Contender: TypeAlias = Callable[[], AbstractContextManager[Callable[[], object]]]
@@ -121,9 +123,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
-    """The best of several rounds of a square matrix product: the peak against which utilisation is counted."""
+    """The best of several rounds of a square matrix product: the peak against which utilisation is counted.
+
+    That of bf16 is the peak of fp32 where the processor has no instructions for it, since torch's own is hundreds of
+    times lower.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wide = product_type(torch.empty(0, dtype=dtype, device=device))
+    a, b = (torch.randn(size, size, device=device).to(wide) for _ in range(2))
     best = min(alternate({"product": lambda: a @ b}, rounds)["product"])
     return 2 * size**3 / best
 
