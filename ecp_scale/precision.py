@@ -4,8 +4,11 @@ Trap: torch multiplies them there in a plain loop, hundreds of times as slow as 
 operands are widened for the product, and the result is rounded, as the instructions do. Nothing else is kept wider.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,6 +18,13 @@ from torch.nn import functional
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which products of ``x`` are computed: its own, or float32 where the processor cannot."""
     return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _widens() else x.dtype
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Widen nothing meanwhile, so that what is kept is what a GPU keeps."""
+    with mock.patch(f"{__name__}._widens", return_value=False):
+        yield
 
 
 @cache

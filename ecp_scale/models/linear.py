@@ -30,7 +30,7 @@ from ecp_scale.parallel.megatron import (
     set_tensor_model_parallel_attributes,
 )
 from ecp_scale.parallel.recompute import recomputed
-from ecp_scale.precision import linear
+from ecp_scale.precision import linear, product_type
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ class RowLinear(RowParallelLinear):
         """
         if of is None:
             term = self.term(*inputs)
+        elif product_type(self.weight) != self.weight.dtype:
+            term = self.term(of(*inputs))  # a product that is widened would be computed again too
         else:
             # In this module's forward, since ZeRO-3 gathers the weight for its forward and its backward alone.
             term = recomputed(lambda *arguments: self.term(of(*arguments)), *inputs, random=random)

@@ -26,6 +26,7 @@ from ecp_scale.models.decay import decayed_and_other
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.parallel.groups import Groups, process_groups
+from ecp_scale.precision import as_on_a_gpu
 
 SHALLOW = 3
 """Layers of the shallow model: a first, a middle and a last one."""
@@ -55,7 +56,7 @@ class Trace:
 
 def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
     """Trace one rank of a launch; ``config`` must fit ``world_size`` and know its vocabulary."""
-    with _fake_launch(world_size, rank), process_groups(config.parallel) as groups:
+    with as_on_a_gpu(), _fake_launch(world_size, rank), process_groups(config.parallel) as groups:
         found = _deepened(config, groups)
         with FakeTensorMode():
             whole = LanguageModel(config.model, _shard(config, groups), config.attention)

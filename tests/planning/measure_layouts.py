@@ -27,6 +27,7 @@ from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.parallel.groups import Groups, process_groups
+from ecp_scale.precision import as_on_a_gpu
 
 
 def planned(request: Request) -> dict[str, Any]:
@@ -164,9 +165,10 @@ def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any
     model = LanguageModel(config.model, shard, config.attention).train()
     initialize(model, config.model, shard, seed=1)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
-    model(tokens, tokens)[0].backward()
     sent: Counter[str] = Counter()
-    with counted(groups, sent):
+    with as_on_a_gpu():
+        model(tokens, tokens)[0].backward()
+    with as_on_a_gpu(), counted(groups, sent):
         peak = peak_bytes(lambda: model(tokens, tokens)[0].backward())
     return {"activations": peak, "sent": dict(sorted(sent.items()))}
 
