@@ -63,7 +63,7 @@ class Sizes:
 
     def steps(self, peers: tuple[str, ...], name: str, precision: Precision, **changes: Any) -> Measurement:
         """Training steps."""
-        return partial(_compare_steps, self.preset(name, precision, **changes), peers)
+        return partial(training.compare, self.preset(name, precision, **changes), peers)
 
     def layers(self, precision: torch.dtype, *lengths: int, full_up_to: int) -> Suite:
         """Attention alone."""
@@ -81,10 +81,6 @@ class Sizes:
             f"utilisation {name} {precision}": partial(training.utilisation, self.preset(name, precision, **changes))
             for name in names
         }
-
-
-def _compare_steps(config: Config, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    return training.compare(config, rounds, peers)
 
 
 def cpu(sizes: Sizes) -> Suite:
@@ -146,7 +142,7 @@ def table(results: dict[str, Any]) -> str:
     return f"{setting}; {results['rounds']} rounds\n\n" + "\n".join(lines) + "\n"
 
 
-def main(words: list[str] | None = None) -> None:
+def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
@@ -154,7 +150,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="small models and lengths, whose figures mean nothing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
-    options = parser.parse_args(words)
+    options = parser.parse_args()
     if options.suite == "gpu" and not options.toy and not torch.cuda.is_available():
         raise InputError("--suite gpu needs a GPU, and torch finds none")
     suite = SUITES[options.suite](Sizes(options.toy))

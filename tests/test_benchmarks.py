@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import run
 from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.timing import alternate, peak_bytes, ratio, workers
-from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.parallel.groups import Groups
+from tests.launching import ROOT
 from tests.models.settings import PAPER
 
 NAMES = {
@@ -96,13 +97,13 @@ def test_peak_memory_is_what_is_alive_at_once() -> None:
 )
 def test_a_suite_runs_at_toy_size_and_is_written_in_parts(suite: str, text: str, library: str, tmp_path: Path) -> None:
     pytest.importorskip(library, reason=f"{library} is not installed; it comes with the extra benchmarks")
-    for words in ([text], ["no such measurement"]):
-        arguments = ["--suite", suite, "--toy", "--rounds", "1", "--output", str(tmp_path), "--only", *words]
-        if words == [text]:
-            run.main(arguments)
-        else:
-            with pytest.raises(InputError, match="expected texts of step"):
-                run.main(arguments)
+    # As a program, since the groups of these tests would be in its way.
+    words = [sys.executable, "-m", "benchmarks.run", "--suite", suite, "--toy", "--rounds", "1"]
+    words += ["--output", str(tmp_path), "--only"]
+    subprocess.run([*words, text], check=True, cwd=ROOT)
+    refused = subprocess.run([*words, "no such measurement"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "expected texts of step" in refused.stderr
     names = list(json.loads((tmp_path / f"{suite}.json").read_text())["measurements"])
     assert names
     assert all(text in name for name in names)
