@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.timing import KEPT, Contender, alternate, medians, ratio, workers
+from benchmarks.timing import KEPT, Contender, device, medians, ratio, side_by_side
 from ecp_scale.attention import segment_attention
 from ecp_scale.parallel.device import local_device
 
@@ -19,10 +19,9 @@ HEADS, HEAD_WIDTH = 8, 64
 
 def inputs_of(length: int, dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys and values (1, H, n, E), with positions outermost as a linear layer leaves them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(length)
     shape = (1, length, HEADS, HEAD_WIDTH)
-    raw = [torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3)]
+    raw = [torch.randn(shape, generator=generator).to(device(), dtype).transpose(1, 2) for _ in range(3)]
     return [x.requires_grad_() for x in raw]
 
 
@@ -66,9 +65,7 @@ def compare(length: int, segment_length: int, dtype: torch.dtype, rounds: int, f
     """Seconds and memory of each, how many times as fast as each peer ours is, and the largest difference."""
     names = [OURS, LOCAL, LOCAL + KEPT] + [FULL] * full
     contenders: dict[str, Contender] = {name: partial(passes, name, length, segment_length, dtype) for name in names}
-    with workers(contenders) as started:
-        seconds = alternate({name: worker.run for name, worker in started.items()}, rounds)
-        memory = {name: worker.peak_bytes() for name, worker in started.items()}
+    seconds, memory = side_by_side(contenders, rounds)
     found = {
         name: {
             "milliseconds": middle * 1e3,

@@ -20,6 +20,7 @@ from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.models.rows import Stream
 from ecp_scale.parallel.groups import process_groups
+from ecp_scale.precision import weight_type
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def compare(config: Config, contexts: tuple[int, ...], tokens: int, rounds: int)
     The contexts are whole segments, so that all streams stand at the same place of a segment.
     """
     with process_groups(config.parallel) as groups:
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = weight_type(config)
         shard = Shard(groups.tensor, dtype)
         model = LanguageModel(config.model, shard)
         initialize(model, config.model, shard, seed=1)

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ecp_scale
-from benchmarks.timing import medians
+from benchmarks.timing import alternate, medians
 from ecp_scale.command_line import to_yaml
 from ecp_scale.config import Config
 from ecp_scale.data.preprocessing import preprocess
@@ -82,11 +83,9 @@ def start_up(rounds: int) -> dict[str, dict[str, float]]:
         "import of torch, deepspeed, megatron.core": ["-c", "import torch, deepspeed, megatron.core.tensor_parallel"],
         "import of the training loop": ["-c", "import ecp_scale.training.loop"],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for number in range(rounds + 1):
-        for name, words in programs.items():
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True, capture_output=True, cwd=ROOT)
-            if number:
-                seconds[name].append(time.perf_counter() - began)
+    runs = {
+        name: partial(subprocess.run, [sys.executable, *words], check=True, capture_output=True, cwd=ROOT)
+        for name, words in programs.items()
+    }
+    seconds = alternate(runs, rounds)
     return {name: {"seconds": middle} for name, middle in medians(seconds).items()}

@@ -78,6 +78,13 @@ def _serve(contender: Contender, pipe: Connection) -> None:
             pipe.send(peak_bytes(run) if asked == "memory" else None)
 
 
+def side_by_side(contenders: Mapping[str, Contender], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each contender in each round, and its peak bytes; each runs in a process of its own."""
+    with workers(contenders) as started:
+        seconds = alternate({name: worker.run for name, worker in started.items()}, rounds)
+        return seconds, {name: worker.peak_bytes() for name, worker in started.items()}
+
+
 @contextmanager
 def workers(contenders: Mapping[str, Contender]) -> Iterator[dict[str, Worker]]:
     """A process for each contender."""
@@ -97,6 +104,11 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 def ratio(seconds: Mapping[str, list[float]], peer: str, ours: str) -> float:
     """How many times as fast as a peer we are: the median over rounds of what the two took in the same round."""
     return statistics.median(theirs / mine for theirs, mine in zip(seconds[peer], seconds[ours], strict=True))
+
+
+def device() -> torch.device:
+    """Where contenders run: on the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronise() -> None:
@@ -128,18 +140,17 @@ def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, rounds: int = 
     That of bf16 is the peak of fp32 where the processor has no instructions for it, since torch's own is hundreds of
     times lower.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wide = product_type(torch.empty(0, dtype=dtype, device=device))
-    a, b = (torch.randn(size, size, device=device).to(wide) for _ in range(2))
+    wide = product_type(torch.empty(0, dtype=dtype, device=device()))
+    a, b = (torch.randn(size, size, device=device()).to(wide) for _ in range(2))
     best = min(alternate({"product": lambda: a @ b}, rounds)["product"])
     return 2 * size**3 / best
 
 
 def environment() -> dict[str, Any]:
     """What the numbers depend on besides the code."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": device, "threads": torch.get_num_threads(), **versions}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
 
 
 def _processor() -> str:

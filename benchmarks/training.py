@@ -14,12 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import HuggingFace, MaterialisedLanguageModel, PerceiverArPytorch
-from benchmarks.timing import KEPT, Contender, alternate, matmul_flops_per_second, medians, peak_bytes, ratio, workers
+from benchmarks.timing import (
+    KEPT,
+    Contender,
+    alternate,
+    device,
+    matmul_flops_per_second,
+    medians,
+    peak_bytes,
+    ratio,
+    side_by_side,
+)
 from ecp_scale import deepspeed_json
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
 from ecp_scale.parallel.device import local_device
 from ecp_scale.parallel.groups import Groups, process_groups
+from ecp_scale.precision import weight_type
 from ecp_scale.training.engine import build_engine
 from ecp_scale.training.step import optimizer_step
 
@@ -74,9 +85,10 @@ def plain_step(
     build: Callable[[], nn.Module], config: Config, freed_memory_kept: bool = False
 ) -> Iterator[Callable[[], object]]:
     """A step of a model that gives the mean loss of tokens and targets, with or without our choice of allocation."""
-    device = local_device(0) if freed_memory_kept else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build().to(device)
-    tokens = tokens_of(config).to(device)
+    if freed_memory_kept:
+        local_device(0)  # chooses how this process allocates
+    model = build().to(device())
+    tokens = tokens_of(config).to(device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -104,15 +116,13 @@ def peer(name: str, config: Config) -> Contender:
     return partial(plain_step, builds[plain], config, plain != name)
 
 
-def compare(config: Config, rounds: int, peers: tuple[str, ...]) -> dict[str, Any]:
+def compare(config: Config, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """Tokens per second and peak memory of a step of each, and how many times as fast as each peer ours is."""
     contenders: dict[str, Contender] = {
         OURS: partial(our_own_step, config),
         **{name: peer(name, config) for name in peers},
     }
-    with workers(contenders) as started:
-        seconds = alternate({name: worker.run for name, worker in started.items()}, rounds)
-        memory = {name: worker.peak_bytes() for name, worker in started.items()}
+    seconds, memory = side_by_side(contenders, rounds)
     tokens = config.model.sequence_length
     return {
         name: {
@@ -127,7 +137,7 @@ def compare(config: Config, rounds: int, peers: tuple[str, ...]) -> dict[str, An
 
 def utilisation(config: Config, rounds: int) -> dict[str, float]:
     """FLOPs of a step over its time, as a share of the peak of a matrix product in the same run."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = weight_type(config)
     with process_groups(config.parallel) as groups, our_step(config, groups) as ours:
         before = matmul_flops_per_second(dtype)
         seconds = medians(alternate({OURS: ours}, rounds))[OURS]

@@ -1,4 +1,4 @@
-"""Products of bf16 matrices on processors that have no instructions for them.
+"""The types of a run's weights and products, and products of bf16 on processors that have no instructions for them.
 
 Trap: torch multiplies them there in a plain loop, hundreds of times as slow as in float32 (docs/performance.md). So the
 operands are widened for the product, and the result is rounded, as the instructions do. Nothing else is kept wider.
@@ -13,6 +13,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ecp_scale.config import Config
+
+
+def weight_type(config: Config) -> torch.dtype:
+    """The type of the weights in the forward pass of a run."""
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
 
 def product_type(x: Tensor) -> torch.dtype:

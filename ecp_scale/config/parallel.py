@@ -7,8 +7,8 @@ from ecp_scale.config.checks import not_positive
 from ecp_scale.config.model import ModelConfig
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
-"""What is computed again in the backward pass: nothing; attention and the hidden layer of the feed-forward network;
-whole blocks."""
+"""What is computed again in the backward pass: the hidden layer of the feed-forward network; attention, too; whole
+blocks."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ParallelConfig:
     sequence: bool = False
     """Ranks of a tensor group split the positions where they do not split matrices (Megatron sequence parallelism)."""
     recompute: Recompute = "none"
-    """Activations computed again in the backward pass instead of kept: none, attention and the hidden layer of the
-    feed-forward network, or whole blocks."""
+    """Activations computed again in the backward pass instead of kept, besides the hidden layer of the feed-forward
+    network: none, attention, or whole blocks."""
     timeout_seconds: int = 600
     """How long a rank waits for the others before it gives up."""
 

@@ -29,8 +29,10 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor, branch: Tensor | None = None) -> Any:
         """Normalise x; the shape stays. With a branch: x + branch, and that normalised."""
         parameters = [summed_gradient(parameter, self.group) for parameter in self.parameters()]
-        alone, after_sum = (fused(function, self.compiled) for function in self.functions)
-        return alone(x, *parameters) if branch is None else after_sum(x, branch, *parameters)
+        alone, after_sum = self.functions
+        if branch is None:
+            return fused(alone, self.compiled)(x, *parameters)
+        return fused(after_sum, self.compiled)(x, branch, *parameters)
 
 
 class RmsNorm(_Norm, nn.RMSNorm):

@@ -76,7 +76,7 @@ class _Loss(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = product_type(x)
-        flat, counts = x.flatten(0, 1).to(wide), trained.flatten()
+        flat, wanted, counts = x.flatten(0, 1).to(wide), targets.flatten(), trained.flatten()
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         losses = torch.empty(len(flat), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if with_gradients:
@@ -86,8 +86,8 @@ class _Loss(torch.autograd.Function):
         for start in range(0, len(flat), size):
             chunk = slice(start, start + size)
             gradients = (of_x[chunk], of_weight, of_bias) if with_gradients else None
-            wanted = targets.flatten()[chunk]
-            losses[chunk] = _losses_of_chunk(flat[chunk], weight, bias, wanted, counts[chunk], place, gradients)
+            rows = (flat[chunk], weight, bias, wanted[chunk], counts[chunk])
+            losses[chunk] = _losses_of_chunk(*rows, place, gradients)
         if with_gradients:
             ctx.gradients = of_x.to(x.dtype).view_as(x), of_weight, of_bias
             ctx.dtype = x.dtype

@@ -26,7 +26,7 @@ from ecp_scale.models.decay import decayed_and_other
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.parallel.groups import Groups, process_groups
-from ecp_scale.precision import as_on_a_gpu
+from ecp_scale.precision import as_on_a_gpu, weight_type
 
 SHALLOW = 3
 """Layers of the shallow model: a first, a middle and a last one."""
@@ -111,8 +111,8 @@ def _activations(tracker: MemTracker, when: Literal["current", "peak"]) -> int:
 
 
 def _shard(config: Config, groups: Groups) -> Shard:
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    return dataclasses.replace(Shard.of(config, groups, dtype), compiled=False)  # there is nothing to compile for
+    shard = Shard.of(config, groups, weight_type(config))
+    return dataclasses.replace(shard, compiled=False)  # there is nothing to compile for
 
 
 class _Messages(TorchDispatchMode):
