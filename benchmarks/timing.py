@@ -134,16 +134,16 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
-    """The best of several rounds of a square matrix product: the peak against which utilisation is counted.
+def matrix_product(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A square matrix product, against which utilisation is counted, and its FLOPs.
 
-    That of bf16 is the peak of fp32 where the processor has no instructions for it, since torch's own is hundreds of
-    times lower.
+    That of bf16 is one of fp32 where the processor has no instructions for it, since torch's own is hundreds of times
+    slower.
     """
+    size = 8192 if torch.cuda.is_available() else 2048
     wide = product_type(torch.empty(0, dtype=dtype, device=device()))
     a, b = (torch.randn(size, size, device=device()).to(wide) for _ in range(2))
-    best = min(alternate({"product": lambda: a @ b}, rounds)["product"])
-    return 2 * size**3 / best
+    return lambda: a @ b, 2 * size**3
 
 
 def environment() -> dict[str, Any]:

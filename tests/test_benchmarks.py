@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from benchmarks.peers import MaterialisedLanguageModel
+from benchmarks.run import main
 from benchmarks.timing import alternate, peak_bytes, ratio, workers
+from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
@@ -95,16 +97,20 @@ def test_peak_memory_is_what_is_alive_at_once() -> None:
         ("gpu", "generation", "transformers"),
     ],
 )
-def test_a_suite_runs_at_toy_size_and_is_written_in_parts(suite: str, text: str, library: str, tmp_path: Path) -> None:
+def test_a_suite_runs_at_toy_size_and_is_written(suite: str, text: str, library: str, tmp_path: Path) -> None:
     pytest.importorskip(library, reason=f"{library} is not installed; it comes with the extra benchmarks")
     # As a program, since the groups of these tests would be in its way.
     words = [sys.executable, "-m", "benchmarks.run", "--suite", suite, "--toy", "--rounds", "1"]
-    words += ["--output", str(tmp_path), "--only"]
-    subprocess.run([*words, text], check=True, cwd=ROOT)
-    refused = subprocess.run([*words, "no such measurement"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "expected texts of step" in refused.stderr
+    subprocess.run([*words, "--output", str(tmp_path), "--only", text], check=True, cwd=ROOT)
     names = list(json.loads((tmp_path / f"{suite}.json").read_text())["measurements"])
     assert names
     assert all(text in name for name in names)
     assert all(name in (tmp_path / f"{suite}.md").read_text() for name in names)
+
+
+def test_a_measurement_that_no_suite_has_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    monkeypatch.setattr("sys.argv", ["run.py", "--toy", "--output", str(output), "--only", "no such measurement"])
+    with pytest.raises(InputError, match="--only no such measurement: expected texts of step"):
+        main()
+    assert not output.exists()
