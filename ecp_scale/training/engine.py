@@ -5,6 +5,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
@@ -41,8 +42,10 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         config=deepspeed_config,
         mpu=ModelParallelUnit(),
     )
-    if groups.data.size() == 1 and not engine.zero_optimization():
-        engine.enable_backward_allreduce = False  # it would copy all gradients there and back
+    partitions_gradients = engine.zero_optimization() and not isinstance(engine.optimizer, BF16_Optimizer)
+    if groups.data.size() == 1 and not partitions_gradients:
+        # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.
+        engine.enable_backward_allreduce = False
     return engine
 
 

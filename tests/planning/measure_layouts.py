@@ -106,7 +106,7 @@ def _states(request: Request, groups: Groups) -> dict[str, Any]:
         "master_weights": size(flats),
         "moments": size(moments),
         "gradients": gradients,
-        "sent by ZeRO": dict(messages.sent) if groups.data.size() > 1 else {},
+        "sent by ZeRO": dict(+messages.sent) if groups.data.size() > 1 or stage < 2 else {},
     }
     engine.destroy()
     return found
