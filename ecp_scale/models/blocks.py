@@ -103,8 +103,9 @@ class Attention(nn.Module):
             return out
         # Trap: every rank must give both biases a gradient, if only of zeros, or ZeRO's buckets disagree and hang.
         first = start + self.shard.rank * out.shape[0] * self.shard.sequence
-        is_first = torch.arange(first, first + out.shape[0], device=out.device) < self.segment_length
-        return out + torch.where(is_first[:, None, None], self.first_output.whole_bias(), self.output.whole_bias())
+        border = min(max(self.segment_length - first, 0), out.shape[0])
+        biases = (self.first_output.whole_bias(), border), (self.output.whole_bias(), out.shape[0] - border)
+        return out + torch.cat([bias.expand(count, 1, -1) for bias, count in biases])
 
 
 class FeedForward(nn.Module):

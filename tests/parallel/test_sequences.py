@@ -42,15 +42,13 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_logits_and_every_gradient_equal_one_process_in_float64(ranks: int, tmp_path: Path) -> None:
-    jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps(CHECKS[ranks]))
-    run_successfully(SCRIPT, jobs, ranks=ranks)
+LENGTHS = {"lengths": [1024, 4096, 65_536], "segment_length": 256}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_message_is_one_segment_whatever_the_length_and_the_ranks(ranks: int, tmp_path: Path) -> None:
+def test_every_number_equals_that_of_one_process_in_float64_and_messages_are_one_segment(
+    ranks: int, tmp_path: Path
+) -> None:
     jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([{"lengths": [1024, 4096, 65_536], "segment_length": 256}]))
+    jobs.write_text(json.dumps([*CHECKS[ranks], LENGTHS]))
     run_successfully(SCRIPT, jobs, ranks=ranks)

@@ -83,17 +83,19 @@ LAYOUTS = [
 @cache
 def results(folder: Path) -> dict[Layout, tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Of every layout, the plan and what each rank measured."""
+    everything = folder / "all.json"
+    everything.write_text(json.dumps([layout.job() for layout in LAYOUTS]))
+    run_successfully(SCRIPT, "plan", everything, folder / "plan")
+    plans = dict(zip(LAYOUTS, json.loads((folder / "plan.0").read_text()), strict=True))
     found = {}
     for ranks in sorted({layout.ranks for layout in LAYOUTS}):
         layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
         jobs = folder / f"{ranks}.json"
         jobs.write_text(json.dumps([layout.job() for layout in layouts]))
-        run_successfully(SCRIPT, "plan", jobs, folder / f"plan{ranks}")
         run_successfully(SCRIPT, "measure", jobs, folder / f"real{ranks}", ranks=ranks)
-        plans = json.loads((folder / f"plan{ranks}.0").read_text())
         real = [json.loads((folder / f"real{ranks}.{rank}").read_text()) for rank in range(ranks)]
         for number, layout in enumerate(layouts):
-            found[layout] = (plans[number], [rank[number] for rank in real])
+            found[layout] = (plans[layout], [rank[number] for rank in real])
     return found
 
 
