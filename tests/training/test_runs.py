@@ -135,7 +135,7 @@ def test_a_run_killed_three_times_and_resumed_on_other_ranks_reads_and_learns_th
     lives = (Layout(data=2, zero=1), Layout(zero=0), Layout(tensor=2, zero=3), Layout(data=2, zero=2, offload=True))
     for number, layout in enumerate(lives, start=1):
         often = [*layout.options(sharded_text, output), "--checkpoint.every_steps=2", "--resume=auto"]
-        words = command(SCRIPT, layout.ranks, often)
+        words = command(SCRIPT, layout.ranks, often, "torchrun")
         if number == len(lives):
             assert subprocess.run(words, env=environment(), capture_output=True).returncode == 0
         else:
