@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.timing import KEPT, Contender, device, medians, ratio, side_by_side
 from ecp_scale.attention import segment_attention
-from ecp_scale.config.geometry import causal_pairs
+from ecp_scale.config.geometry import Ecp, Transformer
 from ecp_scale.parallel.device import local_device
 
 OURS, LOCAL, FULL = "ours", "local-attention", "full causal"
@@ -77,8 +77,10 @@ def compare(length: int, segment_length: int, dtype: torch.dtype, rounds: int, f
     }
     found[LOCAL]["largest_difference"] = largest_difference(length, segment_length, dtype)
     if full:
-        # FLOPs are proportional to the visible pairs. The first segment has no left neighbour.
-        ours = length // segment_length * causal_pairs(segment_length, 2 * segment_length) - segment_length**2
-        share = ours / causal_pairs(length, length)
+        # FLOPs are proportional to the visible pairs.
+        ours, all_pairs = (
+            geometry(1, length, segment_length, 0, 0, 0, 0).score_pairs(0) for geometry in (Ecp, Transformer)
+        )
+        share = ours / all_pairs
         found[FULL]["our_share_of_its_flops_per_second"] = share * found[FULL]["ours_is_times_as_fast"]
     return found

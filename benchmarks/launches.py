@@ -18,7 +18,7 @@ from benchmarks.timing import alternate, medians
 from ecp_scale.command_line import to_yaml
 from ecp_scale.config import Config
 from ecp_scale.data.preprocessing import preprocess
-from ecp_scale.planning.rehearsal import write_text_of_package
+from ecp_scale.planning.rehearsal import torchrun, write_text_of_package
 from ecp_scale.training.metrics import read_metrics
 
 ROOT = Path(ecp_scale.__file__).parent.parent
@@ -63,8 +63,8 @@ def compare(config: Config, rounds: int) -> dict[str, Any]:
 
 def _launch(folder: Path, run: Path, ranks: int, options: list[str]) -> tuple[float, float]:
     """Seconds from the launch until the first step begins, and the median speed of the later steps."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words += [str(ROOT / "launch/pretrain_ecp.py"), "--deepspeed_config", str(ROOT / "ds_configs/zero0.json")]
+    words = [*torchrun(ranks), str(ROOT / "launch/pretrain_ecp.py")]
+    words += [f"--deepspeed_config={ROOT / 'ds_configs/zero0.json'}"]
     words += [f"--config={folder / 'run.yaml'}", f"--data.prefix={folder / 'shards'}", *options]
     words += [f"--training.output_dir={run}", f"--training.steps={STEPS}"]
     began = time.time()

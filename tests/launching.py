@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from ecp_scale.planning.rehearsal import torchrun
+
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 540
 Launcher: TypeAlias = Literal["deepspeed", "torchrun"]
@@ -22,7 +24,7 @@ def command(script: str, ranks: int, options: Sequence[object], launcher: Launch
     if ranks == 1:
         start: list[object] = [sys.executable]
     elif launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        start = [*torchrun(ranks)]
     else:
         start = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", free_port()]
     return [str(word) for word in [*start, ROOT / script, *options]]

@@ -96,16 +96,20 @@ class Attention(nn.Module):
         """(N, B, H*E) -> (N, B, D) of the rows that begin at position ``start``."""
         if self.first_output is None:
             return self.output(x)
-        border = min(max(self.segment_length - start, 0), x.shape[0])
+        border = self._first_rows(start, x.shape[0])
         terms = torch.cat((self.first_output.term(x[:border]), self.output.term(x[border:])))
         out = leave(terms, self.shard)
         if self.output.bias is None:
             return out
         # Trap: every rank must give both biases a gradient, if only of zeros, or ZeRO's buckets disagree and hang.
         first = start + self.shard.rank * out.shape[0] * self.shard.sequence
-        border = min(max(self.segment_length - first, 0), out.shape[0])
+        border = self._first_rows(first, out.shape[0])
         biases = (self.first_output.whole_bias(), border), (self.output.whole_bias(), out.shape[0] - border)
         return out + torch.cat([bias.expand(count, 1, -1) for bias, count in biases])
+
+    def _first_rows(self, start: int, rows: int) -> int:
+        """How many of the rows that begin at position ``start`` are of the first segment."""
+        return min(max(self.segment_length - start, 0), rows)
 
 
 class FeedForward(nn.Module):

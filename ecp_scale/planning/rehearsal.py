@@ -63,8 +63,7 @@ def rehearse(request: Request) -> str:
         (folder / "run.yaml").write_text(to_yaml(dataclasses.replace(copy, data=data, training=training)))
         (folder / "deepspeed.json").write_text(json.dumps(request.deepspeed))
         script = Path(ecp_scale.__file__).parent.parent / "launch" / "pretrain_ecp.py"
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        words += [str(script), "--config", str(folder / "run.yaml")]
+        words = [*torchrun(ranks), str(script), "--config", str(folder / "run.yaml")]
         words += ["--deepspeed_config", str(folder / "deepspeed.json")]
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode:
@@ -72,6 +71,11 @@ def rehearse(request: Request) -> str:
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = ", ".join(f"{record['loss']:.4f}" for record in records)
     return f"{len(records)} steps on {ranks} ranks, loss {losses}"
+
+
+def torchrun(ranks: int) -> list[str]:
+    """Words that start a script, which is to follow them, on so many ranks of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
 def write_text_of_package(folder: Path) -> Path:

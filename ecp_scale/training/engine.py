@@ -42,8 +42,8 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         config=deepspeed_config,
         mpu=ModelParallelUnit(),
     )
-    partitions_gradients = engine.zero_optimization() and not isinstance(engine.optimizer, BF16_Optimizer)
-    if groups.data.size() == 1 and not partitions_gradients:
+    engine_reduces = not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer)
+    if groups.data.size() == 1 and engine_reduces:
         # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.
         engine.enable_backward_allreduce = False
     return engine

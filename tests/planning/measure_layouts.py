@@ -27,7 +27,7 @@ from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
 from ecp_scale.parallel.groups import Groups, process_groups
-from ecp_scale.precision import as_on_a_gpu
+from ecp_scale.precision import as_on_a_gpu, weight_type
 
 
 def planned(request: Request) -> dict[str, Any]:
@@ -160,8 +160,7 @@ def _gradients(engine: Any) -> int:
 
 def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any]:
     config = request.config
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    shard = Shard.of(config, groups, dtype)
+    shard = Shard.of(config, groups, weight_type(config))
     model = LanguageModel(config.model, shard, config.attention).train()
     initialize(model, config.model, shard, seed=1)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
