@@ -55,7 +55,7 @@ class Sizes:
             return config
         grouped = {"key_value_heads": 1} if config.model.key_value_heads else {}
         latents = {"latents": 32} if config.model.latents else {}
-        return training.preset(name, precision, **{**changes, **TOY, **grouped, **latents, "vocab_size": 256})
+        return training.preset(name, precision, **{**changes, **TOY, **grouped, **latents, "vocab_size": 512})
 
     def lengths(self, *lengths: int) -> tuple[int, ...]:
         """Sequence lengths."""
