@@ -20,8 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python launch/demo.py --output demo
 
+# Two processes for two cores: most tests use one.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: install
 	$(BIN)/ruff format --check .
