@@ -150,7 +150,9 @@ def environment() -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, "threads": torch.get_num_threads(), **versions}
+    # Processors of one name differ in them, and in bf16 by a factor of two or more.
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"device": name, "instructions": instructions, "threads": torch.get_num_threads(), **versions}
 
 
 def _processor() -> str:

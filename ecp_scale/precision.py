@@ -1,7 +1,8 @@
 """The types of a run's weights and products, and products of bf16 on processors that have no instructions for them.
 
 Trap: torch multiplies them there in a plain loop, hundreds of times as slow as in float32 (docs/performance.md). So the
-operands are widened for the product, and the result is rounded, as the instructions do. Nothing else is kept wider.
+operands are widened for the product, and the result is rounded, as the instructions do. Nothing else is kept wider, but
+what attention with documents, windows or dropout keeps of a segment.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,11 @@
 """bf16 products with and without instructions for them, against float64."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from ecp_scale import precision
@@ -39,13 +43,24 @@ def test_only_bf16_on_a_cpu_is_widened(widened: bool) -> None:
     assert product_type(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
 
 
-def test_a_widened_linear_keeps_its_operands_narrow_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_for_the_backward_pass(function: Callable[..., object], *inputs: Tensor) -> list[Tensor]:
+    """What autograd saves of a call."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        function(*inputs)
+    return kept
+
+
+def test_operands_that_are_widened_are_kept_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_widens", lambda: True)
     x, weight = (torch.randn(4, 4).bfloat16().requires_grad_() for _ in range(2))
-    kept: list[torch.dtype] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.dtype) or one, lambda one: one):
-        linear(x, weight)
-    assert kept == [torch.bfloat16] * 2
+    assert [one.dtype for one in kept_for_the_backward_pass(linear, x, weight)] == [torch.bfloat16] * 2
+
+    q, k, v = (torch.randn(1, 2, 24, 8).bfloat16().requires_grad_() for _ in range(3))
+    kept = kept_for_the_backward_pass(partial(segment_attention, segment_length=8, backend="merged"), q, k, v)
+    # Each row's normaliser is a sum of many, and one number beside a head's width of others.
+    assert [one.dtype for one in kept if one.numel() == q.numel()] == [torch.bfloat16] * 4
+    assert [one.numel() for one in kept if one.dtype == torch.float32] == [2 * 24]
 
 
 @pytest.mark.parametrize("backend", ["segments", "merged"])

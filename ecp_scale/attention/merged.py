@@ -32,18 +32,20 @@ def merged_attention(q: Tensor, k: Tensor, v: Tensor, segment_length: int, look_
     Returns:
         The attended values (B, H, Nq, E).
     """
-    wide = product_type(q)
-    return _Merged.apply(*(x.to(wide) for x in (q, k, v)), segment_length, look_back).to(q.dtype)
+    return _Merged.apply(q, k, v, segment_length, look_back)
 
 
 def _segments(x: Tensor, m: int) -> Tensor:
-    """(B, H, S * m, E) -> (S, B * H, m, E): a view where positions are outermost in memory, as a linear leaves them."""
-    return x.unflatten(2, (-1, m)).permute(2, 0, 1, 3, 4).flatten(1, 2)
+    """(B, H, S * m, E) -> (S, B * H, m, E), in the type of its products.
+
+    A view, but for the type, where positions are outermost in memory, as a linear leaves them.
+    """
+    return x.to(product_type(x)).unflatten(2, (-1, m)).permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
-def _positions(x: Tensor, batch: int) -> Tensor:
-    """(S, B * H, m, E) -> (B, H, S * m, E)."""
-    return x.unflatten(1, (batch, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+def _positions(x: Tensor, like: Tensor) -> Tensor:
+    """(S, B * H, m, E) -> (B, H, S * m, E), in the type of ``like`` (B, ...)."""
+    return x.unflatten(1, (len(like), -1)).permute(1, 2, 0, 3, 4).flatten(2, 3).to(like.dtype)
 
 
 class _Merged(torch.autograd.Function):
@@ -59,14 +61,15 @@ class _Merged(torch.autograd.Function):
             share = (of_left - whole).exp_()[..., None].to(out.dtype)
             out[seeing:].lerp_(left, share)
             normaliser[seeing:] = whole
-        ctx.save_for_backward(q, k, v, out, normaliser)
+        attended = _positions(out, q)
+        ctx.save_for_backward(q, k, v, attended, normaliser)
         ctx.m, ctx.look_back = m, look_back
-        return _positions(out, len(q))
+        return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, normaliser = ctx.saved_tensors
-        gradient, queries, keys, values = (_segments(x, ctx.m) for x in (gradients[0], q, k, v))
+        *operands, normaliser = ctx.saved_tensors
+        queries, keys, values, out, gradient = (_segments(x, ctx.m) for x in (*operands, gradients[0]))
         own = len(keys) - len(queries)
         rows = (out, normaliser)
         of_q, of_k, of_v = _backward(gradient, queries, keys[own:], values[own:], *rows, 0.0, True)
@@ -80,4 +83,4 @@ class _Merged(torch.autograd.Function):
             of_q[seeing:].add_(left[0])
             of_k[:-1].add_(left[1])
             of_v[:-1].add_(left[2])
-        return *(_positions(x, len(q)) for x in (of_q, of_k, of_v)), None, None
+        return *(_positions(x, operands[0]) for x in (of_q, of_k, of_v)), None, None
