@@ -21,7 +21,6 @@ from benchmarks.timing import (
     device,
     matrix_product,
     medians,
-    peak_bytes,
     ratio,
     side_by_side,
 )
@@ -160,15 +159,16 @@ def utilisation(config: Config, rounds: int) -> dict[str, float]:
 
 
 def cost_per_token(config: Config, lengths: tuple[int, ...], rounds: int) -> dict[int, dict[str, float]]:
-    """Microseconds and bytes per token of a step as the sequence grows and the segment stays."""
+    """Microseconds and bytes per token of a step as the sequence grows and the segment stays.
+
+    Each length in a process of its own: what the others freed and kept would leave too little for the longest.
+    """
     found = {}
-    with process_groups(config.parallel) as groups:
-        for length in lengths:
-            longer = dataclasses.replace(config, model=dataclasses.replace(config.model, sequence_length=length))
-            with our_step(longer, groups) as ours:
-                seconds = medians(alternate({OURS: ours}, rounds))[OURS]
-                found[length] = {
-                    "microseconds_per_token": seconds / length * 1e6,
-                    "bytes_per_token": peak_bytes(ours) / length,
-                }
+    for length in lengths:
+        longer = dataclasses.replace(config, model=dataclasses.replace(config.model, sequence_length=length))
+        seconds, memory = side_by_side({OURS: partial(our_own_step, longer)}, rounds)
+        found[length] = {
+            "microseconds_per_token": medians(seconds)[OURS] / length * 1e6,
+            "bytes_per_token": memory[OURS] / length,
+        }
     return found

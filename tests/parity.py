@@ -27,6 +27,7 @@ from ecp_scale.models.sharding import Layout, load_whole
 from ecp_scale.parallel.groups import Groups, agreed, process_groups
 from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region
 from ecp_scale.parallel.places import Ranks
+from ecp_scale.planning.rehearsal import torchrun
 
 LOGITS_TOLERANCE = 1e-5
 LOSS_TOLERANCE = 1e-5
@@ -159,8 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
     ranks = Ranks.from_environment()
     if arguments.tp and "RANK" not in os.environ and arguments.tp > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.tp}"]
-        return subprocess.call([*launcher, __file__, *arguments.files])
+        return subprocess.call([*torchrun(arguments.tp), __file__, *arguments.files])
     tolerances = {"logits": LOGITS_TOLERANCE, "loss": LOSS_TOLERANCE, "gradients": GRADIENT_TOLERANCE}
     failed = False
     with process_groups(ParallelConfig(tensor=arguments.tp or ranks.world_size)) as groups:

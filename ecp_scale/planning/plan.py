@@ -9,6 +9,7 @@ from ecp_scale import deepspeed_json
 from ecp_scale.config import Config
 from ecp_scale.planning.memory import FP32, States, persistent, states
 from ecp_scale.planning.tracing import Trace, trace
+from ecp_scale.precision import weight_type
 
 GIB = 1 << 30
 
@@ -69,7 +70,7 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
     """Plan a launch; config and JSON must fit each other and ``world_size``. ``traced`` is its trace, where known."""
     section = deepspeed_json.resolve(deepspeed, config, world_size).get("zero_optimization", {})
     zero = DeepSpeedZeroConfig(**section)
-    parallel, bf16 = config.parallel, config.training.precision == "bf16"
+    parallel = config.parallel
     data_ranks = world_size // parallel.tensor
     traced = traced or trace_busiest(config, world_size)
     per_layer = (traced.parameters - 2 * _embedding(config)) // config.model.layers
@@ -77,7 +78,7 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
         traced.decayed,
         traced.other,
         zero,
-        bf16=bf16,
+        bf16=config.training.precision == "bf16",
         data_ranks=data_ranks,
         adam=config.optimizer.name == "adamw",
         largest_block=max(per_layer, _embedding(config)),
@@ -87,7 +88,7 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
     messages |= zero_messages(traced, config, zero, data_ranks, micro_batches)
     master = 0 if zero.stage == 0 else FP32
     moments = 2 * FP32 * (config.optimizer.name == "adamw")
-    saved = traced.parameters * parallel.tensor * ((2 if bf16 else FP32) + master + moments)
+    saved = traced.parameters * parallel.tensor * (weight_type(config).itemsize + master + moments)
     flops = config.model.flops_per_token * config.tokens_per_step
     return Plan(config, world_size, zero.stage, traced, held, messages, saved, flops)
 
@@ -112,7 +113,7 @@ def zero_messages(
     if data_ranks == 1:
         return {}
     elements = traced.parameters
-    weight = 2 if config.training.precision == "bf16" else FP32
+    weight = weight_type(config).itemsize
     # ZeRO-0 and -1 reduce once per step, ZeRO-2 and -3 after every micro-batch.
     reductions = micro_batches if zero.stage >= 2 else 1
     found = {"data: gradients": elements * weight * reductions}

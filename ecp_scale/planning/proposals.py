@@ -8,6 +8,7 @@ from typing import get_args
 from ecp_scale.config import Config, ParallelConfig, Recompute
 from ecp_scale.planning.memory import FP32
 from ecp_scale.planning.plan import Plan, plan, trace_busiest
+from ecp_scale.precision import weight_type
 
 SUGGESTED = {
     "scaled-125m": (8, 1),
@@ -59,7 +60,7 @@ def _with_batch(config: Config, world_size: int) -> Config:
 
 def _least_bytes(config: Config, layout: ParallelConfig, stage: int, world_size: int) -> float:
     """What a rank cannot do without, by parameters alone: cheap, to leave the hopeless out."""
-    weight = 2 if config.training.precision == "bf16" else FP32
+    weight = weight_type(config).itemsize
     data_ranks = world_size // layout.tensor
     whole = weight * (1 if stage < 3 else 1 / data_ranks) + (FP32 + weight if stage == 1 else FP32 / data_ranks)
     return config.model.parameters / layout.tensor * (whole + 3 * FP32 / data_ranks)
