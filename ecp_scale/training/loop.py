@@ -202,14 +202,16 @@ def _prepare_run(config: Config, run: Path, resuming: bool) -> None:
 
 @contextmanager
 def _sigterm_flag() -> Iterator[list[int]]:
-    """A list that SIGTERM makes non-empty; the step in progress is finished first."""
+    """A list that SIGTERM makes non-empty; the step in progress is finished first.
+
+    Trap: where a rank is lost, the launcher asks the others to end within a second. After an error SIGTERM therefore
+    stays without effect, so that they can say which one it was; the launcher kills whoever takes half a minute for it.
+    """
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
     previous = signal.signal(signal.SIGTERM, remember)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    yield received
+    signal.signal(signal.SIGTERM, previous)

@@ -62,10 +62,10 @@ def kill(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
-def rank_1(process: "subprocess.Popen[str]") -> psutil.Process:
-    """The second rank of a launch."""
+def rank_of(process: "subprocess.Popen[str]", number: int) -> psutil.Process:
+    """A rank of a launch."""
     children = psutil.Process(process.pid).children(recursive=True)
-    (rank,) = [child for child in children if "--local_rank=1" in child.cmdline()]
+    (rank,) = [child for child in children if f"--local_rank={number}" in child.cmdline()]
     return rank
 
 
@@ -94,7 +94,13 @@ def killed(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) 
     output = tmp_path_factory.mktemp("killed") / "run"
     words = command(SCRIPT, 2, options(sharded_text, output))
     process = start_until(words, lambda: steps_done(output) >= KILLED_AT)
-    rank_1(process).kill()
+    first, second = (rank_of(process, number) for number in range(2))
+    second.kill()
+    # At some moment of the next second the launcher asks the other to end; here at every moment.
+    with suppress(psutil.NoSuchProcess):
+        while first.status() != psutil.STATUS_ZOMBIE:
+            first.terminate()
+            time.sleep(0.001)
     _, errors = process.communicate(timeout=60)
     assert f"stopped: rank 1 of 2 on host {socket.gethostname()} (process " in errors
     done = steps_done(output)
@@ -249,7 +255,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_cleanly_and_the_run_can_be_exten
     output = tmp_path / "run"
     unlimited = [word for word in options(sharded_text, output) if "training.steps" not in word]
     process = start_until(command(SCRIPT, 2, [*unlimited, "--training.steps=2000"]), lambda: steps_done(output) >= 5)
-    rank_1(process).send_signal(signal.SIGTERM)
+    rank_of(process, 1).send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     done = steps_done(output)
     assert done < 2000
