@@ -67,18 +67,11 @@ def our_engine(config: Config, groups: Groups) -> Iterator[Any]:
 
 
 @contextmanager
-def our_step(config: Config, groups: Groups) -> Iterator[Callable[[], object]]:
-    """A step of a training run, through DeepSpeed."""
+def our_step(config: Config) -> Iterator[Callable[[], object]]:
+    """A step of a training run, through DeepSpeed, in a launch of one process."""
     tokens = tokens_of(config)
-    with our_engine(config, groups) as engine:
+    with process_groups(config.parallel) as groups, our_engine(config, groups) as engine:
         yield lambda: optimizer_step(engine, [tokens], groups, False)
-
-
-@contextmanager
-def our_own_step(config: Config) -> Iterator[Callable[[], object]]:
-    """``our_step`` in a launch of one process."""
-    with process_groups(config.parallel) as groups, our_step(config, groups) as step:
-        yield step
 
 
 @contextmanager
@@ -105,7 +98,7 @@ def peer(name: str, config: Config) -> Contender:
     model = config.model
     if name == "our transformer":
         full = dataclasses.replace(model, architecture="transformer", first_segment_projection=False)
-        return partial(our_own_step, dataclasses.replace(config, model=full))
+        return partial(our_step, dataclasses.replace(config, model=full))
     builds: dict[str, Callable[[], nn.Module]] = {
         "fp32 materialised n x n": partial(MaterialisedLanguageModel, model, by_segment=False),
         "fp32 materialised by segment": partial(MaterialisedLanguageModel, model, by_segment=True),
@@ -120,7 +113,7 @@ def peer(name: str, config: Config) -> Contender:
 def compare(config: Config, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """Tokens per second and peak memory of a step of each, and how many times as fast as each peer ours is."""
     contenders: dict[str, Contender] = {
-        OURS: partial(our_own_step, config),
+        OURS: partial(our_step, config),
         **{name: peer(name, config) for name in peers},
     }
     seconds, memory = side_by_side(contenders, rounds)
@@ -144,7 +137,7 @@ def utilisation(config: Config, rounds: int) -> dict[str, float]:
     """
     product, product_flops = matrix_product(weight_type(config))
     products = {f"product {number}": product for number in range(PRODUCTS)}
-    with process_groups(config.parallel) as groups, our_step(config, groups) as ours:
+    with our_step(config) as ours:
         seconds = torch.tensor(list(alternate({OURS: ours, **products}, rounds).values()))
     step = config.model.flops_per_token * config.model.sequence_length / seconds[0]
     reached = product_flops / seconds[1:]
@@ -166,7 +159,7 @@ def cost_per_token(config: Config, lengths: tuple[int, ...], rounds: int) -> dic
     found = {}
     for length in lengths:
         longer = dataclasses.replace(config, model=dataclasses.replace(config.model, sequence_length=length))
-        seconds, memory = side_by_side({OURS: partial(our_own_step, longer)}, rounds)
+        seconds, memory = side_by_side({OURS: partial(our_step, longer)}, rounds)
         found[length] = {
             "microseconds_per_token": medians(seconds)[OURS] / length * 1e6,
             "bytes_per_token": memory[OURS] / length,
