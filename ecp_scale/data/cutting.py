@@ -1,0 +1,87 @@
+"""Long texts in pieces whose ids, joined, are those of the whole: memory of a piece, not of the text.
+
+A piece ends where the tokenizer cannot merge across: between two words that one space parts (where no entry of the
+vocabulary holds a space inside), and there only if the neighbourhood has the same ids in one piece and in two. A text
+without such a place, or a tokenizer that joins words, gives one piece.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+from ecp_scale.data.tokenizer import Tokenizer
+
+PIECE_CHARACTERS = 1 << 18
+"""Characters of a piece. A tokenizer takes up to 90 bytes of memory for each."""
+NEIGHBOURHOOD = 64
+"""Characters on both sides of a cut that are tried."""
+SPACE = re.compile(r"(?<=\S) (?=\w)")
+LINE_END = re.compile(r"(?<=\n)")
+
+
+class Piece(NamedTuple):
+    """A piece of a text, and how many characters of its beginning are not encoded, since the cut stands for them.
+
+    ``last``: it ends the text.
+    """
+
+    text: str
+    skipped: int = 0
+    last: bool = True
+
+    @property
+    def encoded(self) -> str:
+        """What the tokenizer is given."""
+        return self.text[self.skipped :]
+
+
+class Cutter:
+    """Cuts texts for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, lines: bool = False, characters: int = PIECE_CHARACTERS) -> None:
+        """Prepare to cut.
+
+        Args:
+            tokenizer: what the pieces are encoded with.
+            lines: cut behind line ends instead, for a preparation that ends each line with a control token.
+            characters: of a piece, about.
+        """
+        self._tokenizer = tokenizer
+        self._lines = lines
+        self.characters = characters
+
+    @cached_property
+    def _cuts(self) -> bool:
+        return self._lines or not self._tokenizer.joins_words
+
+    def pieces(self, parts: Iterable[str]) -> Iterator[Piece]:
+        """Pieces of a text that comes in parts; at least one."""
+        waiting, searched = "", self.characters
+        skipped = 0
+        for part in parts:
+            waiting += part
+            while self._cuts and len(waiting) >= searched + NEIGHBOURHOOD:
+                cut = self._cut(waiting, searched)
+                if cut is None:
+                    searched = len(waiting) - NEIGHBOURHOOD  # what was searched once has no cut
+                    break
+                place, next_skipped = cut
+                yield Piece(waiting[:place], skipped, last=False)
+                waiting, skipped, searched = waiting[place:], next_skipped, self.characters
+        yield Piece(waiting, skipped)
+
+    def _cut(self, text: str, start: int) -> tuple[int, int] | None:
+        """The first place from ``start`` on where a text may be cut, and what the next piece skips."""
+        for found in (LINE_END if self._lines else SPACE).finditer(text, start, len(text) - NEIGHBOURHOOD):
+            skipped = 0 if self._lines else self._skipped(text, found.start())
+            if skipped is not None:
+                return found.start(), skipped
+        return None
+
+    def _skipped(self, text: str, place: int) -> int | None:
+        """Characters that must not be encoded behind a cut: 0, 1 where a piece begins with a space of its own."""
+        encode = self._tokenizer.encode
+        left, right = text[place - NEIGHBOURHOOD : place], text[place : place + NEIGHBOURHOOD]
+        whole, before = encode(left + right), encode(left)
+        return next((skipped for skipped in (0, 1) if before + encode(right[skipped:]) == whole), None)
