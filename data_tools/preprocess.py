@@ -1,15 +1,20 @@
 """Tokenize text into Megatron shards PREFIX-*.bin/.idx and PREFIX.manifest.json.
 
-Inputs: .txt, .jsonl[.gz|.zst], .parquet, folders with such files, folders that `datasets` saved, and hub datasets
-(hub:NAME[:CONFIG[:SPLIT]], streamed). Run the same command again after a crash: it goes on with the first unfinished
-shard. The shards are the same, byte by byte, whatever the number of workers and of crashes.
+Inputs: files (.txt, .tokens, .raw, .jsonl, .json with an object per line, .csv, .parquet; all but the last also .gz,
+.bz2, .xz or .zst), patterns in quotes, folders with such files, folders that `datasets` saved, standard input (-), and
+hub datasets (hub:NAME[:CONFIG[:SPLIT]], streamed). Run the same command again after a crash or a mended record: it goes
+on where it was. The shards are the same, byte by byte, whatever the number of workers and of crashes.
 """
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ecp_scale.data.parsing import Parsing
 from ecp_scale.errors import InputError, input_errors_exit
+
+if TYPE_CHECKING:
+    from ecp_scale.data.manifest import Manifest
+    from ecp_scale.data.parsing import Parsing
 
 RECIPES: dict[str, dict[str, Any]] = {
     "wikitext-103": {"text_unit": "article"},
@@ -17,46 +22,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pg19": {"text_unit": "file"},
 }
 """How known corpora are cut: WikiText into its articles, PG-19 into its books (a file each)."""
+STDIN_FORMATS = (".jsonl", ".txt", ".csv")
 
 
 def main() -> None:
     """Read the command line and print what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders, hub datasets")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="SPEC", help="sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte"
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="folder and name of the shards")
-    parser.add_argument("--text-key", default="text", help="key or column of the text (default: text)")
-    parser.add_argument(
-        "--text-unit",
-        choices=("file", "block", "line", "article"),
-        help="a document of plain text: a file (default), lines between blank ones, a line, an article of WikiText",
-    )
-    parser.add_argument("--recipe", choices=sorted(RECIPES), help="settings of a known corpus")
-    parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="keep rows that have it")
-    parser.add_argument("--min-characters", type=int, default=1, metavar="N", help="drop shorter documents")
-    parser.add_argument("--max-characters", type=int, metavar="N", help="drop longer documents")
-    parser.add_argument(
-        "--share",
-        nargs=2,
-        type=float,
-        default=(0.0, 1.0),
-        metavar=("FROM", "TO"),
-        help="keep documents whose hash lies there: 0 0.01 for validation and 0.01 1 for training (default: 0 1)",
-    )
-    parser.add_argument("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
-    parser.add_argument("--shard-tokens", type=int, default=1 << 30, help="most tokens of a shard (default: 2^30)")
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="bad records and files")
-    parser.add_argument("--part", type=int, default=1, metavar="I", help="do this share of the sources, from 1")
-    parser.add_argument("--parts", type=int, default=1, metavar="N", help="of so many (default: 1); merge_shards.py")
-    parser.add_argument("--dry-run", action="store_true", help="estimate size and time from a sample, write nothing")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     parsing = parsing_of(options)
     if options.dry_run:
         from ecp_scale.data.estimate import estimate
 
-        print(estimate(options.input, options.tokenizer, parsing, options.workers, options.shard_tokens))
+        arguments = (options.tokenizer, parsing, options.workers, options.shard_tokens, options.end_token)
+        print(estimate(options.input, *arguments))
         return
     from ecp_scale.data.preprocessing import preprocess
 
@@ -65,21 +42,91 @@ def main() -> None:
         options.tokenizer,
         options.output_prefix,
         parsing=parsing,
+        end_token=options.end_token,
+        validation_share=options.validation_share,
         workers=options.workers,
         shard_tokens=options.shard_tokens,
         on_error=options.on_error,
         part=(options.part, options.parts),
         progress=True,
     )
-    counts, skipped = manifest.totals, manifest.skipped
-    print(
-        f"{options.output_prefix}: {len(manifest.shards)} shards, {counts.documents} documents, "
-        f"{counts.tokens} tokens, {counts.words} words, {counts.bytes} bytes; "
-        f"{skipped.dropped} records dropped, {skipped.bad} bad"
+    if options.validation_share:
+        from ecp_scale.data.manifest import Manifest
+
+        print(_summary(f"{options.output_prefix}-train", manifest))
+        name = f"{options.output_prefix}-validation"
+        manifest = Manifest.read(Path(name))
+        print(_summary(name, manifest))
+    else:
+        print(_summary(options.output_prefix, manifest))
+    for line in _remarks(manifest, options):
+        print(line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="files, folders, patterns in quotes, - (standard input), hub datasets; may be given several times",
     )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="SPEC", help="sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte"
+    )
+    parser.add_argument(
+        "--end-token",
+        metavar="ENTRY",
+        help="token that ends a document (default: what the tokenizer declares, or its end by name)",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="folder and name of the shards")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="write PREFIX-train and PREFIX-validation, to which this share goes: of the documents by their hash, or "
+        "of blocks of the text where there are few documents",
+    )
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text, as meta.text too (default: text)"
+    )
+    parser.add_argument(
+        "--text-unit",
+        choices=("file", "block", "line", "article"),
+        help="a document of plain text: a file (default), lines between blank ones, a line, an article of WikiText",
+    )
+    parser.add_argument("--stdin", choices=STDIN_FORMATS, default=".jsonl", help="what - holds (default: .jsonl)")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="settings of a known corpus")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keep rows that have it: text, a number, true, false or null",
+    )
+    parser.add_argument("--min-characters", type=int, default=1, metavar="N", help="drop shorter documents")
+    parser.add_argument("--max-characters", type=int, metavar="N", help="drop longer documents")
+    parser.add_argument(
+        "--share",
+        nargs=2,
+        type=float,
+        default=(0.0, 1.0),
+        metavar=("FROM", "TO"),
+        help="keep documents whose hash lies there, as 0 0.1 for a tenth (default: 0 1)",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 30, help="most tokens of a shard (default: 2^30)")
+    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="bad records and files")
+    parser.add_argument("--part", type=int, default=1, metavar="I", help="do this share of the sources, from 1")
+    parser.add_argument("--parts", type=int, default=1, metavar="N", help="of so many (default: 1); merge_shards.py")
+    parser.add_argument("--dry-run", action="store_true", help="estimate size and time from a sample, write nothing")
+    return parser
 
 
-def parsing_of(options: argparse.Namespace) -> Parsing:
+def parsing_of(options: argparse.Namespace) -> "Parsing":
     """What the flags say of documents; a flag wins over the recipe.
 
     Raises:
@@ -101,14 +148,46 @@ def parsing_of(options: argparse.Namespace) -> Parsing:
     settings = dict(RECIPES.get(options.recipe, {}))
     if options.text_unit:
         settings["text_unit"] = options.text_unit
+
+    from ecp_scale.data.parsing import Parsing
+
     return Parsing(
         text_key=options.text_key,
         where=tuple(where),
         min_characters=options.min_characters,
         max_characters=options.max_characters,
         share=(options.share[0], options.share[1]),
+        stdin=options.stdin,
         **settings,
     )
+
+
+def _summary(name: str, manifest: "Manifest") -> str:
+    counts = manifest.totals
+    return (
+        f"{name}: {len(manifest.shards):,} shards, {counts.documents:,} documents, {counts.tokens:,} tokens, "
+        f"{counts.words:,} words ({counts.words + counts.lines:,} with line ends), {counts.bytes:,} bytes"
+    )
+
+
+def _remarks(manifest: "Manifest", options: argparse.Namespace) -> list[str]:
+    """What was left out, how documents end, and what the tokenizer loses."""
+    from ecp_scale.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer, options.end_token)
+    lines = [
+        f"left out: {manifest.skipped}",
+        f"documents end with id {tokenizer.end_of_document}: {tokenizer.end_reason}",
+    ]
+    lines += [f"  bad: {reason}" for reason in manifest.skipped.named[:10]]
+    for reason, left in manifest.unread.items():
+        named = ", ".join(left["named"][:3])
+        lines.append(f"not read: {left['files']:,} {reason} ({named}{', ...' if left['files'] > 3 else ''})")
+    if manifest.totals.unknown:
+        lines.append(f"unknown tokens: {manifest.totals.unknown:,}, {manifest.totals.unknown_share:.3%} of all")
+    if not manifest.tokenizer.gives_texts_back:
+        lines.append("this tokenizer does not give texts back as they were (case, white space or characters are lost)")
+    return lines
 
 
 if __name__ == "__main__":

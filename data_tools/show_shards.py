@@ -5,6 +5,9 @@ from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
 
+SHOWN = 5
+"""Sources, bad records and files that were not read, of which so many are named."""
+
 
 def main() -> None:
     """Read the command line and print."""
@@ -27,11 +30,16 @@ def main() -> None:
     print(f"documents    {counts.documents:,} in {len(manifest.shards)} shards")
     print(f"tokens       {counts.tokens:,}, {counts.tokens / max(1, counts.words):.2f} per word")
     print(f"text         {counts.bytes:,} bytes, {counts.words:,} words")
-    print(f"left out     {manifest.skipped.dropped} dropped, {manifest.skipped.bad} bad")
-    for reason in manifest.skipped.named:
+    print(f"left out     {manifest.skipped}")
+    for reason in manifest.skipped.named[:SHOWN]:
         print(f"  {reason}")
-    for source in manifest.sources:
+    print(f"unknown      {counts.unknown:,} tokens, {counts.unknown_share:.3%} of all")
+    for source in manifest.sources[:SHOWN]:
         print(f"source       {source.name} ({source.bytes:,} bytes)")
+    if len(manifest.sources) > SHOWN:
+        print(f"             and {len(manifest.sources) - SHOWN:,} more")
+    for why, files in manifest.unread.items():
+        print(f"not read     {files['files']:,} {why} ({', '.join(files['named'][:SHOWN])})")
     if not 0 <= options.shard < len(manifest.shards):
         raise InputError(f"--shard is {options.shard}, expected 0 to {len(manifest.shards) - 1}")
     record = manifest.shards[options.shard]

@@ -15,6 +15,7 @@ def main() -> int:
     options = parser.parse_args()
 
     from ecp_scale.data.manifest import Manifest
+    from ecp_scale.data.tokenizer import gives_texts_back
     from ecp_scale.data.verification import verify
 
     problems = 0
@@ -22,6 +23,10 @@ def main() -> int:
         problems += 1
         print(problem)
     manifest = Manifest.read(Path(options.prefix))
+    if options.deep and not gives_texts_back(manifest.load_tokenizer(Path(options.prefix))):
+        print(
+            "note: this tokenizer does not give texts back; documents were decoded, but not compared with their texts"
+        )
     verdict = f"{problems} problems" if problems else "all well"
     print(f"{options.prefix}: {len(manifest.shards)} shards, {manifest.totals.tokens} tokens: {verdict}")
     return int(problems > 0)

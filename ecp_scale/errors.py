@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input: names the file, field or rank, what was found and what was expected."""
 
 
+class DamagedDataError(InputError):
+    """Data that one rank finds to be damaged while it runs; the others do not know, so that rank says it."""
+
+
 class LostRankError(RuntimeError):
     """A rank of the launch did not come, or died: names it and its host.
 
@@ -28,7 +32,7 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
-    """Print an ``InputError`` as one message and exit with code 2, a ``LostRankError`` with code 1.
+    """Print an ``InputError`` as one message and exit with code 2, a ``LostRankError`` with 1, at Ctrl-C with 130.
 
     Every rank of a launch raises the same ``InputError`` (see ``ecp_scale.parallel.groups.agreed``); rank 0 prints it.
     Anything else is a bug and keeps its traceback.
@@ -36,10 +40,14 @@ def input_errors_exit() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if is_first_rank():
+        if is_first_rank() or isinstance(error, DamagedDataError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except LostRankError as error:
         if error.speaks:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -2,46 +2,96 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ecp_scale.data.parsing import BadRecordError, Parsing
+from ecp_scale.data.cutting import Cutter, Piece
+from ecp_scale.data.parsing import BadRecordError, Dropped, Parsing, hash_fraction
 from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.sources import Raw
-from ecp_scale.data.tokenizer import Tokenizer, load_tokenizer
+from ecp_scale.data.tokenizer import Ids, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
+
+Counts = npt.NDArray[np.int64]
+Rest = TypeVar("Rest")
+
+
+class Item(NamedTuple):
+    """What is encoded: a raw record and whether it is a line of JSON, or a piece of a text."""
+
+    raw: Raw | Piece
+    is_json: bool = False
+
+
+Batch = list[Item]
+
+
+class Counted(NamedTuple):
+    """Size of a text, and what became of it: its UTF-8 bytes, words, line ends, tokens and unknown tokens."""
+
+    tokens: int
+    bytes: int
+    words: int
+    lines: int
+    unknown: int
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Documents of a batch of records: token ids one after another, and per record what became of it.
+    """Texts of a batch of items: token ids one after another, and per item what became of it.
 
-    ``tokens`` (records,) counts the ids of each record's document with its end, 0 where there is no document; ``bytes``
-    and ``words`` (records,) measure its text; ``errors`` says by record number why one is bad.
+    ``counts`` (items, 5) has the fields of ``Counted``, zeros where there is no text; the ids of a record end with the
+    end of its document, those of a piece do not. ``validation`` (items,) says whether a record's hash lies below the
+    share that is set aside. ``errors`` and ``dropped`` say by item why there is no text.
     """
 
     ids: Tokens
-    tokens: npt.NDArray[np.int64]
-    bytes: npt.NDArray[np.int64]
-    words: npt.NDArray[np.int64]
+    counts: Counts
+    validation: npt.NDArray[np.bool_]
     errors: dict[int, str] = field(default_factory=dict)
+    dropped: dict[int, str] = field(default_factory=dict)
 
-    def documents(self) -> list[Tokens]:
-        """Ids of each record's document, empty where there is none."""
-        return np.split(self.ids, np.cumsum(self.tokens)[:-1])
+    def texts(self) -> list[Tokens]:
+        """Ids of each item, empty where there is no text."""
+        return np.split(self.ids, np.cumsum(self.counts[:, 0])[:-1])
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How texts are made of records and ids of texts. It travels to the worker processes."""
+
+    tokenizer_spec: str
+    end_token: str | None = None
+    parsing: Parsing = field(default_factory=Parsing)
+    validation_share: float = 0.0
+    """Share of the documents, by their hash, that is set aside."""
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return load_tokenizer(self.tokenizer_spec, self.end_token)
+
+    @property
+    def control(self) -> bool:
+        """Whether names of control tokens in a prepared text become the tokens."""
+        return self.parsing.preparation != "none"
 
 
 class Encoder:
-    """Encodes batches of raw records, with whether they are JSON, in order."""
+    """Encodes batches in order."""
 
-    def __init__(self, tokenizer_spec: str, parsing: Parsing, workers: int) -> None:
-        self._arguments = (tokenizer_spec, parsing)
+    def __init__(self, encoding: Encoding, workers: int) -> None:
+        self._encoding = encoding
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
 
@@ -49,23 +99,35 @@ class Encoder:
         if self._workers > 1:
             # spawn: a fork after the first encode can deadlock in a tokenizer's threads.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, _start, self._arguments)
+            self._pool = ProcessPoolExecutor(self._workers, context, _start_worker, (self._encoding,))
+            # Trap: its start lifts every signal mask.
+            resource_tracker.ensure_running()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def __call__(self, batches: Iterable[tuple["Batch", object]]) -> Iterator[tuple[EncodedBatch, object]]:
+    @staticmethod
+    def _submit(pool: ProcessPoolExecutor, batch: Batch) -> "Future[EncodedBatch]":
+        # A task may start a worker, which inherits the mask: Ctrl-C, which a terminal sends to all, is for this process
+        # to answer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(_encode, batch)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __call__(self, batches: Iterable[tuple[Batch, Rest]]) -> Iterator[tuple[EncodedBatch, Rest]]:
         """Encode each batch; what comes with it is handed on."""
         if self._pool is None:
-            _start(*self._arguments)
+            _start(self._encoding)
             yield from ((_encode(batch), rest) for batch, rest in batches)
             return
-        waiting: deque[tuple[Future[EncodedBatch], object]] = deque()
+        waiting: deque[tuple[Future[EncodedBatch], Rest]] = deque()
         try:
             for batch, rest in batches:
-                waiting.append((self._pool.submit(_encode, batch), rest))
+                waiting.append((self._submit(self._pool, batch), rest))
                 if len(waiting) > 2 * self._workers:
                     yield _result(waiting.popleft())
             while waiting:
@@ -74,60 +136,119 @@ class Encoder:
             raise InputError("a tokenizing worker died (out of memory?); use fewer --workers") from error
 
 
-Batch = list[tuple[Raw, bool]]
-"""Raw records, and whether each is a line of JSON."""
-
-
-def _result(waiting: tuple[Future[EncodedBatch], object]) -> tuple[EncodedBatch, object]:
+def _result(waiting: tuple[Future[EncodedBatch], Rest]) -> tuple[EncodedBatch, Rest]:
     future, rest = waiting
     return future.result(), rest
 
 
 _tokenizer: Tokenizer
-_parsing: Parsing
+_encoding: Encoding
+_cutter: Cutter
 
 
-def _start(tokenizer_spec: str, parsing: Parsing) -> None:
-    global _tokenizer, _parsing
+def _start_worker(encoding: Encoding) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    _start(encoding)
+
+
+def _die_with(parent: int) -> None:
+    # Trap: a worker waits for its next task for ever, whether or not anybody is left to give one.
+    wait([parent])
+    os._exit(1)
+
+
+def _start(encoding: Encoding) -> None:
+    global _tokenizer, _encoding, _cutter
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one thread
-    _tokenizer, _parsing = load_tokenizer(tokenizer_spec), parsing
+    _tokenizer, _encoding = encoding.load_tokenizer(), encoding
+    _cutter = Cutter(_tokenizer, lines=encoding.control)
 
 
 def _encode(batch: Batch) -> EncodedBatch:
-    count = len(batch)
-    tokens, sizes, words = (np.zeros(count, dtype=np.int64) for _ in range(3))
-    texts: list[str] = []
-    numbers: list[int] = []
+    counts = np.zeros((len(batch), len(Counted._fields)), dtype=np.int64)
+    validation = np.zeros(len(batch), dtype=np.bool_)
+    pieces: dict[int, Piece] = {}
     errors: dict[int, str] = {}
+    dropped: dict[int, str] = {}
     for number, (raw, is_json) in enumerate(batch):
+        if isinstance(raw, Piece):
+            pieces[number] = raw
+            continue
         try:
-            text = _parsing.text(raw, is_json)
+            text = _encoding.parsing.text(raw, is_json)
         except BadRecordError as error:
             errors[number] = str(error)
             continue
-        if text is not None:
-            texts.append(text)
-            numbers.append(number)
-    encoded = _tokenizer.encode_batch(texts)
-    for number, text, ids in zip(numbers, texts, encoded, strict=True):
-        tokens[number] = len(ids) + 1
-        sizes[number], words[number] = measure(text)
+        if isinstance(text, Dropped):
+            dropped[number] = text.reason
+        else:
+            pieces[number] = Piece(text)
+            if _encoding.validation_share:
+                validation[number] = hash_fraction(text) < _encoding.validation_share
+    encoded = _ids(pieces, errors)
     end = np.array([_tokenizer.end_of_document], dtype=np.int32)
-    parts = [part for ids in encoded for part in (ids, end)]
+    parts: list[Ids] = []
+    for number, ids in encoded.items():
+        text = pieces[number].text
+        ended = () if isinstance(batch[number].raw, Piece) else (end,)
+        parts += (ids, *ended)
+        counts[number] = (len(ids) + len(ended), *measure(text), _unknown(pieces[number], ids))
     # Casting: every id is below vocab_size, by which the type was chosen.
     dtype = token_type(_tokenizer.vocab_size)
     ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
-    return EncodedBatch(ids, tokens, sizes, words, errors)
+    return EncodedBatch(ids, counts, validation, errors, dropped)
+
+
+def _ids(pieces: dict[int, Piece], errors: dict[int, str]) -> dict[int, Ids]:
+    """Ids by item; where the tokenizer takes offence at one, the others are encoded all the same."""
+    short = {number: piece for number, piece in pieces.items() if len(piece.text) <= 2 * _cutter.characters}
+    found: dict[int, Ids] = {}
+    try:
+        texts = [_prepared(piece) for piece in short.values()]
+        found = dict(zip(short, _tokenizer.encode_batch(texts, _encoding.control), strict=True))
+    except Exception:
+        short = {}
+    for number in pieces.keys() - short.keys():
+        try:
+            whole = pieces[number]
+            cut = (piece._replace(last=piece.last and whole.last) for piece in _cutter.pieces([whole.encoded]))
+            found[number] = np.concatenate([_of_piece(piece) for piece in cut])
+        except Exception as error:  # Whatever a library raises: no content of a record ends the run.
+            reason = next(iter(str(error).splitlines()), "")
+            errors[number] = f"the tokenizer cannot encode it: {reason or type(error).__name__}"
+    return {number: found[number] for number in pieces if number in found}
+
+
+def _of_piece(piece: Piece) -> Ids:
+    return _tokenizer.encode_batch([_prepared(piece)], _encoding.control)[0]
+
+
+def _prepared(piece: Piece) -> str:
+    return _encoding.parsing.prepared(piece.encoded, piece.last)
+
+
+def _unknown(piece: Piece, ids: Ids) -> int:
+    """Tokens that stand for what the vocabulary cannot write; an <unk> of the text itself is none."""
+    if _tokenizer.unknown is None:
+        return 0
+    written = piece.text.count("<unk>") if _encoding.control else 0
+    return max(0, int(np.count_nonzero(ids == _tokenizer.unknown)) - written)
 
 
 _BLANKS = "".join(character for character in map(chr, range(0x10000)) if character.isspace())
 _BLANK_OR_NOT = bytes.maketrans(bytes(range(256)), bytes(32 if chr(i) in _BLANKS[:10] else 120 for i in range(256)))
 
 
-def measure(text: str) -> tuple[int, int]:
-    """Bytes of a text in UTF-8, and its words: what ``len(text.split())`` counts, in a third of the time."""
+def measure(text: str) -> tuple[int, int, int]:
+    """Bytes of a text in UTF-8, its words and its line ends.
+
+    Words are what ``len(text.split())`` counts, in a third of the time.
+    """
     content = text.encode()
+    lines = content.count(b"\n")
     if not text.isascii() and any(blank in text for blank in _BLANKS[10:]):
-        return len(content), len(text.split())
+        return len(content), len(text.split()), lines
     marked = content.translate(_BLANK_OR_NOT)
-    return len(content), marked.count(b" x") + marked.startswith(b"x")
+    return len(content), marked.count(b" x") + marked.startswith(b"x"), lines

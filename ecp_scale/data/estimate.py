@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecp_scale.data.parsing import BadRecordError, Parsing
+from ecp_scale.data.finding import find_sources
+from ecp_scale.data.parsing import BadRecordError, Dropped, Parsing
 from ecp_scale.data.shards import token_type
-from ecp_scale.data.sources import Place, Source, find_sources
+from ecp_scale.data.sources import Place, Source
 from ecp_scale.data.tokenizer import load_tokenizer
 from ecp_scale.errors import InputError
 
@@ -44,16 +45,23 @@ class Estimate:
         )
 
 
-def estimate(inputs: Sequence[str], tokenizer_spec: str, parsing: Parsing, workers: int, shard_tokens: int) -> Estimate:
+def estimate(
+    inputs: Sequence[str],
+    tokenizer_spec: str,
+    parsing: Parsing,
+    workers: int,
+    shard_tokens: int,
+    end_token: str | None = None,
+) -> Estimate:
     """Tokenize the beginnings of some sources, evenly chosen, and extrapolate; nothing is written.
 
     Raises:
         InputError: if an input or the tokenizer cannot be used, or the sample has no text.
     """
-    sources = [source for source in find_sources(inputs) if source.size]
+    sources = [source for source in find_sources(inputs).sources if source.size]
     if not sources:
-        raise InputError("a hub dataset has no size to extrapolate to; --dry-run needs files")
-    tokenizer = load_tokenizer(tokenizer_spec)
+        raise InputError("hub datasets and standard input have no size to extrapolate to; --dry-run needs files")
+    tokenizer = load_tokenizer(tokenizer_spec, end_token)
     chosen = [sources[i] for i in np.unique(np.linspace(0, len(sources) - 1, SAMPLED_SOURCES).astype(int))]
     read, texts = 0, []
     for source in chosen:
@@ -63,7 +71,7 @@ def estimate(inputs: Sequence[str], tokenizer_spec: str, parsing: Parsing, worke
     if not texts:
         raise InputError(f"the sample of {len(chosen)} sources has no text")
     began = time.perf_counter()
-    tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
+    tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts, parsing.preparation != "none"))
     seconds = time.perf_counter() - began
     total = sum(source.size for source in sources)
     scale = total / max(1, read)
@@ -85,12 +93,17 @@ def _beginning(source: Source, parsing: Parsing, most: int) -> tuple[int, list[s
     """Bytes on disk and documents of the beginning of a source, at most about ``most`` bytes of them."""
     texts: list[str] = []
     read, size = 0, 0
+    is_json = source.format(parsing.reading) == "json"
     for record in source.records(0, Place(), parsing.reading):
-        read = record.read_bytes
+        read = max(read, record.read_bytes)
         with suppress(BadRecordError):
-            text = parsing.text(record.raw, source.is_json)
-            texts += [] if text is None else [text]
-            size += len(text or "")
+            raw = record.raw
+            if record.part and isinstance(raw, bytes):  # of a long text the part is enough, whatever it is cut in
+                raw = raw.decode(errors="ignore").encode()
+            text = parsing.text(raw, is_json)
+            if not isinstance(text, Dropped):
+                texts.append(parsing.prepared(text))
+                size += len(text)
         if max(read, size) >= most:
             break
     return read, texts

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +13,28 @@ from ecp_scale.errors import InputError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing; it appears, complete and on disk, when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def naming(path: Path) -> Iterator[None]:
+    """Give an ``OSError`` of the block the name of ``path``, if it has none.
+
+    Trap: a write to an open file that fails, as where the disk is full, does not say to which.
+    """
     try:
-        with temporary.open("wb") as file:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing; it appears, complete and on disk, when the block ends without an error.
+
+    The temporary name belongs to this process alone.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -23,6 +42,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically.
+
+    Raises:
+        OSError: naming the one of the two that the copy failed at.
+    """
+    with source.open("rb") as content, atomic_write(target) as file:
+        shutil.copyfileobj(content, file)
 
 
 def write_text(path: Path, text: str) -> None:

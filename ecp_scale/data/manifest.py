@@ -1,6 +1,7 @@
 """What a set of shards is: PREFIX.manifest.json."""
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,9 @@ from ecp_scale.data.files import sha256_of, write_text
 from ecp_scale.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)
+"""Version 2 does not count line ends and unknown tokens, nor say by which filter records were dropped."""
 NAMED_AT_MOST = 100
 """Bad records that a manifest names; all are counted."""
 
@@ -24,6 +27,8 @@ class TokenizerRecord:
     sha256: str
     vocab_size: int
     end_of_document: int
+    gives_texts_back: bool | None = None
+    """Whether decoding returns the text; None where it was not tried."""
 
     def load(self, folder: Path, owner: str) -> Tokenizer:
         """Load the tokenizer that lies in ``folder``; ``owner`` says in an error what was made with it.
@@ -37,17 +42,22 @@ class TokenizerRecord:
         found = sha256_of(path)
         if found != self.sha256:
             raise InputError(f"tokenizer {path} has sha256 {found[:12]}..., but {owner} {self.sha256[:12]}...")
-        return load_tokenizer(f"{self.kind}:{path}")
+        return load_tokenizer(f"{self.kind}:{path}", self.end_of_document)
 
 
 @dataclass(frozen=True)
 class TextCounts:
-    """How much text; ``tokens`` include one end-of-document token per document, ``bytes`` and ``words`` do not."""
+    """How much text. ``tokens`` include one end-of-document token per document; bytes, words and lines are the text's.
+
+    ``lines`` counts line ends; ``unknown`` the tokens that stand for what the vocabulary cannot write.
+    """
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
     words: int = 0
+    lines: int = 0
+    unknown: int = 0
 
     def __add__(self, other: "TextCounts") -> "TextCounts":
         # Field by field: once per document, dataclasses.asdict would be a tenth of all work.
@@ -56,7 +66,14 @@ class TextCounts:
             self.tokens + other.tokens,
             self.bytes + other.bytes,
             self.words + other.words,
+            self.lines + other.lines,
+            self.unknown + other.unknown,
         )
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the tokens that are unknown."""
+        return self.unknown / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -75,29 +92,42 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One input as it was read; without size and hash where it is no file."""
+    """One input as it was read: bytes and sha256 of its content, decompressed; of a table, of the rows that were read.
+
+    ``fingerprint`` is size and time of change of the file, by which a rerun sees that it need not read it again.
+    """
 
     name: str
     bytes: int
     sha256: str | None = None
+    records: int = 0
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Records that gave no document: ``dropped`` by a filter or empty, and bad ones, of which some are named."""
+    """Records that gave no document: those that were dropped, by reason, and bad ones, of which some are named."""
 
-    dropped: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
     bad: int = 0
     named: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "Skipped":
         """From the JSON of a manifest."""
-        return cls(content["dropped"], content["bad"], tuple(content["named"]))
+        reasons = content["reasons"] if "reasons" in content else {"by a filter": content["dropped"]}
+        return cls(
+            {reason: count for reason, count in reasons.items() if count}, content["bad"], tuple(content["named"])
+        )
 
-    def drop(self) -> "Skipped":
+    @property
+    def dropped(self) -> int:
+        """Records that a filter left out."""
+        return sum(self.reasons.values())
+
+    def drop(self, reason: str) -> "Skipped":
         """One more record dropped."""
-        return dataclasses.replace(self, dropped=self.dropped + 1)
+        return dataclasses.replace(self, reasons={**self.reasons, reason: self.reasons.get(reason, 0) + 1})
 
     def refuse(self, reason: str) -> "Skipped":
         """One more bad record."""
@@ -105,7 +135,14 @@ class Skipped:
 
     def __add__(self, other: "Skipped") -> "Skipped":
         named = (*self.named, *other.named)[:NAMED_AT_MOST]
-        return Skipped(self.dropped + other.dropped, self.bad + other.bad, named)
+        reasons = {
+            key: self.reasons.get(key, 0) + other.reasons.get(key, 0) for key in {**self.reasons, **other.reasons}
+        }
+        return Skipped(reasons, self.bad + other.bad, named)
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.reasons.items())
+        return f"{self.dropped:,} records dropped{f' ({reasons})' if reasons else ''}, {self.bad:,} bad"
 
 
 @dataclass(frozen=True)
@@ -118,6 +155,14 @@ class Manifest:
     sources: tuple[SourceRecord, ...] = ()
     skipped: Skipped = field(default_factory=Skipped)
     settings: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, Any] = field(default_factory=dict)
+    """What lies in the input folders and was not read: by reason how many files, and the first of them."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the hashes of all shards: two corpora with the same one hold the same tokens in the same order."""
+        hashes = [record.sha256["bin"] for record in self.shards]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def write(self, prefix: Path) -> None:
         """Write PREFIX.manifest.json."""
@@ -134,8 +179,8 @@ class Manifest:
         path = manifest_path(prefix)
         try:
             content = json.loads(path.read_text())
-            if content["format_version"] != FORMAT_VERSION:
-                raise InputError(f"{path}: format version {content['format_version']}, expected {FORMAT_VERSION}")
+            if content["format_version"] not in READABLE:
+                raise InputError(f"{path}: format version {content['format_version']}, expected one of {READABLE}")
             return cls(
                 TokenizerRecord(**content["tokenizer"]),
                 tuple(ShardRecord.of(item) for item in content["shards"]),
@@ -143,6 +188,7 @@ class Manifest:
                 tuple(SourceRecord(**item) for item in content["sources"]),
                 Skipped.of(content["skipped"]),
                 dict(content["settings"]),
+                dict(content.get("unread", {})),
             )
         except OSError as error:
             raise InputError(

@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ecp_scale.data.files import copy_file
+from ecp_scale.data.locking import only_writer
 from ecp_scale.data.manifest import Manifest, Skipped, TextCounts, manifest_path
 from ecp_scale.errors import InputError
 
@@ -14,22 +15,31 @@ def merge(prefix: Path, parts: Sequence[Path]) -> Manifest:
     """Write PREFIX.manifest.json, whose shards are those of the parts, in their order.
 
     Raises:
-        InputError: if a part is missing, the parts disagree about the tokenizer, or the prefix is taken.
+        InputError: if a part is missing, the parts disagree about the tokenizer or its end of documents, or the prefix
+            is taken or cannot be written.
     """
     manifests = [Manifest.read(part) for part in parts]
-    if manifest_path(prefix).exists():
-        raise InputError(f"{manifest_path(prefix)} exists already; choose another prefix")
+    first = manifests[0].tokenizer
     for part, manifest in zip(parts[1:], manifests[1:], strict=True):
-        if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
-            raise InputError(
-                f"{part}: tokenizer {manifest.tokenizer.sha256[:12]}..., but that of {parts[0]} is "
-                f"{manifests[0].tokenizer.sha256[:12]}..."
-            )
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+        for what in ("sha256", "end_of_document"):
+            found, expected = getattr(manifest.tokenizer, what), getattr(first, what)
+            if found != expected:
+                raise InputError(f"{part}: {what} of the tokenizer is {found}, but that of {parts[0]} is {expected}")
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer([prefix]):
+            if manifest_path(prefix).exists():
+                raise InputError(f"{manifest_path(prefix)} exists already; choose another prefix")
+            return _merge(prefix, parts, manifests)
+    except OSError as error:
+        raise InputError(f"{error.filename or prefix}: {error.strerror or error}") from error
+
+
+def _merge(prefix: Path, parts: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:
     tokenizer = manifests[0].tokenizer
     if tokenizer.file:
         file = f"{prefix.name}.tokenizer{Path(tokenizer.file).suffix}"
-        shutil.copyfile(parts[0].parent / tokenizer.file, prefix.parent / file)
+        copy_file(parts[0].parent / tokenizer.file, prefix.parent / file)
         tokenizer = dataclasses.replace(tokenizer, file=file)
     shards = tuple(
         dataclasses.replace(record, name=os.path.relpath(part.parent / record.name, prefix.parent))
@@ -43,6 +53,7 @@ def merge(prefix: Path, parts: Sequence[Path]) -> Manifest:
         tuple(source for manifest in manifests for source in manifest.sources),
         sum((manifest.skipped for manifest in manifests), Skipped()),
         {"merged": [manifest.settings for manifest in manifests]},
+        manifests[0].unread,  # of the same folders, in which each part has looked
     )
     merged.write(prefix)
     return merged

@@ -1,35 +1,34 @@
 """Text to token shards: any number of processes, killed at any moment, one and the same result.
 
 One process reads records in order and writes documents in order; workers do the rest. A shard ends where the next
-document would make it too long, so shards are a function of the input alone. After each shard the journal says where
-the next one begins; a run that finds a journal of its own goes on from there.
+document would make it too long, so shards are a function of the input alone. After each shard, and where a run stops at
+a bad record, the journal says what is on disk and where to go on; a run that finds a journal of its own does so.
 """
 
 import dataclasses
 import errno
-import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ecp_scale.data.encoding import Encoder
-from ecp_scale.data.files import sha256_of
-from ecp_scale.data.journal import Journal, check_same_run, journal_path
-from ecp_scale.data.manifest import (
-    Manifest,
-    ShardRecord,
-    SourceRecord,
-    TextCounts,
-    TokenizerRecord,
-    manifest_path,
-)
+from ecp_scale.data.collecting import Collector, Reached
+from ecp_scale.data.cutting import PIECE_CHARACTERS, Cutter
+from ecp_scale.data.encoding import Encoder, Encoding
+from ecp_scale.data.files import copy_file
+from ecp_scale.data.finding import find_sources
+from ecp_scale.data.journal import Identity, Journal, journal_path
+from ecp_scale.data.locking import only_writer
+from ecp_scale.data.manifest import Manifest, ShardRecord, SourceRecord, TextCounts, TokenizerRecord, manifest_path
+from ecp_scale.data.outputs import Outputs, shard_name
 from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.shards import token_type, write_shard
-from ecp_scale.data.sources import Source, find_sources
-from ecp_scale.data.stream import Documents, Job, OnError, batches
-from ecp_scale.data.tokenizer import Tokenizer, load_tokenizer
+from ecp_scale.data.sources import ChangedSourceError, Place, Source, content_hash
+from ecp_scale.data.splitting import block_characters
+from ecp_scale.data.stream import Job, OnError, batches
+from ecp_scale.data.tokenizer import Tokenizer, gives_texts_back
+from ecp_scale.data.writing import publish, remove_stale
 from ecp_scale.errors import InputError
 
 
@@ -39,46 +38,72 @@ def preprocess(
     output_prefix: str,
     *,
     parsing: Parsing | None = None,
+    end_token: str | None = None,
+    validation_share: float = 0.0,
     workers: int = 1,
     shard_tokens: int = 1 << 30,
     on_error: OnError = "stop",
     part: tuple[int, int] = (1, 1),
     progress: bool = False,
 ) -> Manifest:
-    """Write shards, a copy of the tokenizer and the manifest; the manifest comes last.
+    """Write shards, a copy of the tokenizer and the manifest, which comes last.
 
     Args:
-        inputs: files, folders and hub datasets, see ``ecp_scale.data.sources``.
+        inputs: files, patterns, folders, ``-`` and hub datasets, see ``ecp_scale.data.finding``.
         tokenizer_spec: see ``ecp_scale.data.tokenizer.load_tokenizer``.
         output_prefix: folder and name that every written file begins with.
-        parsing: text column, filters and preparation.
+        parsing: text's key, filters and preparation.
+        end_token: the entry that ends a document; None takes the tokenizer's own.
+        validation_share: share of the text that goes to PREFIX-validation, the rest to PREFIX-train; 0 writes PREFIX.
         workers: tokenizing processes.
         shard_tokens: most tokens of a shard.
-        on_error: what to do with a bad record or file: stop, keeping the shards finished so far, or skip it, counting.
+        on_error: what to do with a bad record or file: stop, keeping what is finished so far, or skip it, counting.
         part: which share of the sources to do, from 1, and of how many.
         progress: whether to show a progress bar.
 
+    Returns:
+        The manifest, of the training shards where a share is set aside.
+
     Raises:
-        InputError: if an input, the tokenizer or the output folder cannot be used.
+        InputError: if an input, the tokenizer or the output folder cannot be used, or another process writes there.
     """
     if workers < 1 or shard_tokens < 2:
         raise InputError(f"workers is {workers} and shard_tokens {shard_tokens}, expected at least 1 and 2")
-    tokenizer = load_tokenizer(tokenizer_spec)
-    sources = share_of(find_sources(inputs), *part)
-    prefix = Path(output_prefix)
-    job = Job(tuple(sources), tokenizer_spec, prefix, parsing or Parsing(), shard_tokens, on_error)
-    identity = job.identity(tokenizer)
-    if manifest_path(prefix).exists():
-        manifest = Manifest.read(prefix)
-        check_same_run(manifest_path(prefix), manifest.settings, identity)
-        journal_path(prefix).unlink(missing_ok=True)
-        return manifest
-    try:
+    if not 0 <= validation_share < 1:
+        raise InputError(f"validation_share is {validation_share}, expected at least 0 and less than 1")
+    prefix = _checked_prefix(output_prefix)
+    encoding = Encoding(tokenizer_spec, end_token, parsing or Parsing(), validation_share)
+    tokenizer = encoding.load_tokenizer()
+    found = find_sources(inputs)
+    job = Job(tuple(share_of(found.sources, *part)), encoding, prefix, shard_tokens, on_error)
+    with _write_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal.read(prefix, identity)
-        if not journal.complete:
-            journal = _write_shards(job, tokenizer, journal, workers, progress)
-        return _finish(job, tokenizer, journal)
+        with only_writer(sorted({prefix, *job.outputs})):
+            identity = job.identity(tokenizer)
+            if not journal_path(prefix).exists() and all(manifest_path(output).exists() for output in job.outputs):
+                return _finished(job, identity)
+            journal = _begun(job, identity)
+            if not journal.complete:
+                journal = _write_shards(job, tokenizer, journal, workers, progress)
+            return _finish(job, tokenizer, journal, found.reasons)
+
+
+def _checked_prefix(name: str) -> Path:
+    prefix = Path(name)
+    if not prefix.name or name.endswith(("/", "/.")) or prefix.name == "..":
+        raise InputError(f"--output-prefix {name!r} names a folder; expected a folder and the beginning of a file name")
+    if prefix.is_dir():
+        raise InputError(
+            f"--output-prefix {name} is a folder; expected a beginning of file names, such as {name}/train"
+        )
+    return prefix
+
+
+@contextmanager
+def _write_errors(prefix: Path) -> Iterator[None]:
+    """Say in one line what cannot be written, and that nothing is lost where the disk is full."""
+    try:
+        yield
     except OSError as error:
         full = "; finished shards stay: make room and run the same command again"
         raise InputError(
@@ -110,73 +135,130 @@ def share_of(sources: Sequence[Source], part: int, parts: int) -> list[Source]:
     return shares[part - 1]
 
 
+def _finished(job: Job, identity: Identity) -> Manifest:
+    """The manifest of a run that needs nothing more, if it is this one and its sources are what they were."""
+    manifests = {output: Manifest.read(output) for output in job.outputs}
+    for output, manifest in manifests.items():
+        before = Identity(manifest.settings, tuple(source.name for source in manifest.sources))
+        identity.check(manifest_path(output), before)
+    _check_sources(job, manifests[job.outputs[0]].sources)
+    return manifests[job.outputs[0]]
+
+
+def _check_sources(job: Job, read: Sequence[SourceRecord]) -> None:
+    """Refuse a source whose content has changed in what was read of it.
+
+    Raises:
+        ChangedSourceError: naming it.
+    """
+    for number, (source, record) in enumerate(zip(job.sources, read, strict=False)):
+        if source.fingerprint != record.fingerprint or not source.fingerprint:
+            place = Place(number, record.records, record.bytes)
+            if source.path is not None and content_hash(source, job.encoding.parsing.reading, place) != record.sha256:
+                raise ChangedSourceError(source.changed(place))
+
+
+def _begun(job: Job, identity: Identity) -> Journal:
+    """The journal of this run, a new one where it has not begun."""
+    path = journal_path(job.prefix)
+    if path.exists():
+        journal = Journal.read_from(path)
+        identity.check(path, journal.identity)
+        _check_sources(job, journal.read)
+        for output, shards in zip(job.outputs, journal.shards, strict=True):
+            for record in shards:
+                publish(output.with_name(record.name))
+        return journal
+    for output in job.outputs:
+        if manifest_path(output).exists():
+            raise InputError(
+                f"{manifest_path(output)}: belongs to another run; choose another prefix or remove its files"
+            )
+        remove_stale(output)
+    return Journal.begin(path, identity, len(job.outputs), block_characters(job))
+
+
 def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int, progress: bool) -> Journal:
     """Write the shards that the journal lacks, and the journal after each."""
     total = sum(source.size for source in job.sources)
+    blocks = journal.block_characters is not None
     with ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="tokenize", smoothing=0.05)
         )
-        encoder = stack.enter_context(Encoder(job.tokenizer_spec, job.parsing, workers))
-        stream = Documents(job, encoder(batches(job, journal.place)), journal, bar)
-        dtype = token_type(tokenizer.vocab_size)
-        while stream.pending is not None:
-            name = shard_name(job.prefix, len(journal.shards), None)
-            counts = TextCounts()
-            with write_shard(name, dtype) as shard:
-                while stream.pending is not None and shard.tokens + len(stream.pending) <= job.shard_tokens:
-                    shard.add(stream.pending)
-                    counts += stream.take()
-            record = ShardRecord(name.name, counts, shard.sha256())
-            place, skipped = stream.done_with
-            journal = dataclasses.replace(journal, shards=(*journal.shards, record), place=place, skipped=skipped)
-            journal.write(job.prefix)
-    if not journal.shards:
-        raise InputError(
-            f"the corpus is empty: no document with text in {', '.join(source.name for source in job.sources)} "
-            f"({stream.skipped.dropped} records dropped, {stream.skipped.bad} bad)"
+        encoder = stack.enter_context(Encoder(job.encoding, workers))
+        cutter = Cutter(tokenizer, job.encoding.control, journal.block_characters or PIECE_CHARACTERS)
+        digest = hashlib.sha256()
+        collector = Collector(job, tokenizer, journal, digest, blocks, bar)
+        outputs = stack.enter_context(closing(Outputs(job, tokenizer.vocab_size, journal)))
+        raw = batches(job, journal.state, digest, cutter, blocks)
+        reached: Reached | None = collector.reached()
+        try:
+            for collected in collector.documents(encoder(raw)):
+                finished = outputs.make_room(collected.output, collected.document.counts.tokens)
+                if finished and reached is not None:
+                    outputs.commit(reached.settle(), collector.read[: reached.sources])
+                outputs.add(collected.output, collected.document)
+                reached = collected.reached
+        except (InputError, KeyboardInterrupt) as error:
+            if reached is not None and not isinstance(error, ChangedSourceError):
+                outputs.commit(reached.settle(), collector.read[: reached.sources])
+            raise
+        if not all(outputs.used):
+            raise InputError(_empty(job, outputs, collector))
+        outputs.finish()
+        outputs.commit(collector.reached().settle(), collector.read, complete=True)
+        return outputs.journal
+
+
+def _empty(job: Job, outputs: Outputs, collector: Collector) -> str:
+    names = [source.name for source in job.sources]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    if any(outputs.used):
+        return (
+            f"--validation-share {job.encoding.validation_share} leaves nothing for training or for validation: "
+            f"{collector.written} documents in {shown} ({collector.skipped})"
         )
-    journal = dataclasses.replace(journal, skipped=stream.skipped, complete=True)
-    journal.write(job.prefix)
-    return journal
+    return f"the corpus is empty: no document with text in {shown} ({collector.skipped})"
 
 
-def _finish(job: Job, tokenizer: Tokenizer, journal: Journal) -> Manifest:
-    """Give the shards their names, copy the tokenizer, write the manifest, and forget the journal."""
-    count = len(journal.shards)
-    shards = []
-    for number, record in enumerate(journal.shards):
-        provisional, name = shard_name(job.prefix, number, None), shard_name(job.prefix, number, count)
-        for suffix in (".bin", ".idx"):
-            source = provisional.with_name(provisional.name + suffix)
-            if source.exists():
-                source.replace(name.with_name(name.name + suffix))
-        shards.append(dataclasses.replace(record, name=name.name))
-    tokenizer_file = ""
-    if tokenizer.path is not None:
-        tokenizer_file = f"{job.prefix.name}.tokenizer{tokenizer.path.suffix}"
-        if tokenizer.path.resolve() != (job.prefix.parent / tokenizer_file).resolve():
-            shutil.copyfile(tokenizer.path, job.prefix.parent / tokenizer_file)
-    manifest = Manifest(
-        TokenizerRecord(
-            tokenizer.kind, tokenizer_file, tokenizer.sha256, tokenizer.vocab_size, tokenizer.end_of_document
-        ),
-        tuple(shards),
-        journal.totals(),
-        tuple(_source_record(source) for source in job.sources),
-        journal.skipped,
-        journal.identity,
-    )
-    manifest.write(job.prefix)
-    journal_path(job.prefix).unlink(missing_ok=True)
-    return manifest
+def _finish(job: Job, tokenizer: Tokenizer, journal: Journal, unread: dict[str, dict[str, object]]) -> Manifest:
+    """Give the shards their names, copy the tokenizer, write the manifests, and forget the journal."""
+    manifests = {}
+    for prefix, shards in zip(job.outputs, journal.shards, strict=True):
+        records = tuple(_name_shard(prefix, number, len(shards), record) for number, record in enumerate(shards))
+        tokenizer_file = ""
+        if tokenizer.path is not None:
+            tokenizer_file = f"{prefix.name}.tokenizer{tokenizer.path.suffix}"
+            if tokenizer.path.resolve() != (prefix.parent / tokenizer_file).resolve():
+                copy_file(tokenizer.path, prefix.parent / tokenizer_file)
+        manifests[prefix] = Manifest(
+            TokenizerRecord(
+                tokenizer.kind,
+                tokenizer_file,
+                tokenizer.sha256,
+                tokenizer.vocab_size,
+                tokenizer.end_of_document,
+                gives_texts_back(tokenizer),
+            ),
+            records,
+            sum((record.counts for record in records), TextCounts()),
+            journal.read,
+            journal.state.skipped,
+            journal.identity.settings,
+            unread,
+        )
+    for prefix, manifest in manifests.items():
+        manifest.write(prefix)
+        remove_stale(prefix)
+    journal.path.unlink()
+    return manifests[job.outputs[0]]
 
 
-def _source_record(source: Source) -> SourceRecord:
-    is_file = source.path is not None and source.path.is_file()
-    return SourceRecord(source.name, source.size, sha256_of(source.path) if is_file and source.path else None)
-
-
-def shard_name(prefix: Path, number: int, count: int | None) -> Path:
-    """PREFIX-00003-of-00012, or PREFIX-00003-of-unfinished while the count is not known."""
-    return prefix.with_name(f"{prefix.name}-{number:05d}-of-{'unfinished' if count is None else f'{count:05d}'}")
+def _name_shard(prefix: Path, number: int, count: int, record: ShardRecord) -> ShardRecord:
+    provisional, name = shard_name(prefix, number, None), shard_name(prefix, number, count)
+    for suffix in (".bin", ".idx"):
+        source = provisional.with_name(provisional.name + suffix)
+        if source.exists():
+            source.replace(name.with_name(name.name + suffix))
+    return dataclasses.replace(record, name=name.name)

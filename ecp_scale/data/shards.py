@@ -5,18 +5,16 @@ uint64 number of document borders, int32 length of each sequence, int64 byte off
 Here every document is one sequence.
 """
 
-import hashlib
+import resource
 import struct
-from array import array
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ecp_scale.data.files import atomic_write
 from ecp_scale.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -44,51 +42,14 @@ def index_bytes(documents: int) -> int:
     return HEADER.size + documents * 12 + (documents + 1) * 8
 
 
-class ShardWriter:
-    """Appends documents to a .bin that is being written and keeps what its .idx needs."""
-
-    def __init__(self, file: BinaryIO, dtype: type[np.generic]) -> None:
-        self._file = file
-        self._dtype = np.dtype(dtype)
-        self._lengths = array("i")
-        self._hashes = {"bin": hashlib.sha256(), "idx": hashlib.sha256()}
-        self.tokens = 0
-
-    def add(self, document: Tokens) -> None:
-        """Append one document."""
-        content = document.astype(self._dtype, copy=False).tobytes()
-        self._hashes["bin"].update(content)
-        self._file.write(content)
-        self._lengths.append(len(document))
-        self.tokens += len(document)
-
-    def write_index(self, file: BinaryIO) -> None:
-        """Write the .idx of everything that was added."""
-        lengths = np.array(self._lengths, dtype=np.int32)
-        offsets = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        code = next(code for code, dtype in TYPE_CODES.items() if np.dtype(dtype) == self._dtype)
-        borders = np.arange(len(lengths) + 1, dtype=np.int64)
-        header = HEADER.pack(MAGIC, 1, code, len(lengths), len(borders))
-        tables = (lengths, offsets * self._dtype.itemsize, borders)
-        for part in (header, *(table.tobytes() for table in tables)):
-            self._hashes["idx"].update(part)
-            file.write(part)
-
-    def sha256(self) -> dict[str, str]:
-        """Hashes of both files by suffix, once the index is written."""
-        return {suffix: digest.hexdigest() for suffix, digest in self._hashes.items()}
-
-
-@contextmanager
-def write_shard(prefix: Path, dtype: type[np.generic]) -> Iterator[ShardWriter]:
-    """Write PREFIX.bin and PREFIX.idx; both appear when the block ends without an error."""
-    with ExitStack() as stack:
-        index = stack.enter_context(atomic_write(prefix.with_name(prefix.name + ".idx")))
-        data = stack.enter_context(atomic_write(prefix.with_name(prefix.name + ".bin")))
-        writer = ShardWriter(data, dtype)
-        yield writer
-        writer.write_index(index)
+def index_of(lengths: npt.NDArray[np.int32], dtype: "np.dtype[Any]") -> bytes:
+    """Content of the .idx of documents of these lengths in tokens."""
+    offsets = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+    code = next(code for code, known in TYPE_CODES.items() if np.dtype(known) == dtype)
+    borders = np.arange(len(lengths) + 1, dtype=np.int64)
+    header = HEADER.pack(MAGIC, 1, code, len(lengths), len(borders))
+    return b"".join((header, lengths.tobytes(), (offsets * dtype.itemsize).tobytes(), borders.tobytes()))
 
 
 class TokenShard:
@@ -134,6 +95,46 @@ class TokenShard:
         sizes = self.lengths.astype(np.int64) * self.dtype.itemsize
         if len(sizes) and (sizes.min() <= 0 or not np.array_equal(self._offsets, np.cumsum(sizes) - sizes)):
             yield "documents do not follow one another"
+
+
+class OpenShards:
+    """Shards that are open; of too many for the limit on descriptors, the least recently read are closed."""
+
+    def __init__(self, most: int | None = None) -> None:
+        """Keep ``most`` open; None takes what the limit allows, which is raised as far as it may be."""
+        self._most = most
+        self._shards: OrderedDict[Path, TokenShard] = OrderedDict()
+
+    def shard(self, prefix: Path) -> TokenShard:
+        """A shard, opened where it is not.
+
+        Raises:
+            InputError: if it is damaged.
+        """
+        if prefix in self._shards:
+            self._shards.move_to_end(prefix)
+            return self._shards[prefix]
+        self._most = self._most or _shards_by_limit()
+        while len(self._shards) >= self._most:
+            self._shards.popitem(last=False)
+        self._shards[prefix] = TokenShard(prefix)
+        return self._shards[prefix]
+
+
+OPEN = OpenShards()
+"""The open shards of this process."""
+DESCRIPTORS_OF_OTHERS = 256
+"""Descriptors that are left to sockets, logs and libraries."""
+
+
+def _shards_by_limit() -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    # Trap: a memory map keeps a descriptor of its own, and a shard has two of them.
+    return max(1, (min(soft, wanted) - min(DESCRIPTORS_OF_OTHERS, soft // 2)) // 2)
 
 
 def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:

@@ -1,39 +1,42 @@
-"""Where documents come from: files, folders and hub datasets, as streams of raw records that can begin anywhere.
+"""Where documents come from: files, folders, standard input and hub datasets, as records that can begin anywhere.
 
 A record is what one document is parsed from: a line, a block of lines, a whole file, or the row of a table. Reading and
-parsing are apart, so that parsing can happen in worker processes. No reader holds more than a record or a row group.
+parsing are apart, so that parsing can happen in worker processes. No reader holds more than a record or a row group,
+and of a long plain text no more than a part.
 """
 
-import gzip
-import io
-import re
+import hashlib
+import json
+import lzma
+import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+from ecp_scale.data.formats import COMPRESSIONS, Format, compression_of, format_of
+from ecp_scale.data.tables import BadRow, Row, csv_rows, hub_rows, parquet_rows, saved_rows
+from ecp_scale.data.text_units import READ_BYTES, TextUnit, texts
 from ecp_scale.errors import InputError
 
-Raw: TypeAlias = bytes | dict[str, Any]
+Raw: TypeAlias = bytes | dict[str, Any] | BadRow
 """A record as it was read: text, a line of JSON, or the columns of a row."""
-Row: TypeAlias = tuple[int, dict[str, Any], int]
-"""Number of a row from 1, its columns, and the bytes of the source up to there."""
-TextUnit = Literal["file", "block", "line", "article"]
-TEXT_SUFFIXES = (".txt", ".tokens", ".raw")
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 HUB = "hub:"
-ROWS_AT_A_TIME = 1024
-READ_BYTES = 1 << 20
-"""Python's own 8 KiB would cut most documents into several reads."""
+STDIN = "-"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class Place:
+class ChangedSourceError(InputError):
+    """A source whose content is no longer what an earlier run has read of it."""
+
+
+class Place(NamedTuple):
     """A point between two records: ``record`` records of source number ``source`` lie before it.
 
-    ``offset`` is the byte at which a plain file goes on there; 0 where records must be counted.
+    ``offset`` counts the bytes of (decompressed) content before it.
     """
 
     source: int = 0
@@ -41,14 +44,29 @@ class Place:
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class Record:
-    """A raw record, what to call it in an error, the place after it, and the bytes of the source read up to there."""
+class Record(NamedTuple):
+    """A raw record, what to call it in an error, and the place after it.
+
+    ``passed`` is all content since the record before, by whose hash a source is known; ``read_bytes`` the bytes on disk
+    up to there. ``part``: the text is long and comes in several, of which the ``last`` ends it.
+    """
 
     raw: Raw
-    name: str
+    source: str
+    what: str
+    number: int
+    at: int | None
     after: Place
+    passed: bytes
     read_bytes: int
+    part: bool = False
+    last: bool = True
+
+    @property
+    def name(self) -> str:
+        """Source, number, and byte offset."""
+        place = "" if self.at is None else f" (byte {self.at})"
+        return self.source if self.what in ("file", "end") else f"{self.source}, {self.what} {self.number}{place}"
 
 
 @dataclass(frozen=True)
@@ -57,200 +75,163 @@ class Reading:
 
     text_unit: TextUnit = "file"
     columns: tuple[str, ...] = ("text",)
+    stdin: str = ".jsonl"
+    """What standard input holds, as the ending of a file would say it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input: a file, a folder written by ``datasets``, or a dataset of the hub (``hub:NAME[:CONFIG[:SPLIT]]``)."""
+    """One input: a file, ``-``, a folder written by ``datasets``, or a hub dataset (``hub:NAME[:CONFIG[:SPLIT]]``)."""
 
     name: str
 
     @property
     def path(self) -> Path | None:
-        """The file or folder; None for the hub."""
-        return None if self.name.startswith(HUB) else Path(self.name)
+        """The file or folder; None for standard input and the hub."""
+        return None if self.name == STDIN or self.name.startswith(HUB) else Path(self.name)
 
-    @property
-    def is_json(self) -> bool:
-        """Whether a record is a line of JSON."""
-        return self.name.endswith(JSON_SUFFIXES)
+    def format(self, reading: Reading) -> Format | None:
+        """The format of a file; None for datasets."""
+        return format_of(self._file_name(reading))
 
-    @property
+    def _file_name(self, reading: Reading) -> str:
+        return reading.stdin if self.name == STDIN else self.name
+
+    @cached_property
     def size(self) -> int:
-        """Bytes on disk, 0 for the hub."""
+        """Bytes on disk when first asked for, 0 where that is not known."""
         if self.path is None:
             return 0
         files = self.path.rglob("*.arrow") if self.path.is_dir() else [self.path]
-        return sum(file.stat().st_size for file in files)
+        with suppress(OSError):
+            return sum(file.stat().st_size for file in files)
+        return 0
 
-    def records(self, number: int, start: Place, reading: Reading) -> Iterator[Record]:
-        """Records from ``start`` on, as source ``number`` of a corpus.
+    @cached_property
+    def fingerprint(self) -> str:
+        """Size and time of change when first asked for, which tell without reading that a file is as it was."""
+        with suppress(OSError):
+            if self.path is not None:
+                status = self.path.stat()
+                return f"{status.st_size}:{status.st_mtime_ns}"
+        return ""
+
+    def records(
+        self,
+        number: int,
+        start: Place,
+        reading: Reading,
+        digest: "hashlib._Hash | None" = None,
+        seen: str | None = None,
+    ) -> Iterator[Record]:
+        """Records from ``start`` on, as source ``number`` of a corpus; the last is empty and leads to the next source.
+
+        Args:
+            number: of the source.
+            start: where to begin.
+            reading: how records are cut.
+            digest: what lies before ``start`` is hashed into it.
+            seen: what the hash must then be; None checks nothing.
 
         Raises:
+            ChangedSourceError: if what lies before ``start`` is not what was read of it in an earlier run.
             InputError: naming the source, where it cannot be read.
         """
+        digest = hashlib.sha256() if digest is None else digest
+        read = 0
         try:
-            if self.path is not None and self.path.is_file() and not self.name.endswith(".parquet"):
-                yield from self._text_records(number, start, reading)
-                return
-            read_rows = self._parquet_rows if self.name.endswith(".parquet") else self._dataset_rows
-            for record, row, read in read_rows(start.record, reading):
-                yield Record(row, f"{self.name}, row {record}", Place(number, record), read)
+            _ = self.fingerprint  # of the file as it is when it is opened
+            is_text = self.format(reading) in ("text", "json")
+            for record in (self._text_records if is_text else self._row_records)(number, start, reading, digest):
+                if seen is not None and digest.hexdigest() != seen:
+                    raise ChangedSourceError(self.changed(start))
+                seen = None
+                read = record.read_bytes
+                yield record
         except InputError:
             raise
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.name}: cannot be read ({reason})") from error
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{self.name}: cannot be read ({reason}) behind byte {read}") from error
 
-    def _text_records(self, number: int, start: Place, reading: Reading) -> Iterator[Record]:
-        assert self.path is not None
-        compressed = self.name.endswith((".gz", ".zst"))
-        with self.path.open("rb", READ_BYTES) as disk, _decompressed(disk, self.name) as file:
-            record, offset = 0, 0
-            if start.record and not compressed:
-                record, offset = start.record, start.offset
-                file.seek(offset)
-            what = "line" if self.is_json else reading.text_unit
-            for raw in CUTS[what](file):
-                record, offset = record + 1, offset + len(raw)
-                if record > start.record and raw and not raw.isspace():
-                    name = self.name if what == "file" else f"{self.name}, {what} {record}"
-                    read = disk.tell() if compressed else offset
-                    yield Record(raw, name, Place(number, record, 0 if compressed else offset), read)
+    def changed(self, place: Place) -> str:
+        """What to say of a source whose content is no longer what was read of it."""
+        return (
+            f"{self.name}: has changed in its first {place.record} records ({place.offset} bytes), which an earlier "
+            "run has read; restore it, or choose another prefix"
+        )
 
-    def _parquet_rows(self, skipped: int, reading: Reading) -> Iterator[Row]:
-        import pyarrow.parquet
-
-        assert self.path is not None
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            self._check_columns(file.schema_arrow.names, reading)
-            done, size = 0, self.size
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if done + rows <= skipped:
-                    done += rows
+    def _text_records(self, number: int, start: Place, reading: Reading, digest: "hashlib._Hash") -> Iterator[Record]:
+        what = "line" if self.format(reading) == "json" else reading.text_unit
+        compressed = bool(compression_of(self._file_name(reading))) and self.name != STDIN
+        with self._opened(reading) as (disk, file):
+            _pass_over(file, start.offset, digest)
+            count, offset, blank = start.record, start.offset, b""
+            pieces = ((line, False, True) for line in file) if self.format(reading) == "json" else texts(file, what)
+            for content, part, last in pieces:
+                at, offset, count = offset, offset + len(content), count + last
+                raw = content.removeprefix(BYTE_ORDER_MARK) if at == 0 else content
+                if not part and (not raw or raw.isspace()):
+                    blank += content
                     continue
-                for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=list(reading.columns)):
-                    for row in batch.to_pylist():
-                        done += 1
-                        if done > skipped:
-                            yield done, row, size * done // file.metadata.num_rows
+                after, read = Place(number, count, offset), disk.tell() if compressed else offset
+                yield Record(raw, self.name, what, count + (not last), at, after, blank + content, read, part, last)
+                blank = b""
+            yield Record(b"", self.name, "end", count, None, Place(number + 1), blank, offset)
 
-    def _dataset_rows(self, skipped: int, reading: Reading) -> Iterator[Row]:
-        try:
-            import datasets
-        except ImportError as error:
-            raise InputError(f"{self.name}: needs `datasets`: pip install 'ecp-scale[data]'") from error
-        if self.path is not None:
-            data = datasets.load_from_disk(str(self.path))
-            if isinstance(data, datasets.DatasetDict):
-                raise InputError(f"{self.name}: holds the splits {', '.join(data)}; name the folder of one of them")
-            rows, size = len(data), self.size
-            if skipped >= rows:  # which skip() refuses
-                return
+    def _row_records(self, number: int, start: Place, reading: Reading, digest: "hashlib._Hash") -> Iterator[Record]:
+        count, offset, read = 0, 0, 0
+        for row, read in self._rows(reading):
+            count += 1
+            passed = _bytes_of(row)
+            offset += len(passed)
+            if count <= start.record:
+                digest.update(passed)
+            else:
+                yield Record(row, self.name, "row", count, None, Place(number, count, offset), passed, read)
+        yield Record(b"", self.name, "end", count, None, Place(number + 1), b"", read)
+
+    def _rows(self, reading: Reading) -> Iterator[Row]:
+        columns = reading.columns
+        if self.format(reading) == "csv":
+            with self._opened(reading) as (_, file):
+                yield from csv_rows(self.name, file, columns)
+        elif self.path is None:
+            yield from hub_rows(self.name.removeprefix(HUB), columns)
+        elif self.path.is_dir():
+            yield from saved_rows(self.path, columns, self.size)
         else:
-            name, _, rest = self.name.removeprefix(HUB).partition(":")
-            config, _, split = rest.partition(":")
-            data = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-            rows, size = 1, 0
-        if data.column_names is not None:
-            self._check_columns(data.column_names, reading)
-        for done, row in enumerate(data.skip(skipped), start=skipped + 1):
-            yield done, {name: row[name] for name in reading.columns}, size * done // rows
+            yield from parquet_rows(self.path, columns)
 
-    def _check_columns(self, found: Sequence[str], reading: Reading) -> None:
-        missing = [name for name in reading.columns if name not in found]
-        if missing:
-            raise InputError(f"{self.name}: no column {', '.join(missing)}; it has {', '.join(found)}")
+    @contextmanager
+    def _opened(self, reading: Reading) -> Iterator[tuple[Any, Any]]:
+        """The file on disk, and its decompressed content."""
+        compression = compression_of(self._file_name(reading))
+        disk = sys.stdin.buffer if self.path is None else self.path.open("rb", READ_BYTES)
+        try:
+            yield disk, COMPRESSIONS[compression](disk) if compression else disk
+        finally:
+            if self.path is not None:
+                disk.close()
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """Files named directly or lying anywhere below a named folder, in sorted order; dataset folders; hub datasets.
+def content_hash(source: Source, reading: Reading, until: Place) -> str:
+    """Hash of what lies before a place of a source.
 
     Raises:
-        InputError: if an input is missing or of another kind, or there is nothing to read at all.
+        InputError: if it cannot be read.
     """
-    sources: list[Source] = []
-    for name in inputs:
-        path = Path(name)
-        if name.startswith(HUB):
-            sources.append(Source(name))
-        elif path.is_dir():
-            sources += _below(path)
-        elif not path.is_file():
-            raise InputError(f"input {name}: no such file or folder")
-        elif not name.endswith(SUFFIXES):
-            raise InputError(f"input {name}: ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
-        else:
-            sources.append(Source(name))
-    if not any(source.size for source in sources if source.path is not None) and not any(
-        source.path is None for source in sources
-    ):
-        raise InputError(f"the corpus is empty: {len(sources)} files with text in {', '.join(inputs) or 'no inputs'}")
-    return sources
+    digest = hashlib.sha256()
+    next(source.records(until.source, until, reading, digest), None)
+    return digest.hexdigest()
 
 
-def _below(folder: Path) -> list[Source]:
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return [Source(str(folder))]
-    return [Source(str(file)) for file in sorted(folder.rglob("*")) if file.name.endswith(SUFFIXES) and file.is_file()]
+def _bytes_of(row: dict[str, Any] | BadRow) -> bytes:
+    content = row.reason if isinstance(row, BadRow) else json.dumps(row, ensure_ascii=False, default=str)
+    return content.encode("utf-8", "surrogatepass")
 
 
-def _decompressed(disk: BinaryIO, name: str) -> Any:
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=disk)
-    if name.endswith(".zst"):
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise InputError(f"{name}: needs `pyarrow`: pip install 'ecp-scale[data]'") from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(disk, "r"), "zstd"))
-    return disk
-
-
-ARTICLE = re.compile(rb" = [^=].* = *\n?")
-"""The title line of an article of WikiText; its sections have more signs."""
-
-
-def _whole(file: Any) -> Iterator[bytes]:
-    yield file.read()
-
-
-def _lines(file: Any) -> Iterator[bytes]:
-    return iter(file)
-
-
-def _articles(file: Any) -> Iterator[bytes]:
-    """Runs of lines that begin with a title; what stands before the first title is one of its own."""
-    article: list[bytes] = []
-    for line in file:
-        if ARTICLE.fullmatch(line) and any(part.strip() for part in article):
-            yield b"".join(article)
-            article = []
-        article.append(line)
-    if article:
-        yield b"".join(article)
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    """Runs of lines that blank lines separate; the blank ones belong to the block before them."""
-    block: list[bytes] = []
-    ended = False
-    for line in file:
-        blank = not line.strip()
-        if ended and not blank:
-            yield b"".join(block)
-            block, ended = [], False
-        block.append(line)
-        ended = ended or (blank and any(part.strip() for part in block))
-    if block:
-        yield b"".join(block)
-
-
-CUTS: dict[str, Callable[[Any], Iterator[bytes]]] = {
-    "file": _whole,
-    "block": _blocks,
-    "line": _lines,
-    "article": _articles,
-}
-"""How each unit of text is cut out of an open file; joined again, the pieces are the file."""
+def _pass_over(file: Any, count: int, digest: "hashlib._Hash") -> None:
+    while count and (block := file.read(min(count, READ_BYTES))):
+        digest.update(block)
+        count -= len(block)

@@ -1,20 +1,16 @@
-"""The documents of a preprocessing job in order: records to workers, token ids back, and what was left out between."""
+"""From sources to batches for the workers: records in order, long texts in pieces, errors in their places."""
 
-import dataclasses
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
-from ecp_scale.data.encoding import Batch, EncodedBatch
-from ecp_scale.data.journal import Journal
-from ecp_scale.data.manifest import Skipped, TextCounts
-from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.shards import Tokens
-from ecp_scale.data.sources import Place, Record, Source
+from ecp_scale.data.cutting import Cutter, Piece
+from ecp_scale.data.documents import LongText
+from ecp_scale.data.encoding import Batch, Encoding, Item
+from ecp_scale.data.journal import Identity, State
+from ecp_scale.data.parsing import BadRecordError, Dropped
+from ecp_scale.data.sources import ChangedSourceError, Place, Record, Source
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 
@@ -29,44 +25,79 @@ class Job:
     """What to preprocess, and everything that decides what the shards hold."""
 
     sources: tuple[Source, ...]
-    tokenizer_spec: str
+    encoding: Encoding
     prefix: Path
-    parsing: Parsing = field(default_factory=Parsing)
     shard_tokens: int = 1 << 30
     on_error: OnError = "stop"
 
-    def identity(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The settings by which a later run knows its own work, as JSON holds them.
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """Prefixes of the shards: that of training first, where a share is set aside."""
+        if not self.encoding.validation_share:
+            return (self.prefix,)
+        return tuple(self.prefix.with_name(f"{self.prefix.name}-{side}") for side in ("train", "validation"))
+
+    def identity(self, tokenizer: Tokenizer) -> Identity:
+        """The settings by which a later run knows its own work.
 
         ``on_error`` is not among them: shards that were finished before a stop hold what skipping would have left.
         """
-        settings = {
+        parsing = self.encoding.parsing
+        settings: dict[str, Any] = {
             "tokenizer": tokenizer.sha256,
-            "sources": [[source.name, source.size] for source in self.sources],
-            "parsing": dataclasses.asdict(self.parsing),
+            "end_of_document": tokenizer.end_of_document,
+            "text_key": parsing.text_key,
+            "text_unit": parsing.text_unit,
+            "where": [list(condition) for condition in parsing.where],
+            "min_characters": parsing.min_characters,
+            "max_characters": parsing.max_characters,
+            "share": list(parsing.share),
+            "preparation": parsing.preparation,
+            "stdin": parsing.stdin,
+            "validation_share": self.encoding.validation_share,
             "shard_tokens": self.shard_tokens,
         }
-        return json.loads(json.dumps(settings))
+        return Identity(settings, tuple(source.name for source in self.sources))
 
 
 class Known(NamedTuple):
-    """What the writer must know of a record: what to call it, the place after it, how far it was, why it is bad."""
+    """What the writer must know of an item.
 
-    name: str
-    after: Place
-    read_bytes: int
-    error: str | None
+    ``record`` says what to call it and the place after it. ``passed`` is the content that was read for it. ``long`` is
+    the text that it is the last piece of; ``is_piece`` says that it is one, of the block number ``block``, whose first
+    ``skipped`` characters, a space, are not encoded.
+    """
+
+    record: Record
+    passed: tuple[bytes, ...]
+    error: str | None = None
+    is_piece: bool = False
+    long: LongText | None = None
+    block: int = 0
+    skipped: int = 0
 
 
-def batches(job: Job, start: Place) -> Iterator[tuple[Batch, list["Known"]]]:
-    """Raw records for the workers, with what the writer must know of them."""
+Marked = tuple[Item, Known]
+
+
+def batches(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[tuple[Batch, list[Known]]]:
+    """Items for the workers, with what the writer must know of them; not before they are asked for.
+
+    Args:
+        job: what to read.
+        start: where to begin; what was read of that source is hashed into ``digest``.
+        digest: of the source where the run begins.
+        cutter: for long texts, or for all of them where ``blocks``.
+        blocks: whether every text is cut into blocks.
+    """
     batch: Batch = []
     known: list[Known] = []
     size = 0
-    for record, error, is_json in _records(job, start):
-        batch.append((record.raw, is_json))
-        known.append(Known(record.name, record.after, record.read_bytes, error))
-        size += len(record.raw) if isinstance(record.raw, bytes) else sum(map(_size, record.raw.values()))
+    for item, mark in _items(job, start, digest, cutter, blocks):
+        batch.append(item)
+        known.append(mark)
+        raw = item.raw.text if isinstance(item.raw, Piece) else item.raw
+        size += sum(map(_size, raw.values())) if isinstance(raw, dict) else len(raw)
         if size >= BATCH_BYTES or len(batch) >= BATCH_RECORDS:
             yield batch, known
             batch, known, size = [], [], 0
@@ -78,75 +109,104 @@ def _size(value: object) -> int:
     return len(value) if isinstance(value, str) else 8
 
 
-def _records(job: Job, start: Place) -> Iterator[tuple[Record, str | None, bool]]:
-    """Records of all sources from ``start`` on; in the place of what cannot be read, its error."""
-    for number in range(start.source, len(job.sources)):
+def _items(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[Marked]:
+    block = start.block
+    records = _records(job, start, digest)
+    for record, error, is_json in records:
+        if error is None and record.what != "end" and (record.part or blocks):
+            for item, mark in _Pieces(job, record, is_json, records).cut(cutter):
+                yield item, mark._replace(block=block)
+                block += 1
+        else:
+            yield Item(record.raw, is_json and record.what != "end"), Known(record, (record.passed,), error)
+
+
+Entry = tuple[Record, str | None, bool]
+"""A record, why there is none, and whether it is a line of JSON."""
+
+
+def _records(job: Job, start: State, digest: Any) -> Iterator[Entry]:
+    """Records of all sources; in the place of what cannot be read, its error, which ends the source."""
+    reading = job.encoding.parsing.reading
+    for number in range(start.place.source, len(job.sources)):
         source = job.sources[number]
-        first = start if number == start.source else Place(number)
+        is_json = source.format(reading) == "json"
+        is_first = number == start.place.source
+        first, seen = (start.place, start.seen) if is_first else (Place(number), None)
         try:
-            for record in source.records(number, first, job.parsing.reading):
-                yield record, None, source.is_json
+            for record in source.records(number, first, reading, digest if is_first else None, seen):
+                yield record, None, is_json
+        except ChangedSourceError:
+            raise
         except InputError as error:
             # In its place in the order, so that what comes before it is still written. A run that skips it goes on with
             # the next source.
-            yield Record(b"", source.name, Place(number + 1), source.size), str(error), False
+            yield Record(b"", source.name, "end", 0, None, Place(number + 1), b"", source.size), str(error), False
             if job.on_error == "stop":
                 return
 
 
-class Documents:
-    """The documents of a run, one at a time, and what was left out before each."""
+class _Pieces:
+    """The pieces of one text: of a record, or of as many as a long one comes in."""
 
-    def __init__(
-        self, job: Job, batches: Iterable[tuple[EncodedBatch, Any]], journal: Journal, bar: "tqdm[Any]"
-    ) -> None:
-        self.job = job
-        self.bar = bar
-        self.skipped = journal.skipped
-        self.before = [0]
-        for source in job.sources:
-            self.before.append(self.before[-1] + source.size)
-        self.documents_done = journal.totals().documents
-        self.done_with: tuple[Place, Skipped] = (journal.place, journal.skipped)
-        self._stream = self._all(batches)
-        self._counts = TextCounts()
-        self._place = journal.place
-        self.pending: Tokens | None = None
-        self._advance()
+    def __init__(self, job: Job, first: Record, is_json: bool, records: Iterator[Entry]) -> None:
+        self._parsing = job.encoding.parsing
+        self._record = first
+        self._is_json = is_json
+        self._records = records
+        self._passed: list[bytes] = []
+        self._broken: Known | None = None
+        self._long = LongText()
 
-    def take(self) -> TextCounts:
-        """Count the pending document as written and go on to the next."""
-        counts = self._counts
-        self.documents_done += 1
-        # What is left out between this document and the next is counted with the next.
-        self.done_with = (self._place, self.skipped)
-        self._advance()
-        return counts
+    def cut(self, cutter: Cutter) -> Iterator[Marked]:
+        """Every piece, and behind a text that cannot be read its error."""
+        begin = self._record
+        try:
+            for piece in cutter.pieces(self._parts()):
+                yield (
+                    Item(piece),
+                    self._mark(is_piece=True, long=self._long if piece.last else None, skipped=piece.skipped),
+                )
+        except BadRecordError as error:
+            reason = f"{begin.name}: {error}"
+            while not self._record.last:
+                self._next()
+            if self._broken is None:
+                yield Item(b""), self._mark(error=reason)
+            else:
+                yield Item(b""), self._broken._replace(passed=tuple(self._passed))
 
-    def _advance(self) -> None:
-        self.pending = next(self._stream, None)
+    def _mark(self, **what: Any) -> Known:
+        passed, self._passed = tuple(self._passed), []
+        return Known(self._record, passed, **what)
 
-    def _all(self, batches: Iterable[tuple[EncodedBatch, Any]]) -> Iterator[Tokens]:
-        for encoded, known in batches:
-            for number, ids in enumerate(encoded.documents()):
-                record = known[number]
-                error = record.error
-                reason = encoded.errors.get(number)
-                if reason is not None:
-                    error = f"{record.name}: {reason}"
-                elif len(ids) > self.job.shard_tokens:
-                    error = f"{record.name}: {len(ids)} tokens, more than the {self.job.shard_tokens} of a shard"
-                if error is not None:
-                    if self.job.on_error == "stop":
-                        raise InputError(error)
-                    self.skipped = self.skipped.refuse(error)
-                elif not len(ids):
-                    self.skipped = self.skipped.drop()
-                else:
-                    counts = (int(values[number]) for values in (encoded.tokens, encoded.bytes, encoded.words))
-                    self._counts, self._place = TextCounts(1, *counts), record.after
-                    yield ids
-            last = known[-1]
-            self.bar.n = self.before[min(last.after.source, len(self.before) - 2)] + last.read_bytes
-            self.bar.set_postfix({"documents": self.documents_done}, refresh=False)
-            self.bar.update(0)
+    def _parts(self) -> Iterator[str]:
+        self._passed.append(self._record.passed)
+        if not self._record.part:
+            yield self._whole()
+            return
+        while True:
+            assert isinstance(self._record.raw, bytes)
+            yield self._long.decode(self._record.raw, self._record.last)
+            if self._record.last:
+                return
+            self._next()
+            if self._broken is not None:
+                raise BadRecordError("the file ends in the middle of it")
+
+    def _next(self) -> None:
+        record, error, _ = next(self._records)
+        if error is not None:
+            self._broken = Known(record, (), error)
+            self._record = self._record._replace(last=True)
+        else:
+            self._record = record
+            self._passed.append(record.passed)
+
+    def _whole(self) -> str:
+        text = self._parsing.text(self._record.raw, self._is_json)
+        if isinstance(text, Dropped):
+            self._long.drop(text)
+            return ""
+        self._long.decode(text.encode(), True)
+        return text

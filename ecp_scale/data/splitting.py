@@ -1,0 +1,32 @@
+"""How much is set aside for validation: whole documents, or blocks of text where there are few documents."""
+
+from contextlib import suppress
+
+from ecp_scale.data.sources import STDIN, Place
+from ecp_scale.data.stream import Job
+from ecp_scale.errors import InputError
+
+FEW_DOCUMENTS = 10
+"""Documents are few where their share for validation would be fewer than this."""
+BLOCKS = 4
+"""Blocks of validation that a corpus of few documents gives, about."""
+LEAST_CHARACTERS = 256
+
+
+def block_characters(job: Job) -> int | None:
+    """Characters of the blocks into which all texts are cut, since the documents are few; None where they are not.
+
+    Records are counted, until there are enough.
+    """
+    share = job.encoding.validation_share
+    if not share or any(source.name == STDIN for source in job.sources):
+        return None
+    documents = size = 0
+    for number, source in enumerate(job.sources):
+        with suppress(InputError):  # which the run itself meets in its place
+            for record in source.records(number, Place(number), job.encoding.parsing.reading):
+                documents += record.what != "end" and record.last
+                size += len(record.passed)
+                if documents * min(share, 1 - share) >= FEW_DOCUMENTS:
+                    return None
+    return max(LEAST_CHARACTERS, min(1 << 16, int(size * share / BLOCKS)))
