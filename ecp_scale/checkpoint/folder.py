@@ -20,7 +20,9 @@ from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import Layout
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE = (3, 4)
+"""Version 3 does not say which tokens the corpora hold, only how many."""
 TAG = re.compile(r"step-(\d{8})")
 
 
@@ -64,8 +66,8 @@ class CheckpointRecord:
         try:
             content = json.loads(path.read_text())
             version = content.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise InputError(f"{path}: format version {version}, expected {FORMAT_VERSION}")
+            if version not in READABLE:
+                raise InputError(f"{path}: format version {version}, expected one of {READABLE}")
             content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
             content["layouts"] = {name: Layout(**layout) for name, layout in content["layouts"].items()}
             record = cls(**content)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ecp_scale.config import TrainingConfig
-from ecp_scale.data.blend import LANES, Blend, ledger_entry, to_lanes
+from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.ledger import LANES, to_lanes
 
 
 class TrainingBatches:
@@ -37,7 +38,7 @@ class TrainingBatches:
             for sample in range(start, start + self.micro):
                 corpus, window = self.blend.locate(sample)
                 rows.append(self.blend.read(corpus, window))
-                parts = to_lanes(ledger_entry(sample, corpus, window))
+                parts = to_lanes(self.blend.entry(sample, corpus, window))
                 self.lanes = [total + part for total, part in zip(self.lanes, parts, strict=True)]
             yield torch.from_numpy(np.stack(rows))
 

@@ -3,13 +3,14 @@
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from ecp_scale.data.manifest import Manifest, ShardRecord
-from ecp_scale.data.shards import Tokens, TokenShard, index_bytes, token_type
-from ecp_scale.errors import InputError
+from ecp_scale.data.shards import OPEN, Tokens, TokenShard, index_bytes, token_type
+from ecp_scale.errors import DamagedDataError, InputError
 
 
 class Corpus:
@@ -30,16 +31,21 @@ class Corpus:
         self.tokenizer = self.manifest.load_tokenizer(self.prefix)
         for record in self.manifest.shards:
             _check_sizes(self.prefix.parent, record, self.manifest.tokenizer.vocab_size)
-        self.lay_out(self.manifest.shards, sequence_length)
+        self.lay_out(self.manifest.shards, sequence_length, self.manifest.tokenizer.vocab_size)
         if self.windows < 1:
             raise InputError(
                 f"corpus {prefix}: {self.tokens} tokens, expected at least one window of {sequence_length} + 1"
             )
 
-    def lay_out(self, shards: Sequence[ShardRecord], sequence_length: int) -> None:
+    @cached_property
+    def digest(self) -> str:
+        """What the tokens are known by, see ``Manifest.digest``."""
+        return self.manifest.digest
+
+    def lay_out(self, shards: Sequence[ShardRecord], sequence_length: int, entries: int) -> None:
         """Place the shards one after another and cut the stream into windows; touches no file."""
         self.sequence_length = sequence_length
-        self._opened: dict[int, TokenShard] = {}
+        self._entries = entries
         self._borders = [0, *itertools.accumulate(record.counts.tokens for record in shards)]
         self.tokens = self._borders[-1]
         self.windows = (self.tokens - 1) // sequence_length
@@ -50,20 +56,31 @@ class Corpus:
         Raises:
             InputError: if its index is damaged.
         """
-        if number not in self._opened:
-            self._opened[number] = TokenShard(self.prefix.parent / self.manifest.shards[number].name)
-        return self._opened[number]
+        return OPEN.shard(self.prefix.parent / self.manifest.shards[number].name)
 
     def read(self, start: int, count: int) -> Tokens:
-        """``count`` tokens of the stream from ``start`` on, across shards, as int64."""
+        """``count`` tokens of the stream from ``start`` on, across shards, as int64.
+
+        Raises:
+            DamagedDataError: naming shard and place of an id that the tokenizer does not have.
+        """
         parts = []
-        shard = bisect_right(self._borders, start) - 1
+        number = bisect_right(self._borders, start) - 1
         while count:
-            offset = start - self._borders[shard]
-            part = self.shard(shard).ids[offset : offset + count]
+            offset = start - self._borders[number]
+            part = self.shard(number).ids[offset : offset + count]
+            if len(part) and not 0 <= part.min() <= part.max() < self._entries:
+                self._refuse(number, offset, part)
             parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
+            start, count, number = start + len(part), count - len(part), number + 1
         return np.concatenate(parts, dtype=np.int64)
+
+    def _refuse(self, number: int, offset: int, part: Tokens) -> None:
+        place = int(np.flatnonzero((part < 0) | (part >= self._entries))[0])
+        raise DamagedDataError(
+            f"{self.prefix.parent / self.manifest.shards[number].name}.bin: id {int(part[place])} at place "
+            f"{offset + place}, but the tokenizer has {self._entries} entries; see data_tools/verify_shards.py"
+        )
 
     def window(self, number: int) -> Tokens:
         """The n + 1 tokens of one window, as int64."""

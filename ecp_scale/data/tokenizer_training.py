@@ -1,19 +1,30 @@
 """Train a sentencepiece tokenizer that gives every text back exactly."""
 
+import heapq
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
-from ecp_scale.data.documents import read_documents
+from ecp_scale.data.documents import read_parts
 from ecp_scale.data.files import atomic_write
+from ecp_scale.data.finding import find_sources
 from ecp_scale.data.parsing import Parsing, hash_fraction
-from ecp_scale.data.sources import Source, find_sources
 from ecp_scale.errors import InputError
 
 MAX_LINE_BYTES = 4096
-"""Sentencepiece skips longer lines."""
+"""Sentencepiece leaves out longer lines without a word, so they are cut."""
+
+
+@dataclass
+class Used:
+    """Bytes of the text, line ends left out, and how many of them the training saw."""
+
+    text: int = 0
+    used: int = 0
 
 
 def train_tokenizer(
@@ -25,47 +36,96 @@ def train_tokenizer(
     threads: int = 1,
     sample_bytes: int | None = None,
     seed: int = 1,
-) -> None:
-    """Train byte-pair encoding with byte fallback on .txt and .jsonl files and write OUTPUT (a .model file).
+) -> Used:
+    """Train byte-pair encoding with byte fallback on any text and write OUTPUT (a .model file).
 
     No normalisation, all white space kept, line ends and tabs pieces of their own, unknown characters as bytes:
-    decoding what was encoded returns the text. ``sample_bytes`` keeps documents by a hash of seed and text, so that
-    about so many bytes of the sources go into the training; None keeps all.
+    decoding what was encoded returns the text. ``sample_bytes`` keeps that many bytes of lines, drawn by ``seed`` from
+    all of the text in one pass, and in memory; None keeps all.
 
     Raises:
-        InputError: if an input cannot be used, or the text is too small for the vocabulary.
+        InputError: if an input or the output cannot be used, or the text is too small for the vocabulary.
     """
-    sources = find_sources(inputs)
+    sources = find_sources(inputs).sources
+    used = Used()
     model = io.BytesIO()
+    path = Path(output)
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(sources, parsing or Parsing(), sample_bytes, seed),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9999,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
-            max_sentence_length=MAX_LINE_BYTES,
-            num_threads=threads,
-            minloglevel=2,
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise InputError(f"--output {path} is a folder, expected a .model file")
+        with atomic_write(path) as file:  # first of all: a place that cannot be written is noticed now
+            lines = _counted(_lines(read_parts(sources, parsing or Parsing())), used)
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines if sample_bytes is None else _sample(lines, used, sample_bytes, seed),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                character_coverage=0.9999,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                user_defined_symbols=["\n", "\t"],
+                max_sentence_length=MAX_LINE_BYTES,
+                num_threads=threads,
+                minloglevel=2,
+            )
+            file.write(model.getvalue())
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
     except RuntimeError as error:
+        if not used.text:
+            raise InputError(f"the corpus is empty: no text in {', '.join(inputs)}") from error
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"cannot train a vocabulary of {vocab_size} on {', '.join(inputs)}: {reason}") from error
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(model.getvalue())
+    return used
 
 
-def _lines(sources: Sequence[Source], parsing: Parsing, sample_bytes: int | None, seed: int) -> Iterator[str]:
-    total = sum(source.size for source in sources)
-    share = 1.0 if sample_bytes is None or not total else sample_bytes / total
-    for text in read_documents(sources, parsing):
-        if share >= 1 or hash_fraction(text, f"{seed}/") < share:
-            yield from (line for line in text.split("\n") if line and len(line.encode()) <= MAX_LINE_BYTES)
+def _counted(lines: Iterable[str], used: Used) -> Iterator[str]:
+    for line in lines:
+        size = len(line.encode())
+        used.text += size
+        used.used += size
+        yield line
+
+
+def _sample(lines: Iterable[str], used: Used, most: int, seed: int) -> Iterator[str]:
+    """Lines with the smallest hashes of their numbers, as many as make up ``most`` bytes, in order."""
+    kept: list[tuple[float, int, str]] = []
+    size = 0
+    for number, line in enumerate(lines):
+        heapq.heappush(kept, (-hash_fraction(str(number), f"{seed}/"), number, line))
+        size += len(line.encode())
+        while size > most and len(kept) > 1:
+            size -= len(heapq.heappop(kept)[2].encode())
+    used.used = size
+    yield from (line for _, _, line in sorted(kept, key=lambda entry: entry[1]))
+
+
+def _lines(parts: Iterable[tuple[str, bool]]) -> Iterator[str]:
+    """Lines of documents that come in parts, long ones cut, blank ones left out."""
+    rest = ""
+    for text, last in parts:
+        *whole, rest = (rest + text).split("\n")
+        if last:
+            whole, rest = [*whole, rest], ""
+        elif len(rest) > 2 * MAX_LINE_BYTES:
+            *cut, rest = _cut(rest)
+            whole += cut
+        yield from itertools.chain.from_iterable(map(_cut, filter(None, whole)))
+
+
+def _cut(line: str) -> list[str]:
+    """Pieces of at most ``MAX_LINE_BYTES``, between words where there are any."""
+    if 4 * len(line) <= MAX_LINE_BYTES or len(line.encode()) <= MAX_LINE_BYTES:
+        return [line]
+    pieces, content = [], line.encode()
+    while len(content) > MAX_LINE_BYTES:
+        piece = content[:MAX_LINE_BYTES].decode(errors="ignore")
+        blank = piece.rfind(" ")
+        piece = piece[:blank] if blank > 0 else piece
+        pieces.append(piece)
+        content = content[len(piece.encode()) :]
+    return [*pieces, content.decode()]

@@ -19,9 +19,10 @@ from ecp_scale.checkpoint.saving import Progress, resume, save
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.data.batches import TrainingBatches, validation_batches
-from ecp_scale.data.blend import Blend, from_lanes
+from ecp_scale.data.blend import Blend, check_same_tokenizer
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.files import write_text
+from ecp_scale.data.ledger import from_lanes
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, agreed, process_groups
@@ -50,6 +51,7 @@ def train(request: Request) -> None:
         engine = build_engine(config, settings, groups)
         progress = resume(engine, config, blend, run) if request.resume else Progress()
         if dist.get_rank() == 0:
+            _say_epochs(config, blend)
             write_text(run / "config.yaml", to_yaml(config))
             write_text(run / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
         _Run(config, groups, engine, blend, validation, run).steps(progress)
@@ -152,17 +154,24 @@ class _Run:
 
 def _open_data(config: Config) -> tuple[Blend, Corpus | None]:
     blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
-    corpus = blend.corpora[0]
     if config.data.validation_prefix is None:
         return blend, None
     validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
-    if validation.tokenizer.sha256 != corpus.tokenizer.sha256:
-        raise InputError(
-            f"data.validation_prefix {validation.prefix} was made with tokenizer "
-            f"{validation.tokenizer.sha256[:12]}..., the training shards {corpus.prefix} with "
-            f"{corpus.tokenizer.sha256[:12]}..."
-        )
+    check_same_tokenizer(validation, blend.corpora[0])
     return blend, validation
+
+
+MANY_EPOCHS = 4
+"""Repeats of a corpus that are said: more teach little that is new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+
+
+def _say_epochs(config: Config, blend: Blend) -> None:
+    """Say how often the run shows each corpus, where there are several or one is shown often."""
+    epochs = list(blend.epochs(config.training.steps * config.tokens_per_step))
+    if len(epochs) > 1 or any(times > MANY_EPOCHS for _, times in epochs):
+        for corpus, times in epochs:
+            often = f", more than {MANY_EPOCHS}" if times > MANY_EPOCHS else ""
+            print(f"data: {corpus.prefix} is shown {times:.2f} times{often}", flush=True)
 
 
 def with_vocabulary(config: Config, corpus: Corpus) -> Config:
@@ -172,6 +181,13 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
         InputError: if its own is too small.
     """
     entries = corpus.tokenizer.vocab_size
+    untrained = set(config.data.untrained_targets)
+    beyond = sorted(token for token in untrained if not 0 <= token < entries)
+    if beyond or len(untrained) == entries:
+        raise InputError(
+            f"data.untrained_targets holds {f'the ids {beyond[:10]}' if beyond else 'every id'}, but the tokenizer of "
+            f"{corpus.prefix} has the {entries} entries 0 to {entries - 1}, of which some must be trained"
+        )
     if (config.attention.end_of_document or 0) >= entries:
         raise InputError(
             f"attention.end_of_document is {config.attention.end_of_document}, but the tokenizer of {corpus.prefix} "
