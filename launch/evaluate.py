@@ -25,7 +25,8 @@ def main() -> None:
 
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.config import ParallelConfig
-    from ecp_scale.evaluation.perplexity import default_protocol, evaluate, unigram_card
+    from ecp_scale.data.tokenizer import gives_texts_back
+    from ecp_scale.evaluation.perplexity import COMPARABLE_UNKNOWN_SHARE, default_protocol, evaluate, unigram_card
     from ecp_scale.evaluation.texts import count_tokens, open_shards, read_text
     from ecp_scale.parallel.groups import process_groups
 
@@ -42,16 +43,29 @@ def main() -> None:
         "protocol": card.protocol,
         "token_perplexity": card.token_perplexity,
         "word_perplexity": card.word_perplexity,
+        "word_and_line_end_perplexity": card.word_and_line_end_perplexity,
         "bits_per_byte": card.bits_per_byte,
         "tokens_per_word": card.tokens_per_word,
         "tokens_scored": card.tokens_scored,
+        "words": card.words,
+        "line_ends": card.lines,
+        "unknown_tokens": card.unknown,
+        "comparable": card.is_comparable,
         "tokenizer_sha256": tokenizer.sha256,
     }
     if options.unigram:
         counts = count_tokens(open_shards(options.unigram, tokenizer))
         content["unigram_bits_per_byte"] = unigram_card(text, counts).bits_per_byte
     for key, value in content.items():
-        print(f"{key:22} {f'{value:.4f}' if isinstance(value, float) else value}")
+        print(f"{key:28} {f'{value:.4f}' if isinstance(value, float) else value}")
+    print("\nWikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity")
+    if not card.is_comparable:
+        print(
+            f"NOT COMPARABLE per word and byte: {card.unknown_share:.2%} of the tokens stand for text that the "
+            f"vocabulary cannot write (more than {COMPARABLE_UNKNOWN_SHARE:.1%}), which costs the model nothing"
+        )
+    if not gives_texts_back(tokenizer):
+        print("this tokenizer does not give texts back as they were: what it loses (case, white space) is not scored")
     if options.json:
         Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
 

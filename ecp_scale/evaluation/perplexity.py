@@ -28,15 +28,22 @@ from ecp_scale.models.rows import Stream
 
 Ids = npt.NDArray[np.int64]
 STREAM_CHUNK_TOKENS = 4096
+COMPARABLE_UNKNOWN_SHARE = 0.001
+"""Share of unknown tokens above which figures per word and byte flatter: what they stand for costs nothing."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to score: ``ids`` (T,) of its documents, each with its end, and the size of the text they came from."""
+    """A text to score: ``ids`` (T,) of its documents, each with its end, and the size of the text they came from.
+
+    ``lines`` counts line ends, ``unknown`` the ids that stand for what the vocabulary cannot write.
+    """
 
     ids: Ids
     bytes: int
     words: int
+    lines: int = 0
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,13 @@ class Card:
     tokens: int
     bytes: int
     words: int
+    lines: int = 0
+    unknown: int = 0
+
+    @classmethod
+    def of(cls, protocol: str, nll: float, tokens_scored: int, text: Text) -> "Card":
+        """The figures of a text."""
+        return cls(protocol, nll, tokens_scored, len(text.ids), text.bytes, text.words, text.lines, text.unknown)
 
     @property
     def nll_per_token(self) -> float:
@@ -58,12 +72,27 @@ class Card:
     @property
     def token_perplexity(self) -> float:
         """exp of the mean NLL per token; depends on the tokenizer."""
-        return math.exp(self.nll_per_token)
+        return _exp(self.nll_per_token)
 
     @property
     def word_perplexity(self) -> float:
         """exp(total NLL / words), words split at white space. Comparable between tokenizers."""
-        return math.exp(min(700.0, self.nll_per_token * self.tokens / self.words))
+        return _exp(self.nll_per_token * self.tokens / self.words)
+
+    @property
+    def word_and_line_end_perplexity(self) -> float:
+        """The same with a word more for each line end: the unit of the literature for WikiText."""
+        return _exp(self.nll_per_token * self.tokens / (self.words + self.lines))
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the tokens that stand for what the vocabulary cannot write."""
+        return self.unknown / self.tokens
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether figures per word and byte compare with those of other tokenizers."""
+        return self.unknown_share <= COMPARABLE_UNKNOWN_SHARE
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,6 +103,13 @@ class Card:
     def tokens_per_word(self) -> float:
         """Tokens, ends of documents included, per word."""
         return self.tokens / self.words
+
+
+def _exp(exponent: float) -> float:
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf
 
 
 def default_protocol(config: ModelConfig) -> Protocol:
@@ -107,7 +143,7 @@ def evaluate(
             nll += losses.double().sum().item()
             scored += losses.numel()
             bar.update(losses.numel())
-    return Card(protocol, nll, scored, len(text.ids), text.bytes, text.words)
+    return Card.of(protocol, nll, scored, text)
 
 
 def _stream(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
@@ -149,4 +185,4 @@ def unigram_card(text: Text, training_counts: Ids) -> Card:
     """
     probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
     nll = float(-np.log(probabilities[text.ids]).sum())
-    return Card("unigram", nll, len(text.ids), len(text.ids), text.bytes, text.words)
+    return Card.of("unigram", nll, len(text.ids), text)

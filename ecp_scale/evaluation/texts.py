@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.cutting import Cutter
 from ecp_scale.data.documents import read_documents
+from ecp_scale.data.encoding import measure
+from ecp_scale.data.finding import find_sources
 from ecp_scale.data.manifest import manifest_path
 from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.sources import find_sources
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Text
@@ -23,14 +26,18 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     if manifest_path(Path(data)).exists():
         corpus = open_shards(data, tokenizer)
         totals = corpus.manifest.totals
-        return Text(corpus.read(0, corpus.tokens), totals.bytes, totals.words)
-    ids: list[int] = []
-    size = words = 0
-    for document in read_documents(find_sources([data]), Parsing(text_key)):
-        ids += [*tokenizer.encode(document), tokenizer.end_of_document]
-        size += len(document.encode())
-        words += len(document.split())
-    return Text(np.array(ids, dtype=np.int64), size, words)
+        return Text(corpus.read(0, corpus.tokens), totals.bytes, totals.words, totals.lines, totals.unknown)
+    ids: list[npt.NDArray[np.int32]] = []
+    size = words = lines = 0
+    cutter = Cutter(tokenizer)
+    for document in read_documents(find_sources([data]).sources, Parsing(text_key)):
+        ids += [tokenizer.encode_batch([piece.encoded])[0] for piece in cutter.pieces([document])]
+        ids.append(np.array([tokenizer.end_of_document], dtype=np.int32))
+        counts = measure(document)
+        size, words, lines = size + counts[0], words + counts[1], lines + counts[2]
+    joined = np.concatenate(ids, dtype=np.int64) if ids else np.empty(0, dtype=np.int64)
+    unknown = 0 if tokenizer.unknown is None else int(np.count_nonzero(joined == tokenizer.unknown))
+    return Text(joined, size, words, lines, unknown)
 
 
 def open_shards(prefix: str, tokenizer: Tokenizer) -> Corpus:
