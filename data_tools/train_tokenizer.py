@@ -2,24 +2,33 @@
 
 import argparse
 
-from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.tokenizer import load_tokenizer
-from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.errors import input_errors_exit
 
 
 def main() -> None:
     """Read the command line and print what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders, hub datasets")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="files, folders, patterns in quotes, hub datasets; may be given several times",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 bytes and specials included")
     parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
-    parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on about N bytes of a large corpus")
+    parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on N bytes of lines, drawn from all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="training threads (default: 1)")
     options = parser.parse_args()
-    train_tokenizer(
+
+    from ecp_scale.data.parsing import Parsing
+    from ecp_scale.data.tokenizer import load_tokenizer
+    from ecp_scale.data.tokenizer_training import train_tokenizer
+
+    used = train_tokenizer(
         options.input,
         options.output,
         options.vocab_size,
@@ -29,6 +38,8 @@ def main() -> None:
         seed=options.seed,
     )
     tokenizer = load_tokenizer(f"sentencepiece:{options.output}")
+    share = used.used / max(1, used.text)
+    print(f"trained on {used.used:,} of {used.text:,} bytes of text ({share:.1%})")
     print(f"{options.output}: {tokenizer.vocab_size} entries, sha256 {tokenizer.sha256[:12]}...")
 
 
