@@ -78,11 +78,11 @@ def test_missing_and_empty_corpora(tool: str, sharded_text: ShardedText, tmp_pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl, line 1: no key 'text'"),
+        ("a.jsonl", b'{"text": \n{"text": "x"}\n', "a.jsonl, line 1 (byte 0): not valid JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl, line 1 (byte 0): no key 'text'"),
         ("a.jsonl", b'{"text": 5}\n', "'text' is int, expected text"),
         ("a.txt", b"abc \xff\xfe", "a.txt: not valid UTF-8 at byte 4"),
-        ("a.pdf", b"abc", "ends in '.pdf', expected one of .txt, .tokens"),
+        ("a.pdf", b"abc", "a.pdf: its ending is none of those that are read (.txt, .tokens"),
     ],
 )
 def test_files_that_are_no_text(

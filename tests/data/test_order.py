@@ -85,10 +85,10 @@ class CountingIds:
 def test_windows_of_corpora_of_any_size_begin_where_they_should(sizes: list[int], length: int) -> None:
     sizes = [*sizes, length + 1]
     corpus = Corpus.__new__(Corpus)
-    corpus.lay_out([ShardRecord(str(i), TextCounts(tokens=size), {}) for i, size in enumerate(sizes)], length)
+    corpus.lay_out([ShardRecord(str(i), TextCounts(tokens=size), {}) for i, size in enumerate(sizes)], length, 2**63)
     borders = np.cumsum([0, *sizes]).tolist()
-    for number, size in enumerate(sizes):
-        corpus._opened[number] = cast(TokenShard, SimpleNamespace(ids=CountingIds(borders[number], size)))
+    shards = [SimpleNamespace(ids=CountingIds(*place)) for place in zip(borders, sizes, strict=False)]
+    corpus.shard = lambda number: cast(TokenShard, shards[number])  # type: ignore[method-assign]
     assert corpus.tokens == borders[-1]
     touched = {border // length + step for border in borders for step in (-1, 0, 1)} | {0, corpus.windows - 1}
     for window in touched:

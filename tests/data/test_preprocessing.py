@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import random
 import signal
@@ -18,21 +19,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecp_scale.data import preprocessing
+from ecp_scale.data import outputs
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.encoding import measure
+from ecp_scale.data.finding import find_sources
 from ecp_scale.data.journal import journal_path
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.data.merging import merge
 from ecp_scale.data.parsing import Parsing, hash_fraction
 from ecp_scale.data.preprocessing import preprocess, share_of
 from ecp_scale.data.shards import TokenShard
-from ecp_scale.data.sources import Place, Reading, Source, find_sources
+from ecp_scale.data.sources import ChangedSourceError, Place, Reading, Source
 from ecp_scale.data.tokenizer import ByteTokenizer, load_tokenizer
 from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.data.verification import verify
+from ecp_scale.data.writing import ShardWriter
 from ecp_scale.errors import InputError
 from tests.corpus import ShardedText
+from tests.data.writing import contents, expected, stored, write_jsonl
 from tests.launching import ROOT, environment, run, run_successfully
 
 
@@ -47,28 +51,6 @@ def documents(sharded_text: ShardedText) -> list[str]:
         found.append("\n".join(lines[:count]))
         lines = lines[count:]
     return found
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    """Documents as .jsonl."""
-    path.write_text("".join(json.dumps({"text": text, "length": len(text)}) + "\n" for text in documents))
-    return path
-
-
-def stored(prefix: Path) -> list[list[int]]:
-    """Documents of the shards, in order."""
-    shards = [TokenShard(prefix.parent / record.name) for record in Manifest.read(prefix).shards]
-    return [shard.document(number).tolist() for shard in shards for number in range(len(shard.lengths))]
-
-
-def expected(documents: list[str]) -> list[list[int]]:
-    """Documents by the byte tokenizer."""
-    return [[*text.encode(), 256] for text in documents]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Files of a folder, hidden ones included."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_every_format_gives_the_same_shards(documents: list[str], tmp_path: Path) -> None:
@@ -111,7 +93,7 @@ def test_plain_text_is_cut_into_the_documents_that_were_asked_for(tmp_path: Path
 def test_the_release_joins_stripped_lines_with_separators(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" = A = \n\n the <unk> cat \n")
     preprocess([str(tmp_path / "a.txt")], "byte", str(tmp_path / "x"), parsing=Parsing(preparation="wikitext-release"))
-    assert stored(tmp_path / "x") == expected(["= A =[SEP][SEP]the [UNK] cat[SEP][SEP]"])
+    assert stored(tmp_path / "x") == expected(["= A =[SEP][SEP]the [UNK] cat"])
 
 
 def test_filters_drop_and_count(documents: list[str], tmp_path: Path) -> None:
@@ -139,7 +121,7 @@ def test_shares_by_hash_hold_every_document_once(documents: list[str], tmp_path:
 
 @given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \t\n\x0b\x1c\x85\xa0\u2003\u3000ab”")))
 def test_bytes_and_words_are_those_of_python(text: str) -> None:
-    assert measure(text) == (len(text.encode()), len(text.split()))
+    assert measure(text) == (len(text.encode()), len(text.split()), text.count("\n"))
 
 
 def command(source: Path, prefix: Path, workers: int) -> list[str]:
@@ -177,33 +159,31 @@ def test_killed_at_twenty_moments_the_shards_are_those_of_an_uninterrupted_run(
 def test_a_finished_run_is_not_done_again_and_another_is_refused(documents: list[str], tmp_path: Path) -> None:
     source, prefix = write_jsonl(tmp_path / "a.jsonl", documents), tmp_path / "x"
     first = preprocess([str(source)], "byte", str(prefix))
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("x*")}
     assert preprocess([str(source)], "byte", str(prefix)) == first
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("x*")} == written
     with pytest.raises(InputError, match=r"belongs to another run.*\n.*shard_tokens was 1073741824 and is now 90000"):
         preprocess([str(source)], "byte", str(prefix), shard_tokens=90_000)
     write_jsonl(source, documents[:-1])
-    with pytest.raises(InputError, match="sources was"):
+    with pytest.raises(InputError, match=r"a\.jsonl: has changed in its first"):
         preprocess([str(source)], "byte", str(prefix))
 
 
 @contextmanager
 def writes_fail_after(shards: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The disk is full when one more shard begins."""
-    whole = preprocessing.write_shard
     begun = 0
 
-    @contextmanager
-    def write_shard(*arguments: Any) -> Iterator[Any]:
-        nonlocal begun
-        begun += 1
-        if begun > shards:
-            raise OSError(errno.ENOSPC, "No space left on device", "somewhere.bin")
-        with whole(*arguments) as shard:
-            yield shard
+    class Full(ShardWriter):
+        def __init__(self, *arguments: Any) -> None:
+            nonlocal begun
+            begun += 1
+            if begun > shards:
+                raise OSError(errno.ENOSPC, "No space left on device", "somewhere.bin")
+            super().__init__(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocessing, "write_shard", write_shard)
+        patch.setattr(outputs, "ShardWriter", Full)
         yield
 
 
@@ -228,12 +208,15 @@ def test_a_full_disk_keeps_finished_shards_and_the_next_run_continues(
 
 
 BAD = {
-    "a bad line": (b'{"text": "x"}\n{"text": \n{"text": "y"}\n', "line 2: not valid JSON"),
-    "no column": (b'{"text": "x"}\n{"body": "x"}\n{"text": "y"}\n', "line 2: no key 'text'"),
-    "no text": (b'{"text": "x"}\n{"text": [1]}\n{"text": "y"}\n', "line 2: 'text' is list"),
-    "no object": (b'{"text": "x"}\n[1]\n{"text": "y"}\n', "line 2: not a JSON object but list"),
-    "no UTF-8": (b'{"text": "x"}\n{"text": "\xff"}\n{"text": "y"}\n', "line 2: not valid UTF-8 at byte 10"),
-    "too long": (b'{"text": "x"}\n{"text": "%s"}\n{"text": "y"}\n' % (b"z" * 99), "line 2: 100 tokens, more than"),
+    "a bad line": (b'{"text": "x"}\n{"text": \n{"text": "y"}\n', "line 2 (byte 14): not valid JSON"),
+    "no column": (b'{"text": "x"}\n{"body": "x"}\n{"text": "y"}\n', "line 2 (byte 14): no key 'text'"),
+    "no text": (b'{"text": "x"}\n{"text": [1]}\n{"text": "y"}\n', "line 2 (byte 14): 'text' is list"),
+    "no object": (b'{"text": "x"}\n[1]\n{"text": "y"}\n', "line 2 (byte 14): not a JSON object but list"),
+    "no UTF-8": (b'{"text": "x"}\n{"text": "\xff"}\n{"text": "y"}\n', "line 2 (byte 14): not valid UTF-8 at byte 10"),
+    "too long": (
+        b'{"text": "x"}\n{"text": "%s"}\n{"text": "y"}\n' % (b"z" * 99),
+        "line 2 (byte 14): 100 tokens, more than",
+    ),
 }
 
 
@@ -293,10 +276,17 @@ def test_every_source_goes_on_from_any_place(name: str, documents: list[str], tm
         path.write_bytes(gzip.compress(plain) if name.endswith("gz") else plain)
     reading = Reading("line", ("text",))
     whole = list(Source(str(path)).records(3, Place(3), reading))
-    assert len(whole) == 60
-    assert whole[-1].read_bytes == Source(str(path)).size
-    for number in (0, 5, 6, 7, 30, 59):
-        assert list(Source(str(path)).records(3, whole[number].after, reading)) == whole[number + 1 :]
+    assert len(whole) == 61
+    assert whole[-1].after == Place(4)
+    assert whole[59].read_bytes == Source(str(path)).size
+    digest = hashlib.sha256()
+    for number, record in enumerate(whole[:60]):
+        digest.update(record.passed)
+        if number in (0, 5, 6, 7, 30, 59):
+            again = Source(str(path)).records(3, record.after, reading, hashlib.sha256(), digest.hexdigest())
+            assert list(again) == whole[number + 1 :]
+            with pytest.raises(ChangedSourceError, match=f"has changed in its first {record.number} records"):
+                next(Source(str(path)).records(3, record.after, reading, hashlib.sha256(), "another hash"))
 
 
 def test_a_hub_dataset_is_streamed(documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +320,7 @@ def test_parts_cover_every_source_once_in_order_and_merge_without_copies(documen
     folder.mkdir()
     for number in range(7):
         write_jsonl(folder / f"{number}.jsonl", documents[number * 20 : (number + 1) * 20])
-    sources = find_sources([str(folder)])
+    sources = find_sources([str(folder)]).sources
     for parts in (1, 2, 3, 5, 7):
         shares = [share_of(sources, part, parts) for part in range(1, parts + 1)]
         assert [source for share in shares for source in share] == sources
@@ -343,7 +333,7 @@ def test_parts_cover_every_source_once_in_order_and_merge_without_copies(documen
     merged = merge(tmp_path / "whole" / "x", prefixes)
     assert merged.totals.documents == 140
     assert stored(tmp_path / "whole" / "x") == expected(documents[:140])
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["x.manifest.json"]
+    assert list(contents(tmp_path / "whole")) == ["x.manifest.json"]
     assert list(verify(tmp_path / "whole" / "x", deep=True)) == []
     assert Corpus(str(tmp_path / "whole" / "x"), 64).tokens == merged.totals.tokens
 
@@ -415,7 +405,9 @@ def test_tokenizers_are_known_by_their_files(kind: str, documents: list[str], tm
     loaded = Corpus(str(prefix), 64).tokenizer
     assert (loaded.kind, loaded.sha256) == (kind, tokenizer.sha256)
     if kind == "wordpiece":
-        assert tokenizer.encode("def (x): defs Defs [SEP]") == [4, 7, 6, 8, 9, 4, 5, 3, 5, 2]
+        assert tokenizer.encode("def (x): defs Defs [SEP]") == [4, 7, 6, 8, 9, 4, 5, 3, 5, 1, 1, 1]
+        (control,) = tokenizer.encode_batch(["x [SEP]"], control=True)
+        assert control.tolist() == [6, 2]
     else:
         for text in [*documents[:20], "  two  spaces\n\n\ttab\r\nÄ 漢字 🙂 end  "]:
             assert tokenizer.decode(tokenizer.encode(text)) == text
