@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 
 from ecp_scale.data.documents import read_documents
+from ecp_scale.data.finding import find_sources
 from ecp_scale.data.parsing import Parsing
 from ecp_scale.data.preprocessing import preprocess
-from ecp_scale.data.sources import find_sources
 from ecp_scale.data.tokenizer import load_tokenizer
 
 WORKERS = 2
@@ -74,7 +74,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 def measure(inputs: list[str], tokenizer: str, rounds: int, memory_only: bool = False) -> dict[str, Any]:
     """What the module says; ``memory_only`` runs preprocessing once, without the peer."""
-    sources = find_sources(inputs)
+    sources = find_sources(inputs).sources
     result: dict[str, Any] = {"bytes": sum(source.size for source in sources)}
     alone, together, whole = [], [], []
     texts = [] if memory_only else list(read_documents(sources, Parsing()))
