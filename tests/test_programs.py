@@ -166,6 +166,9 @@ def test_evaluation_of_text_and_of_its_shards_agree(model: Path, sharded_text: S
         assert "bits_per_byte" in out
         cards.append(json.loads(output.read_text()))
         assert f"{cards[-1]['word_perplexity']:.4f}" in out
+        assert "WikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity" in out
+        assert "NOT COMPARABLE" not in out
+    assert cards[0]["line_ends"] == sum(text.count("\n") for text in sharded_text.documents)
     assert {**cards[0], "data": ""} == {**cards[1], "data": ""}
     assert cards[0]["protocol"] == "stream"
 

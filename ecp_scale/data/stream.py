@@ -14,7 +14,7 @@ from ecp_scale.data.sources import ChangedSourceError, Place, Record, Source
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 18
 """Text that travels to a worker at a time; whole records, so one may be larger."""
 BATCH_RECORDS = 4096
 OnError = Literal["stop", "skip"]

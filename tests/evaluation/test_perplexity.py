@@ -126,6 +126,21 @@ def test_units() -> None:
     assert card.word_perplexity == pytest.approx(math.exp(2.5))
     assert card.bits_per_byte == pytest.approx(0.5 / math.log(2))
     assert card.tokens_per_word == 1.25
+    with_lines = dataclasses.replace(card, lines=20)
+    assert with_lines.word_perplexity == card.word_perplexity
+    assert with_lines.word_and_line_end_perplexity == pytest.approx(math.exp(2))
+
+
+def test_a_perplexity_is_what_it_is_however_large() -> None:
+    assert Card("stream", nll=705.0, tokens_scored=1, tokens=1, bytes=1, words=1).word_perplexity == math.exp(705)
+    assert Card("stream", nll=5000.0, tokens_scored=1, tokens=1, bytes=1, words=1).word_perplexity == math.inf
+
+
+def test_figures_of_what_a_vocabulary_cannot_write_do_not_compare() -> None:
+    card = Card("stream", nll=1.0, tokens_scored=1000, tokens=1000, bytes=10_000, words=900, unknown=1)
+    assert card.is_comparable
+    assert not dataclasses.replace(card, unknown=2).is_comparable
+    assert dataclasses.replace(card, unknown=2).unknown_share == 0.002
 
 
 def test_unigram_is_the_entropy_of_smoothed_counts() -> None:

@@ -12,12 +12,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, complete_checkpoints, find_checkpoint
 from ecp_scale.checkpoint.saving import matching_record
 from ecp_scale.command_line import parse
+from ecp_scale.data.blend import Blend
+from ecp_scale.data.ledger import ledger_entry
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.errors import InputError
@@ -208,6 +211,83 @@ def test_a_blend_may_change_in_mid_run_and_the_audit_agrees(sharded_text: Sharde
     audit = run("launch/audit_data.py", tmp_path / "run")
     assert audit.returncode == 1
     assert "agrees up to step 6, then not: step 7 says" in audit.stdout
+
+
+def test_another_text_of_equal_size_is_not_continued_and_the_audit_disagrees(
+    sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    # With a tokenizer of bytes, one letter for another leaves every size as it is.
+    prefix, source = tmp_path / "shards" / "x", tmp_path / "a.txt"
+    source.write_text(sharded_text.documents[0])
+    preprocess([str(source)], "byte", str(prefix))
+    words = [word for word in Layout(zero=1).options(sharded_text, tmp_path / "run") if "--data." not in word]
+    words = [*words, f"--data.prefix={prefix}", "--resume=auto"]
+    run_successfully(SCRIPT, *words, "--training.steps=2")
+    assert "agrees up to step 2" in run_successfully("launch/audit_data.py", tmp_path / "run")
+    shutil.rmtree(prefix.parent)
+    source.write_text(sharded_text.documents[0].replace("e", "a", 1))
+    preprocess([str(source)], "byte", str(prefix))
+    done = run(SCRIPT, *words, "--training.steps=4")
+    assert done.returncode == 2
+    assert "data.corpora_sha256 was" in done.stderr
+    assert "data.corpora_tokens" not in done.stderr
+    audit = run("launch/audit_data.py", tmp_path / "run")
+    assert audit.returncode == 1
+    assert "agrees up to step 0, then not" in audit.stdout
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_audited_by_number(
+    sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    words = [*Layout(zero=1).options(sharded_text, tmp_path / "run"), "--resume=auto"]
+    run_successfully(SCRIPT, *words, "--training.steps=2")
+    # Written over as the version before would have: the ledger without the hashes, the record without them.
+    config = parse(["--config", str(tmp_path / "run" / "config.yaml"), "--dry-run"], "").config
+    blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
+    records, ledger = metrics(tmp_path / "run"), 0
+    for record in records:
+        last = record["tokens"] // config.model.sequence_length
+        for sample in range(last - config.training.global_batch_size, last):
+            ledger = (ledger + ledger_entry(sample, *blend.locate(sample))) % 2**64
+        record["ledger"] = f"{ledger:016x}"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = find_checkpoint(tmp_path / "run") / RECORD
+    content = json.loads(path.read_text())
+    del content["data"]["corpora_sha256"]
+    path.write_text(json.dumps({**content, "format_version": 3, "ledger": f"{ledger:016x}"}))
+    run_successfully(SCRIPT, *words, "--training.steps=4")
+    audit = run_successfully("launch/audit_data.py", tmp_path / "run")
+    assert "up to step 2 the ledger knows the windows by number" in audit
+    assert "agrees up to step 4" in audit
+
+
+def test_a_damaged_token_ends_the_run_by_name_whichever_rank_reads_it(
+    sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    shutil.copytree(Path(sharded_text.prefix).parent, tmp_path / "shards")
+    prefix = tmp_path / "shards" / Path(sharded_text.prefix).name
+    data = sorted(tmp_path.glob("shards/*.bin"))[0]
+    ids = np.fromfile(data, dtype=np.uint16)
+    ids[200:] = 60_000
+    ids.tofile(data)
+    words = [
+        word for word in Layout(data=2, zero=1).options(sharded_text, tmp_path / "run") if "data.prefix" not in word
+    ]
+    done = run(SCRIPT, *words, f"--data.prefix={prefix}", ranks=2)
+    assert done.returncode != 0
+    assert f"{data}: id 60000 at place" in done.stderr
+    assert "but the tokenizer has 400 entries" in done.stderr
+
+
+@pytest.mark.parametrize("targets", [[400], [-1, 3], list(range(400))])
+def test_untrained_targets_that_are_none_or_all_are_refused(
+    targets: list[int], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    words = Layout().options(sharded_text, tmp_path / "run")
+    done = run(SCRIPT, *words, f"--data.untrained_targets={json.dumps(targets)}")
+    assert done.returncode == 2
+    assert f"data.untrained_targets holds {'every id' if len(targets) == 400 else 'the ids ['}" in done.stderr
+    assert "has the 400 entries 0 to 399" in done.stderr
 
 
 def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedText, tmp_path: Path) -> None:
