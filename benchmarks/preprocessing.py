@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-only", action="store_true", help="one run of preprocessing, without the peer")
     options = parser.parse_args()
     measured = measure(options.input, options.tokenizer, options.rounds, options.memory_only)

@@ -1,5 +1,6 @@
 """The errors that are not bugs: bad input, which is the user's to mend, and a rank that is lost."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ def input_errors_exit() -> Iterator[None]:
     Every rank of a launch raises the same ``InputError`` (see ``ecp_scale.parallel.groups.agreed``); rank 0 prints it.
     Anything else is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         yield
     except InputError as error:

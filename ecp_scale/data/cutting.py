@@ -1,8 +1,8 @@
 """Long texts in pieces whose ids, joined, are those of the whole: memory of a piece, not of the text.
 
-A piece ends where the tokenizer cannot merge across: between two words that one space parts (where no entry of the
-vocabulary holds a space inside), and there only if the neighbourhood has the same ids in one piece and in two. A text
-without such a place, or a tokenizer that joins words, gives one piece.
+A piece ends where the tokenizer cannot merge across: at a border (a space between words, a line end, a tab, East Asian
+punctuation) that no entry of the vocabulary spans, and there only if the neighbourhood has the same ids in one piece
+and in two. A text without such a place gives one piece.
 """
 
 import re
@@ -11,13 +11,20 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ecp_scale.data.tokenizer import Tokenizer
+from ecp_scale.data.tokenizer_kinds import UnencodableError
 
 PIECE_CHARACTERS = 1 << 18
 """Characters of a piece. A tokenizer takes up to 90 bytes of memory for each."""
 NEIGHBOURHOOD = 64
 """Characters on both sides of a cut that are tried."""
-SPACE = re.compile(r"(?<=\S) (?=\w)")
 LINE_END = re.compile(r"(?<=\n)")
+BORDERS = (
+    (r"(?<=\S)(?= \w)", r"\S "),
+    (r"(?<=\n)(?=\w)", r"\n\w"),
+    (r"(?<=\t)(?=\w)", r"\t\w"),
+    ("(?<=[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])(?=\\w)", "[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f]\\w"),
+)
+"""Places where a text may be cut, and what an entry that spans one holds."""
 
 
 class Piece(NamedTuple):
@@ -52,8 +59,14 @@ class Cutter:
         self.characters = characters
 
     @cached_property
-    def _cuts(self) -> bool:
-        return self._lines or not self._tokenizer.joins_words
+    def _border(self) -> re.Pattern[str] | None:
+        """Where this tokenizer's texts may be cut; None where nowhere."""
+        if self._lines:
+            return LINE_END
+        spanning = re.compile("|".join(f"({spanned})" for _, spanned in BORDERS))
+        spanned = {match.lastindex for entry in self._tokenizer.entries() for match in spanning.finditer(entry)}
+        usable = [border for number, (border, _) in enumerate(BORDERS, start=1) if number not in spanned]
+        return re.compile("|".join(usable)) if usable else None
 
     def pieces(self, parts: Iterable[str]) -> Iterator[Piece]:
         """Pieces of a text that comes in parts; at least one."""
@@ -61,7 +74,7 @@ class Cutter:
         skipped = 0
         for part in parts:
             waiting += part
-            while self._cuts and len(waiting) >= searched + NEIGHBOURHOOD:
+            while len(waiting) >= searched + NEIGHBOURHOOD:
                 cut = self._cut(waiting, searched)
                 if cut is None:
                     searched = len(waiting) - NEIGHBOURHOOD  # what was searched once has no cut
@@ -73,7 +86,9 @@ class Cutter:
 
     def _cut(self, text: str, start: int) -> tuple[int, int] | None:
         """The first place from ``start`` on where a text may be cut, and what the next piece skips."""
-        for found in (LINE_END if self._lines else SPACE).finditer(text, start, len(text) - NEIGHBOURHOOD):
+        if self._border is None:
+            return None
+        for found in self._border.finditer(text, start, len(text) - NEIGHBOURHOOD):
             skipped = 0 if self._lines else self._skipped(text, found.start())
             if skipped is not None:
                 return found.start(), skipped
@@ -83,5 +98,9 @@ class Cutter:
         """Characters that must not be encoded behind a cut: 0, 1 where a piece begins with a space of its own."""
         encode = self._tokenizer.encode
         left, right = text[place - NEIGHBOURHOOD : place], text[place : place + NEIGHBOURHOOD]
-        whole, before = encode(left + right), encode(left)
-        return next((skipped for skipped in (0, 1) if before + encode(right[skipped:]) == whole), None)
+        try:
+            whole, before = encode(left + right), encode(left)
+            may_skip = (0, 1) if right[0] == " " else (0,)
+            return next((skipped for skipped in may_skip if before + encode(right[skipped:]) == whole), None)
+        except UnencodableError:
+            return None  # which the encoding of the piece will meet and name

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from ecp_scale.data.parsing import EMPTY, BadRecordError, Dropped, Parsing, digest_fraction
+from ecp_scale.data.parsing import EMPTY, VALIDATION, BadRecordError, Dropped, Parsing, digest_fraction
 from ecp_scale.data.sources import Place, Source
 from ecp_scale.errors import InputError
 
@@ -15,6 +15,7 @@ class LongText:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._digest = hashlib.sha256()
+        self._validation_digest = hashlib.sha256(VALIDATION.encode())
         self._characters = 0
         self._bytes = 0
         self._has_text = False
@@ -33,6 +34,7 @@ class LongText:
             raise BadRecordError(f"not valid UTF-8 at byte {self._bytes - kept + error.start}") from error
         self._bytes += len(raw)
         self._digest.update(raw)
+        self._validation_digest.update(raw)
         self._characters += len(text)
         self._has_text = self._has_text or not text.isspace()
         return text
@@ -45,6 +47,11 @@ class LongText:
     def fraction(self) -> float:
         """The number from 0 to 1 by which the text is sampled, see ``hash_fraction``."""
         return digest_fraction(self._digest)
+
+    @property
+    def validation_fraction(self) -> float:
+        """The same, by which it is set aside for validation."""
+        return digest_fraction(self._validation_digest)
 
     def dropped(self, parsing: Parsing) -> Dropped | None:
         """Why the text, all of which has passed, is dropped."""

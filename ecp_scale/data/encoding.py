@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecp_scale.data.cutting import Cutter, Piece
-from ecp_scale.data.parsing import BadRecordError, Dropped, Parsing, hash_fraction
+from ecp_scale.data.parsing import VALIDATION, BadRecordError, Dropped, Parsing, hash_fraction
 from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.sources import Raw
 from ecp_scale.data.tokenizer import Ids, Tokenizer, load_tokenizer
@@ -45,6 +45,9 @@ class Counted(NamedTuple):
     words: int
     lines: int
     unknown: int
+
+
+NO_TEXT = Counted(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _start(encoding: Encoding) -> None:
 
 
 def _encode(batch: Batch) -> EncodedBatch:
-    counts = np.zeros((len(batch), len(Counted._fields)), dtype=np.int64)
+    counts = [NO_TEXT] * len(batch)
     validation = np.zeros(len(batch), dtype=np.bool_)
     pieces: dict[int, Piece] = {}
     errors: dict[int, str] = {}
@@ -186,7 +189,7 @@ def _encode(batch: Batch) -> EncodedBatch:
         else:
             pieces[number] = Piece(text)
             if _encoding.validation_share:
-                validation[number] = hash_fraction(text) < _encoding.validation_share
+                validation[number] = hash_fraction(text, VALIDATION) < _encoding.validation_share
     encoded = _ids(pieces, errors)
     end = np.array([_tokenizer.end_of_document], dtype=np.int32)
     parts: list[Ids] = []
@@ -194,11 +197,11 @@ def _encode(batch: Batch) -> EncodedBatch:
         text = pieces[number].text
         ended = () if isinstance(batch[number].raw, Piece) else (end,)
         parts += (ids, *ended)
-        counts[number] = (len(ids) + len(ended), *measure(text), _unknown(pieces[number], ids))
+        counts[number] = Counted(len(ids) + len(ended), *measure(text), _unknown(pieces[number], ids))
     # Casting: every id is below vocab_size, by which the type was chosen.
     dtype = token_type(_tokenizer.vocab_size)
     ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
-    return EncodedBatch(ids, counts, validation, errors, dropped)
+    return EncodedBatch(ids, np.array(counts, dtype=np.int64), validation, errors, dropped)
 
 
 def _ids(pieces: dict[int, Piece], errors: dict[int, str]) -> dict[int, Ids]:
@@ -241,6 +244,9 @@ _BLANKS = "".join(character for character in map(chr, range(0x10000)) if charact
 _IS_BLANK = bytes(chr(byte) in _BLANKS[:10] for byte in range(256))
 """By byte whether it is white space: all ASCII characters that are come first."""
 
+SHORT = 256
+"""Bytes below which words are split faster than they are counted."""
+
 
 def measure(text: str) -> tuple[int, int, int]:
     """Bytes of a text in UTF-8, its words and its line ends.
@@ -249,6 +255,8 @@ def measure(text: str) -> tuple[int, int, int]:
     """
     content = text.encode()
     lines = content.count(b"\n")
+    if len(content) < SHORT:
+        return len(content), len(text.split()), lines
     if not text.isascii() and any(blank in text for blank in _BLANKS[10:]):
         return len(content), len(text.split()), lines
     blank = np.frombuffer(content.translate(_IS_BLANK), dtype=np.bool_)

@@ -12,6 +12,7 @@ from ecp_scale.data.parsing import BadRecordError, Dropped, Parsing
 from ecp_scale.data.shards import token_type
 from ecp_scale.data.sources import Place, Source
 from ecp_scale.data.tokenizer import load_tokenizer
+from ecp_scale.data.tokenizer_kinds import UnencodableError
 from ecp_scale.errors import InputError
 
 SAMPLE_BYTES = 4 << 20
@@ -71,7 +72,10 @@ def estimate(
     if not texts:
         raise InputError(f"the sample of {len(chosen)} sources has no text")
     began = time.perf_counter()
-    tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts, parsing.preparation != "none"))
+    try:
+        tokens = sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts, parsing.preparation != "none"))
+    except UnencodableError as error:
+        raise InputError(f"a document of the sample cannot be encoded: {error}") from error
     seconds = time.perf_counter() - began
     total = sum(source.size for source in sources)
     scale = total / max(1, read)

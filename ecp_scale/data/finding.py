@@ -45,24 +45,35 @@ def find_sources(inputs: Sequence[str]) -> Found:
         InputError: if an input is missing or of another kind, or there is nothing to read at all.
     """
     found = Found()
-    seen: dict[tuple[int, int], str] = {}
-    for name in inputs:
-        if name == STDIN or name.startswith(HUB):
-            found.sources.append(Source(name))
-            continue
-        paths = [Path(name)] if Path(name).exists() else _matching(name)
-        if not paths:
-            raise InputError(f"input {name}: no such file or folder, and no file matches it as a pattern")
-        for path in paths:
-            if path.is_dir():
-                _take(found, _below(path, found), seen)
-            elif format_of(path.name) is None:
-                raise InputError(f"input {path}: its ending is none of those that are read ({endings()})")
+    seen: set[tuple[int, int]] = set()
+    try:
+        for name in inputs:
+            if name == STDIN or name.startswith(HUB):
+                found.sources.append(Source(name))
             else:
-                _take(found, iter([path]), seen)
+                _take(found, _named(name, found), seen)
+    except OSError as error:
+        raise InputError(f"input {error.filename}: {error.strerror or error}") from error
     if not found.sources:
         raise InputError(f"the corpus is empty: no file with text in {', '.join(inputs) or 'no inputs'}{_why(found)}")
     return found
+
+
+def _named(name: str, found: Found) -> Iterator[Path]:
+    """Files that an input names: itself, what matches it as a pattern, and what lies below those that are folders."""
+    path = Path(name)
+    if path.is_dir():
+        yield from _below(path, found)
+    elif path.exists():
+        if format_of(path.name) is None:
+            raise InputError(f"input {path}: its ending is none of those that are read ({endings()})")
+        yield path
+    else:
+        matches = _matching(name)
+        if not matches:
+            raise InputError(f"input {name}: no such file or folder, and no file matches it as a pattern")
+        for match in matches:
+            yield from _below(match, found) if match.is_dir() else _checked(match, found)
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -74,14 +85,13 @@ def _why(found: Found) -> str:
     return f" (not read: {'; '.join(counts)})" if counts else ""
 
 
-def _take(found: Found, paths: Iterator[Path], seen: dict[tuple[int, int], str]) -> None:
+def _take(found: Found, paths: Iterator[Path], seen: set[tuple[int, int]]) -> None:
     for path in paths:
         status = path.stat()
-        place = status.st_dev, status.st_ino
-        if place in seen:
-            found.leave(path, f"the same file as {seen[place]}")
+        if (status.st_dev, status.st_ino) in seen:
+            found.leave(path, "the same file as one before")
         else:
-            seen[place] = str(path)
+            seen.add((status.st_dev, status.st_ino))
             found.sources.append(Source(str(path)))
 
 
@@ -103,11 +113,19 @@ def _below(folder: Path, found: Found) -> Iterator[Path]:
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         files += [here / name for name in names if not name.startswith(".")]
     for path in sorted(files):
-        reason = None if path.is_dir() else _why_not(path)
-        if reason is None:
+        if path.is_dir():
             yield path
         else:
-            found.leave(path, reason)
+            yield from _checked(path, found)
+
+
+def _checked(path: Path, found: Found) -> Iterator[Path]:
+    """The file, if it is one that is read."""
+    reason = _why_not(path)
+    if reason is None:
+        yield path
+    else:
+        found.leave(path, reason)
 
 
 def _refuse(error: OSError) -> None:
@@ -123,7 +141,8 @@ def is_saved_dataset(folder: Path) -> bool:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         raise InputError(f"{folder}: holds the splits {', '.join(splits)}; name the folder of one of them")
-    return (folder / "state.json").is_file()
+    state = folder / "state.json"  # a name that others use too
+    return state.is_file() and b'"_data_files"' in state.read_bytes()
 
 
 def _why_not(path: Path) -> str | None:
@@ -132,8 +151,10 @@ def _why_not(path: Path) -> str | None:
     if not path.is_file():
         return "not a regular file"
     if format_of(path.name) is None and not WRITTEN.search(path.name):
-        return f"of an ending that is not read ({path.suffix or 'none'})"
-    return "written by preprocessing" if WRITTEN.search(path.name) else None
+        return "of an ending that is not read"
+    if WRITTEN.search(path.name):
+        return "written by preprocessing"
+    return None if path.stat().st_size else "empty"
 
 
 WRITTEN = re.compile(r"(-\d{5,}-of-\w+\.(bin|idx)|\.manifest\.json|\.unfinished\.jsonl|\.tokenizer\.(json|txt|model))$")

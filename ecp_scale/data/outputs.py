@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ecp_scale.data.journal import Journal, State
 from ecp_scale.data.manifest import ShardRecord, SourceRecord, TextCounts
-from ecp_scale.data.shards import token_type
+from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.stream import Job
-from ecp_scale.data.writing import Document, ShardWriter, publish
+from ecp_scale.data.writing import Counts, ShardWriter, Spooled, publish
 
 
 class Outputs:
@@ -30,14 +30,16 @@ class Outputs:
     def make_room(self, output: int, tokens: int) -> bool:
         """Finish the open shard if so many tokens do not fit; whether there are shards to commit."""
         writer = self._open[output]
-        if writer is not None and writer.counts.tokens + tokens > self._job.shard_tokens:
+        if writer is not None and writer.tokens + tokens > self._job.shard_tokens:
             self._finish(output)
         return any(self.finished)
 
-    def add(self, output: int, document: Document) -> None:
+    def add(self, output: int, ids: Tokens | Spooled, counts: Counts) -> None:
         """Append a document."""
-        writer = self._open[output] = self._open[output] or self._next(output)
-        writer.add(document)
+        writer = self._open[output]
+        if writer is None:
+            writer = self._open[output] = self._next(output)
+        writer.add(ids, counts)
 
     def finish(self) -> None:
         """Finish all open shards."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from ecp_scale.data.sources import Raw, Reading, TextUnit
@@ -102,6 +103,10 @@ class Parsing:
         return "[SEP]".join(lines) + ("" if last else "[SEP]")
 
 
+VALIDATION = "validation/"
+"""Seed of the hash by which documents are set aside: --share must not decide it."""
+
+
 def hash_fraction(text: str, seed: str = "") -> float:
     """A number from 0 to 1 by which a text is sampled: the same on every machine and in every order."""
     return digest_fraction(hashlib.sha256((seed + text).encode()))
@@ -174,9 +179,9 @@ def _matches(found: Any, wanted: str) -> bool:
         return found == wanted
     if found is None or isinstance(found, bool):
         return json.dumps(found) == wanted.lower()
-    if isinstance(found, int | float):
+    if isinstance(found, int | float | Decimal):
         try:
-            return found == (int(wanted) if wanted.lstrip("+-").isdigit() else float(wanted))
-        except ValueError:
+            return found == (float(wanted) if isinstance(found, float) else Decimal(wanted))
+        except (ValueError, ArithmeticError):
             return False
-    return json.dumps(found, default=str) == wanted
+    return (json.dumps(found, default=str) if isinstance(found, list | dict) else str(found)) == wanted

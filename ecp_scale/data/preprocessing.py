@@ -19,12 +19,13 @@ from ecp_scale.data.cutting import PIECE_CHARACTERS, Cutter
 from ecp_scale.data.encoding import Encoder, Encoding
 from ecp_scale.data.files import copy_file
 from ecp_scale.data.finding import find_sources
+from ecp_scale.data.interrupts import Interrupts
 from ecp_scale.data.journal import Identity, Journal, journal_path
 from ecp_scale.data.locking import only_writer
 from ecp_scale.data.manifest import Manifest, ShardRecord, SourceRecord, TextCounts, TokenizerRecord, manifest_path
 from ecp_scale.data.outputs import Outputs, shard_name
 from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.sources import ChangedSourceError, Place, Source, content_hash
+from ecp_scale.data.sources import HUB, ChangedSourceError, Place, Source, content_hash, has_more
 from ecp_scale.data.splitting import block_characters
 from ecp_scale.data.stream import Job, OnError, batches
 from ecp_scale.data.tokenizer import Tokenizer, gives_texts_back
@@ -71,7 +72,8 @@ def preprocess(
         raise InputError(f"workers is {workers} and shard_tokens {shard_tokens}, expected at least 1 and 2")
     if not 0 <= validation_share < 1:
         raise InputError(f"validation_share is {validation_share}, expected at least 0 and less than 1")
-    prefix = _checked_prefix(output_prefix)
+    with _write_errors(Path(output_prefix)):
+        prefix = _checked_prefix(output_prefix)
     encoding = Encoding(tokenizer_spec, end_token, parsing or Parsing(), validation_share)
     tokenizer = encoding.load_tokenizer()
     found = find_sources(inputs)
@@ -141,21 +143,31 @@ def _finished(job: Job, identity: Identity) -> Manifest:
     for output, manifest in manifests.items():
         before = Identity(manifest.settings, tuple(source.name for source in manifest.sources))
         identity.check(manifest_path(output), before)
-    _check_sources(job, manifests[job.outputs[0]].sources)
+    for source, place in _check_sources(job, manifests[job.outputs[0]].sources):
+        if source.path is not None and has_more(source, job.encoding.parsing.reading, place):
+            raise ChangedSourceError(
+                f"{source.name}: has grown behind its first {place.record} records since {job.prefix} was finished; "
+                "choose another prefix"
+            )
     return manifests[job.outputs[0]]
 
 
-def _check_sources(job: Job, read: Sequence[SourceRecord]) -> None:
-    """Refuse a source whose content has changed in what was read of it.
+def _check_sources(job: Job, read: Sequence[SourceRecord]) -> list[tuple[Source, Place]]:
+    """Refuse a source whose content has changed in what was read of it; those that were read again, and up to where.
+
+    A dataset of the hub is not read again.
 
     Raises:
         ChangedSourceError: naming it.
     """
+    again = []
     for number, (source, record) in enumerate(zip(job.sources, read, strict=False)):
-        if source.fingerprint != record.fingerprint or not source.fingerprint:
+        if not source.name.startswith(HUB) and (source.fingerprint != record.fingerprint or not source.fingerprint):
             place = Place(number, record.records, record.bytes)
-            if source.path is not None and content_hash(source, job.encoding.parsing.reading, place) != record.sha256:
+            if content_hash(source, job.encoding.parsing.reading, place) != record.sha256:
                 raise ChangedSourceError(source.changed(place))
+            again.append((source, place))
+    return again
 
 
 def _begun(job: Job, identity: Identity) -> Journal:
@@ -192,22 +204,27 @@ def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int
         collector = Collector(job, tokenizer, journal, digest, blocks, bar)
         outputs = stack.enter_context(closing(Outputs(job, tokenizer.vocab_size, journal)))
         raw = batches(job, journal.state, digest, cutter, blocks)
-        reached: Reached | None = collector.reached()
+        interrupts = stack.enter_context(Interrupts())
+        reached: Reached | None = None
         try:
             for collected in collector.documents(encoder(raw)):
-                finished = outputs.make_room(collected.output, collected.document.counts.tokens)
-                if finished and reached is not None:
-                    outputs.commit(reached.settle(), collector.read[: reached.sources])
-                outputs.add(collected.output, collected.document)
-                reached = collected.reached
+                with interrupts.held:
+                    finished = outputs.make_room(collected.output, collected.counts[1])
+                    if finished and reached is not None:
+                        outputs.commit(reached.settle(), collector.read[: reached.sources])
+                    outputs.add(collected.output, collected.ids, collected.counts)
+                    reached = collected.reached
         except (InputError, KeyboardInterrupt) as error:
+            # Only what this run has added: at the place where it began it has not yet hashed what lies before.
             if reached is not None and not isinstance(error, ChangedSourceError):
-                outputs.commit(reached.settle(), collector.read[: reached.sources])
+                with interrupts.held:
+                    outputs.commit(reached.settle(), collector.read[: reached.sources])
             raise
         if not all(outputs.used):
             raise InputError(_empty(job, outputs, collector))
-        outputs.finish()
-        outputs.commit(collector.reached().settle(), collector.read, complete=True)
+        with interrupts.held:
+            outputs.finish()
+            outputs.commit(collector.reached().settle(), collector.read, complete=True)
         return outputs.journal
 
 

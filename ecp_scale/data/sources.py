@@ -6,6 +6,7 @@ and of a long plain text no more than a part.
 """
 
 import hashlib
+import itertools
 import json
 import lzma
 import sys
@@ -109,11 +110,13 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Size and time of change when first asked for, which tell without reading that a file is as it was."""
+        """Sizes and times of change when first asked for, which tell without reading that all is as it was."""
+        if self.path is None:
+            return ""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file()) if self.path.is_dir() else [self.path]
         with suppress(OSError):
-            if self.path is not None:
-                status = self.path.stat()
-                return f"{status.st_size}:{status.st_mtime_ns}"
+            marks = [f"{status.st_size}:{status.st_mtime_ns}" for status in map(Path.stat, files)]
+            return marks[0] if len(marks) == 1 else hashlib.sha256(" ".join(marks).encode()).hexdigest()
         return ""
 
     def records(
@@ -138,21 +141,27 @@ class Source:
             InputError: naming the source, where it cannot be read.
         """
         digest = hashlib.sha256() if digest is None else digest
-        read = 0
-        try:
-            _ = self.fingerprint  # of the file as it is when it is opened
-            is_text = self.format(reading) in ("text", "json")
+        _ = self.fingerprint  # of the file as it is when it is opened
+        is_text = self.format(reading) in ("text", "json")
+        with self.reading_errors(start.offset) as passed:
             for record in (self._text_records if is_text else self._row_records)(number, start, reading, digest):
                 if seen is not None and digest.hexdigest() != seen:
                     raise ChangedSourceError(self.changed(start))
                 seen = None
-                read = record.read_bytes
+                passed[0] = max(passed[0], record.after.offset)
                 yield record
+
+    @contextmanager
+    def reading_errors(self, offset: int = 0) -> Iterator[list[int]]:
+        """Turn what reading raises into an error that names the source and the byte of content that was reached."""
+        passed = [offset]
+        try:
+            yield passed
         except InputError:
             raise
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError, ArithmeticError) as error:
             reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"{self.name}: cannot be read ({reason}) behind byte {read}") from error
+            raise InputError(f"{self.name}: cannot be read ({reason}) behind byte {passed[0]}") from error
 
     def changed(self, place: Place) -> str:
         """What to say of a source whose content is no longer what was read of it."""
@@ -164,38 +173,42 @@ class Source:
     def _text_records(self, number: int, start: Place, reading: Reading, digest: "hashlib._Hash") -> Iterator[Record]:
         what = "line" if self.format(reading) == "json" else reading.text_unit
         compressed = bool(compression_of(self._file_name(reading))) and self.name != STDIN
-        with self._opened(reading) as (disk, file):
+        with self.opened(reading) as (disk, file):
             _pass_over(file, start.offset, digest)
-            count, offset, blank = start.record, start.offset, b""
+            count, offset = start.record, start.offset
+            blank: list[bytes] = []
             pieces = ((line, False, True) for line in file) if self.format(reading) == "json" else texts(file, what)
             for content, part, last in pieces:
                 at, offset, count = offset, offset + len(content), count + last
                 raw = content.removeprefix(BYTE_ORDER_MARK) if at == 0 else content
-                if not part and (not raw or raw.isspace()):
-                    blank += content
+                if what != "file" and not part and (not raw or raw.isspace()):
+                    blank.append(content)
                     continue
                 after, read = Place(number, count, offset), disk.tell() if compressed else offset
-                yield Record(raw, self.name, what, count + (not last), at, after, blank + content, read, part, last)
-                blank = b""
-            yield Record(b"", self.name, "end", count, None, Place(number + 1), blank, offset)
+                passed = b"".join((*blank, content)) if blank else content
+                blank.clear()
+                yield Record(raw, self.name, what, count + (not last), at, after, passed, read, part, last)
+            yield Record(b"", self.name, "end", count, None, Place(number + 1), b"".join(blank), offset)
 
     def _row_records(self, number: int, start: Place, reading: Reading, digest: "hashlib._Hash") -> Iterator[Record]:
         count, offset, read = 0, 0, 0
-        for row, read in self._rows(reading):
+        for row, read, at in self.rows(reading):
             count += 1
             passed = _bytes_of(row)
             offset += len(passed)
             if count <= start.record:
                 digest.update(passed)
             else:
-                yield Record(row, self.name, "row", count, None, Place(number, count, offset), passed, read)
+                yield Record(row, self.name, "row", count, at, Place(number, count, offset), passed, read)
         yield Record(b"", self.name, "end", count, None, Place(number + 1), b"", read)
 
-    def _rows(self, reading: Reading) -> Iterator[Row]:
+    def rows(self, reading: Reading) -> Iterator[Row]:
+        """Rows of a table, the bytes on disk read up to each, and the byte where it begins, if that is known."""
         columns = reading.columns
         if self.format(reading) == "csv":
-            with self._opened(reading) as (_, file):
-                yield from csv_rows(self.name, file, columns)
+            with self.opened(reading) as (disk, file):
+                tell = None if disk is file or self.path is None else disk.tell
+                yield from csv_rows(self.name, file, columns, tell)
         elif self.path is None:
             yield from hub_rows(self.name.removeprefix(HUB), columns)
         elif self.path.is_dir():
@@ -204,7 +217,7 @@ class Source:
             yield from parquet_rows(self.path, columns)
 
     @contextmanager
-    def _opened(self, reading: Reading) -> Iterator[tuple[Any, Any]]:
+    def opened(self, reading: Reading) -> Iterator[tuple[Any, Any]]:
         """The file on disk, and its decompressed content."""
         compression = compression_of(self._file_name(reading))
         disk = sys.stdin.buffer if self.path is None else self.path.open("rb", READ_BYTES)
@@ -216,14 +229,28 @@ class Source:
 
 
 def content_hash(source: Source, reading: Reading, until: Place) -> str:
-    """Hash of what lies before a place of a source.
+    """Hash of what lies before a place of a source; nothing behind it is read.
 
     Raises:
         InputError: if it cannot be read.
     """
     digest = hashlib.sha256()
-    next(source.records(until.source, until, reading, digest), None)
+    with source.reading_errors():
+        if source.format(reading) in ("text", "json"):
+            with source.opened(reading) as (_, file):
+                _pass_over(file, until.offset, digest)
+        else:
+            for row, _, _ in itertools.islice(source.rows(reading), until.record):
+                digest.update(_bytes_of(row))
     return digest.hexdigest()
+
+
+def has_more(source: Source, reading: Reading, place: Place) -> bool:
+    """Whether a record can be read behind a place of a source."""
+    try:
+        return next(source.records(place.source, place, reading)).what != "end"
+    except InputError:
+        return False
 
 
 def _bytes_of(row: dict[str, Any] | BadRow) -> bytes:

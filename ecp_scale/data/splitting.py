@@ -2,7 +2,8 @@
 
 from contextlib import suppress
 
-from ecp_scale.data.sources import STDIN, Place
+from ecp_scale.data.parsing import BadRecordError, Dropped, Parsing
+from ecp_scale.data.sources import STDIN, Place, Record
 from ecp_scale.data.stream import Job
 from ecp_scale.errors import InputError
 
@@ -16,17 +17,28 @@ LEAST_CHARACTERS = 256
 def block_characters(job: Job) -> int | None:
     """Characters of the blocks into which all texts are cut, since the documents are few; None where they are not.
 
-    Records are counted, until there are enough.
+    Documents that pass the filters are counted, until there are enough.
     """
     share = job.encoding.validation_share
     if not share or any(source.name == STDIN for source in job.sources):
         return None
     documents = size = 0
+    parsing = job.encoding.parsing
     for number, source in enumerate(job.sources):
+        is_json = source.format(parsing.reading) == "json"
         with suppress(InputError):  # which the run itself meets in its place
-            for record in source.records(number, Place(number), job.encoding.parsing.reading):
-                documents += record.what != "end" and record.last
+            for record in source.records(number, Place(number), parsing.reading):
                 size += len(record.passed)
+                documents += record.what != "end" and record.last and _passes(parsing, record, is_json)
                 if documents * min(share, 1 - share) >= FEW_DOCUMENTS:
                     return None
     return max(LEAST_CHARACTERS, min(1 << 16, int(size * share / BLOCKS)))
+
+
+def _passes(parsing: Parsing, record: Record, is_json: bool) -> bool:
+    if record.part:  # filters of a long text are asked at its end
+        return True
+    try:
+        return not isinstance(parsing.text(record.raw, is_json), Dropped)
+    except BadRecordError:
+        return False

@@ -63,9 +63,9 @@ class Job:
 class Known(NamedTuple):
     """What the writer must know of an item.
 
-    ``record`` says what to call it and the place after it. ``passed`` is the content that was read for it. ``long`` is
-    the text that it is the last piece of; ``is_piece`` says that it is one, of the block number ``block``, whose first
-    ``skipped`` characters, a space, are not encoded.
+    ``record`` says what to call it and the place after it. ``passed`` is the content that was read for it. ``is_piece``
+    says that it is a piece of a text, whose first ``skipped`` characters (a space) are not encoded; ``long`` is the
+    text that it is the last piece of.
     """
 
     record: Record
@@ -73,7 +73,6 @@ class Known(NamedTuple):
     error: str | None = None
     is_piece: bool = False
     long: LongText | None = None
-    block: int = 0
     skipped: int = 0
 
 
@@ -110,13 +109,10 @@ def _size(value: object) -> int:
 
 
 def _items(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[Marked]:
-    block = start.block
     records = _records(job, start, digest)
     for record, error, is_json in records:
         if error is None and record.what != "end" and (record.part or blocks):
-            for item, mark in _Pieces(job, record, is_json, records).cut(cutter):
-                yield item, mark._replace(block=block)
-                block += 1
+            yield from _Pieces(job, record, is_json, records).cut(cutter)
         else:
             yield Item(record.raw, is_json and record.what != "end"), Known(record, (record.passed,), error)
 
@@ -133,15 +129,17 @@ def _records(job: Job, start: State, digest: Any) -> Iterator[Entry]:
         is_json = source.format(reading) == "json"
         is_first = number == start.place.source
         first, seen = (start.place, start.seen) if is_first else (Place(number), None)
+        count = first.record
         try:
             for record in source.records(number, first, reading, digest if is_first else None, seen):
+                count = max(count, record.after.record)
                 yield record, None, is_json
         except ChangedSourceError:
             raise
         except InputError as error:
             # In its place in the order, so that what comes before it is still written. A run that skips it goes on with
             # the next source.
-            yield Record(b"", source.name, "end", 0, None, Place(number + 1), b"", source.size), str(error), False
+            yield Record(b"", source.name, "end", count, None, Place(number + 1), b"", source.size), str(error), False
             if job.on_error == "stop":
                 return
 

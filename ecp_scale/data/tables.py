@@ -1,9 +1,9 @@
 """Rows of tables: parquet, CSV, folders that ``datasets`` saved, and datasets of the hub."""
 
+import codecs
 import csv
-import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,8 +18,8 @@ class BadRow(NamedTuple):
     reason: str
 
 
-Row: TypeAlias = tuple[dict[str, Any] | BadRow, int]
-"""The columns of a row, and the bytes on disk read up to there."""
+Row: TypeAlias = tuple[dict[str, Any] | BadRow, int, int | None]
+"""The columns of a row, the bytes on disk read up to there, and the byte of the content where it begins, if known."""
 
 
 def top_level(key: str, names: Sequence[str]) -> str:
@@ -37,7 +37,7 @@ def parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
         for batch in table.iter_batches(ROWS_AT_A_TIME, columns=wanted):
             for row in _rows_of(batch):
                 done += 1
-                yield row, size * done // table.metadata.num_rows
+                yield row, size * done // table.metadata.num_rows, None
 
 
 def saved_rows(folder: Path, columns: Sequence[str], size: int) -> Iterator[Row]:
@@ -48,7 +48,7 @@ def saved_rows(folder: Path, columns: Sequence[str], size: int) -> Iterator[Row]
     for table in data.select_columns(wanted).with_format("arrow").iter(ROWS_AT_A_TIME):
         for row in _rows_of(table):
             done += 1
-            yield row, size * done // len(data)
+            yield row, size * done // len(data), None
 
 
 def hub_rows(address: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -58,30 +58,51 @@ def hub_rows(address: str, columns: Sequence[str]) -> Iterator[Row]:
     data = _datasets(name).load_dataset(name, config or None, split=split or "train", streaming=True)
     wanted = None if data.column_names is None else _present(name, columns, data.column_names)
     for row in data:
-        yield {column: row[column] for column in wanted or row}, 0
+        yield {column: row[column] for column in wanted or row}, 0, None
 
 
-def csv_rows(name: str, file: Any, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of an open CSV file, whose first line names the columns."""
+def csv_rows(name: str, file: Any, columns: Sequence[str], tell: Callable[[], int] | None = None) -> Iterator[Row]:
+    """Rows of an open CSV file, whose first line names the columns; ``tell`` says how far a compressed one is."""
     csv.field_size_limit(sys.maxsize)  # a document is longer than the 128 KiB of the default
-    # Bytes that are no UTF-8 become lone surrogates, for which the parsing refuses the row.
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    wanted = _present(name, columns, header) if header else []
-    places = {column: header.index(column) for column in wanted}
+    offset = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal offset
+        for line in file:
+            text = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+            offset += len(line)
+            yield text.decode("utf-8", "surrogateescape")
+
+    reader = csv.reader(lines(), strict=True)
+    header: list[str] = []
     while True:
+        at, line = offset, reader.line_num
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield BadRow(f"not valid CSV ({error})"), 0
+            swallowed = reader.line_num - line
+            reason = f", with the {swallowed - 1} lines that follow it" if swallowed > 1 else ""
+            yield BadRow(f"not valid CSV ({error}){reason}"), tell() if tell else offset, at
             continue
-        if len(fields) == len(header):
-            yield {column: fields[place] for column, place in places.items()}, 0
+        if not header:
+            header = fields
+            places = {column: header.index(column) for column in _present(name, columns, header)}
         elif fields:
-            yield BadRow(f"{len(fields)} fields, but the header has {len(header)}"), 0
+            yield _csv_row(fields, header, places), tell() if tell else offset, at
+
+
+def _csv_row(fields: list[str], header: list[str], places: dict[str, int]) -> dict[str, Any] | BadRow:
+    if len(fields) != len(header):
+        return BadRow(f"{len(fields)} fields, but the header has {len(header)}")
+    row = {column: fields[place] for column, place in places.items()}
+    for column, text in row.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return BadRow(f"column {column}: not valid UTF-8 at character {error.start}")
+    return row
 
 
 def _present(source: str, keys: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -95,7 +116,7 @@ def _present(source: str, keys: Sequence[str], names: Sequence[str]) -> list[str
 def _rows_of(batch: Any) -> Iterable[dict[str, Any] | BadRow]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
+    except Exception:  # An invalid string, a date out of range: whatever one value raises condemns its row alone.
         return [_row_of(batch, number) for number in range(batch.num_rows)]
 
 
@@ -106,6 +127,8 @@ def _row_of(batch: Any, number: int) -> dict[str, Any] | BadRow:
             row[name] = batch[name][number].as_py()
         except UnicodeDecodeError as error:
             return BadRow(f"column {name}: not valid UTF-8 at byte {error.start}")
+        except Exception as error:
+            return BadRow(f"column {name}: {next(iter(str(error).splitlines()), type(error).__name__)}")
     return row
 
 

@@ -1,6 +1,6 @@
 """Tokenizers: text to ids and back, each known by the hash of its file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,12 +31,13 @@ class Tokenizer(Protocol):
     """Its name, and why it was taken."""
     unknown: int | None
     """Id that stands for what the vocabulary cannot write; None where there is none."""
-    joins_words: bool
-    """Whether an entry may hold a space between two words, so that a text cannot be cut there."""
 
     @property
     def vocab_size(self) -> int:
         """Number of ids."""
+
+    def entries(self) -> Iterator[str]:
+        """The text of every entry, for those that hold more than one character."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any begin or end."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,11 +77,10 @@ class SentencePieceTokenizer:
         """Number of entries."""
         return self._processor.get_piece_size()
 
-    @property
-    def joins_words(self) -> bool:
-        """Whether a piece holds a space after another character."""
+    def entries(self) -> Iterator[str]:
+        """The text of every entry."""
         pieces = (self._processor.id_to_piece(number) for number in range(self.vocab_size))
-        return any(re.search(f"[^{SPACE_SYMBOL}]{SPACE_SYMBOL}", piece) for piece in pieces)
+        return (piece.replace(SPACE_SYMBOL, " ") for piece in pieces)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any begin or end."""
@@ -93,13 +92,18 @@ class SentencePieceTokenizer:
         if self._symbol is not None:
             for number, text in enumerate(texts):
                 if SPACE_SYMBOL in text:
-                    parts = self._processor.encode(text.split(SPACE_SYMBOL), return_type="numpy", num_threads=1)
-                    joined = [part for ids in parts for part in (self._symbol, ids)][1:]
-                    encoded[number] = np.concatenate(joined, dtype=np.int32)
+                    encoded[number] = self._with_symbols(text)
         if not self._processor.is_control(self.end_of_document):
             names = {self.end_of_document: self._processor.id_to_piece(self.end_of_document)}
-            _keep_out(names, self.vocab_size, texts, encoded, self._processor.encode)
+            plain = self._processor.encode if self._symbol is None else self._with_symbols
+            _keep_out(names, self.vocab_size, texts, encoded, plain)
         return encoded
+
+    def _with_symbols(self, text: str) -> Ids:
+        """Ids of a text in which the symbol of a space stands for itself."""
+        assert self._symbol is not None
+        parts = self._processor.encode(text.split(SPACE_SYMBOL), return_type="numpy", num_threads=1)
+        return np.concatenate([part for ids in parts for part in (self._symbol, ids)][1:], dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
@@ -146,13 +150,9 @@ class HuggingFaceTokenizer:
         )
         self._names = {number: name for number, name in names.items() if number != self.unknown}
 
-    @property
-    def joins_words(self) -> bool:
-        """Whether an entry holds a space after a character that is none."""
-        suspects = [
-            number for piece, number in self._tokenizer.get_vocab().items() if re.search("..*[ \u0120\u2581]", piece)
-        ]
-        return any(re.search(r"\S ", self.decode([number])) for number in suspects)
+    def entries(self) -> Iterator[str]:
+        """The text of every entry."""
+        return (self.decode([number]) for number in self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any begin or end."""
@@ -227,7 +227,10 @@ class ByteTokenizer:
     end_reason = "id 256, of bytes"
     unknown: int | None = None
     vocab_size = 257
-    joins_words = False
+
+    def entries(self) -> Iterator[str]:
+        """The text of every entry: none has more than a character."""
+        return iter(())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any begin or end."""
@@ -247,7 +250,7 @@ def _keep_out(
     vocab_size: int,
     texts: Sequence[str],
     encoded: list[Ids],
-    encode: Callable[[str], list[int]],
+    encode: Callable[[str], Sequence[int] | Ids],
 ) -> None:
     """Encode again, in parts, every text whose ids hold a control token: its name is cut behind the first character.
 
@@ -261,7 +264,11 @@ def _keep_out(
             continue
         names = sorted((name for name in control.values() if len(name) > 1), key=len, reverse=True)
         border = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
-        again = [token for part in (re.split(border, text) if border else [text]) for token in encode(part)]
+        again = [
+            token
+            for part in (re.split(border, text, flags=re.IGNORECASE) if border else [text])
+            for token in encode(part)
+        ]
         if is_control[again].any():
             raise UnencodableError("its ids hold a control token of the tokenizer")
         encoded[number] = np.array(again, dtype=np.int32)

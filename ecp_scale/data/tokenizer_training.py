@@ -17,6 +17,8 @@ from ecp_scale.errors import InputError
 
 MAX_LINE_BYTES = 4096
 """Sentencepiece leaves out longer lines without a word, so they are cut."""
+REFUSED = "\u2585"
+"""Its own symbol of an unknown piece: lines that hold it are left out too, so they are cut there."""
 
 
 @dataclass
@@ -112,20 +114,20 @@ def _lines(parts: Iterable[tuple[str, bool]]) -> Iterator[str]:
         if last:
             whole, rest = [*whole, rest], ""
         elif len(rest) > 2 * MAX_LINE_BYTES:
-            *cut, rest = _cut(rest)
+            *cut, rest = [*_cut(rest), ""][:-1] or [""]
             whole += cut
         yield from itertools.chain.from_iterable(map(_cut, filter(None, whole)))
 
 
-def _cut(line: str) -> list[str]:
-    """Pieces of at most ``MAX_LINE_BYTES``, between words where there are any."""
-    if 4 * len(line) <= MAX_LINE_BYTES or len(line.encode()) <= MAX_LINE_BYTES:
-        return [line]
-    pieces, content = [], line.encode()
-    while len(content) > MAX_LINE_BYTES:
-        piece = content[:MAX_LINE_BYTES].decode(errors="ignore")
-        blank = piece.rfind(" ")
-        piece = piece[:blank] if blank > 0 else piece
-        pieces.append(piece)
-        content = content[len(piece.encode()) :]
-    return [*pieces, content.decode()]
+def _cut(line: str) -> Iterator[str]:
+    """Pieces of at most ``MAX_LINE_BYTES``, between words where there are any, without what the trainer refuses."""
+    for part in line.split(REFUSED):
+        content, start = part.encode(), 0
+        while len(content) - start > MAX_LINE_BYTES:
+            piece = content[start : start + MAX_LINE_BYTES].decode(errors="ignore")
+            blank = piece.rfind(" ")
+            piece = piece[:blank] if blank > 0 else piece
+            yield piece
+            start += len(piece.encode())
+        if start < len(content):
+            yield content[start:].decode()

@@ -7,56 +7,68 @@ import re
 import tempfile
 from array import array
 from collections.abc import Iterator
+from operator import add
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 
 from ecp_scale.data.files import atomic_write, naming, sync_folder
 from ecp_scale.data.manifest import ShardRecord, TextCounts
 from ecp_scale.data.shards import Tokens, index_of
+from ecp_scale.errors import InputError
 
 CHUNK_TOKENS = 1 << 20
+NOTHING = dataclasses.astuple(TextCounts())
+
+
+Counts: TypeAlias = tuple[int, ...]
+"""The fields of ``TextCounts`` as plain numbers: a corpus of short lines has a document every few microseconds."""
 
 
 class Spool:
-    """The ids of one long document on disk, until it is known whether and where it is stored."""
+    """The ids of one long text on disk, until it is known whether and where its documents are stored."""
 
     def __init__(self, folder: Path, dtype: type[np.generic]) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by whoever takes the document)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed when the text has been taken)
         self._dtype = np.dtype(dtype)
-        self.counts = TextCounts()
+        self.tokens = 0
 
-    def add(self, ids: Tokens, counts: TextCounts) -> None:
+    def add(self, ids: Tokens) -> None:
         """Append a piece."""
         self._file.write(ids.astype(self._dtype, copy=False).tobytes())
-        self.counts += counts
+        self.tokens += len(ids)
 
-    def chunks(self) -> Iterator[Tokens]:
-        """All ids, some at a time."""
-        self._file.seek(0)
-        while content := self._file.read(CHUNK_TOKENS * self._dtype.itemsize):
+    def chunks(self, start: int, count: int) -> Iterator[Tokens]:
+        """Ids from one place on, some at a time."""
+        self._file.seek(start * self._dtype.itemsize)
+        while count:
+            content = self._file.read(min(count, CHUNK_TOKENS) * self._dtype.itemsize)
             yield np.frombuffer(content, dtype=self._dtype)
+            count -= len(content) // self._dtype.itemsize
 
     def close(self) -> None:
         """Free the disk."""
         self._file.close()
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """The ids of a document, its end included, and the size of its text."""
+@dataclasses.dataclass
+class Spooled:
+    """A document of a long text: its output, where its ids lie in the spool, and the size of its text."""
 
-    ids: Tokens | Spool
-    counts: TextCounts
+    spool: Spool
+    output: int
+    start: int
+    counts: Counts = NOTHING
+
+    def add(self, ids: Tokens, counts: Counts) -> None:
+        """Append a piece."""
+        self.spool.add(ids)
+        self.counts = tuple(map(add, self.counts, counts))
 
     def chunks(self) -> Iterator[Tokens]:
         """All ids, some at a time."""
-        if isinstance(self.ids, Spool):
-            yield from self.ids.chunks()
-            self.ids.close()
-        else:
-            yield self.ids
+        return self.spool.chunks(self.start, self.counts[1])
 
 
 class ShardWriter:
@@ -71,34 +83,49 @@ class ShardWriter:
         self._dtype = np.dtype(dtype)
         self._digest = hashlib.sha256()
         self._lengths = array("i")
-        self.counts = begun
+        self._counts: Counts = dataclasses.astuple(begun)
+        self.tokens = begun.tokens
         self._bin = self._open(".bin", begun.tokens * self._dtype.itemsize)
         self._table = self._open(".lengths", begun.documents * self._lengths.itemsize)
         while block := self._bin.read(1 << 20):
             self._digest.update(block)
         self._lengths.frombytes(self._table.read())
+        self._synced = len(self._lengths)
 
     def _open(self, suffix: str, size: int) -> BinaryIO:
         path = hidden(self._prefix, suffix)
         with naming(path):
+            found = path.stat().st_size if size else 0
+            if found < size:
+                raise InputError(f"{path}: {found} bytes, but the journal says that {size} were written; remove both")
             file = path.open("r+b" if size else "w+b")
             file.truncate(size)
             return file
 
-    def add(self, document: Document) -> None:
+    @property
+    def counts(self) -> TextCounts:
+        """How much text was added."""
+        return TextCounts(*self._counts)
+
+    def add(self, ids: Tokens | Spooled, counts: Counts) -> None:
         """Append a document."""
-        with naming(hidden(self._prefix, ".bin")):
-            for chunk in document.chunks():
+        try:
+            for chunk in ids.chunks() if isinstance(ids, Spooled) else (ids,):
                 content = chunk.astype(self._dtype, copy=False).tobytes()
                 self._digest.update(content)
                 self._bin.write(content)
-            length = array("i", [document.counts.tokens])
-            self._lengths += length
-            self._table.write(length.tobytes())
-        self.counts += document.counts
+        except OSError as error:
+            error.filename = error.filename or str(hidden(self._prefix, ".bin"))
+            raise
+        self._lengths.append(counts[1])
+        self.tokens += counts[1]
+        self._counts = tuple(map(add, self._counts, counts))
 
     def sync(self) -> None:
         """Make what was added survive a crash."""
+        with naming(hidden(self._prefix, ".lengths")):
+            self._table.write(self._lengths[self._synced :].tobytes())
+            self._synced = len(self._lengths)
         for suffix, file in ((".bin", self._bin), (".lengths", self._table)):
             with naming(hidden(self._prefix, suffix)):
                 file.flush()

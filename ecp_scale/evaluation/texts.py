@@ -13,6 +13,7 @@ from ecp_scale.data.finding import find_sources
 from ecp_scale.data.manifest import manifest_path
 from ecp_scale.data.parsing import Parsing
 from ecp_scale.data.tokenizer import Tokenizer
+from ecp_scale.data.tokenizer_kinds import UnencodableError
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Text
 
@@ -31,7 +32,10 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     size = words = lines = 0
     cutter = Cutter(tokenizer)
     for document in read_documents(find_sources([data]).sources, Parsing(text_key)):
-        ids += [tokenizer.encode_batch([piece.encoded])[0] for piece in cutter.pieces([document])]
+        try:
+            ids += [tokenizer.encode_batch([piece.encoded])[0] for piece in cutter.pieces([document])]
+        except UnencodableError as error:
+            raise InputError(f"{data}: a document cannot be encoded: {error}") from error
         ids.append(np.array([tokenizer.end_of_document], dtype=np.int32))
         counts = measure(document)
         size, words, lines = size + counts[0], words + counts[1], lines + counts[2]
@@ -59,5 +63,8 @@ def count_tokens(corpus: Corpus) -> Ids:
     """Occurrences (V,) of every id in the shards."""
     counts = np.zeros(corpus.tokenizer.vocab_size, dtype=np.int64)
     for number in range(len(corpus.manifest.shards)):
-        counts += np.bincount(corpus.shard(number).ids, minlength=len(counts))
+        found = np.bincount(corpus.shard(number).ids, minlength=len(counts))
+        if len(found) > len(counts):
+            raise InputError(f"shards {corpus.prefix}: hold id {len(found) - 1}, but the tokenizer has {len(counts)}")
+        counts += found
     return counts

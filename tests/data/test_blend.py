@@ -1,7 +1,9 @@
 """Blends: exact shares, no window twice or never, whatever the weights become; and the ledger of what was read."""
 
+import math
 import random
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,11 @@ WEIGHTS = st.lists(st.integers(0, 100).map(lambda n: n / 10), min_size=3, max_si
 
 @settings(max_examples=100, deadline=None)
 @given(weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(lambda weights: sum(weights) > 1e-3))
-def test_whole_weights_follow_the_weights(weights: list[float]) -> None:
+def test_whole_weights_are_the_weights(weights: list[float]) -> None:
     whole = whole_weights(weights)
-    assert sum(whole) <= LONGEST_PERIOD
+    assert math.gcd(*whole) == 1
     for weight, parts in zip(weights, whole, strict=True):
-        assert (parts > 0) == (weight > 0)
-        assert abs(parts / sum(whole) - weight / sum(weights)) <= len(weights) / LONGEST_PERIOD
+        assert parts * sum(map(Fraction, map(repr, weights))) == Fraction(repr(weight)) * sum(whole)
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,11 +44,27 @@ def test_every_corpus_is_less_than_a_sample_from_its_share_at_every_point(weight
         pytest.param([1.0] * 1025, id="1,025 equal ones"),
         pytest.param([1.0] * 1100, id="1,100 equal ones"),
         pytest.param([1.0, *([1e-5] * 300)], id="one large and 300 small ones"),
-        pytest.param([0.123456789, 0.5, 1 / 3, 1e-4], id="no ratio of small numbers"),
     ],
 )
 def test_shares_are_right_for_any_number_of_corpora(weights: list[float]) -> None:
     assert largest_error(weights, 110_000) < 1
+
+
+@pytest.mark.parametrize("weights", [[0.123456789, 0.5, 1 / 3, 1e-4], [1 / 3, 2 / 3], [1234567891.0, 987654321.0, 3e6]])
+def test_weights_without_a_period_do_not_drift(weights: list[float]) -> None:
+    mixture, total = Mixture([0], [weights]), sum(map(Fraction, map(repr, weights)))
+    assert largest_error(weights, 5000) < 2
+    for samples, bound in ((LONGEST_PERIOD * 3, 1), (LONGEST_PERIOD * 1000, 1), (10**9, 2), (10**11 + 7, 2)):
+        counts = mixture.counts(samples)
+        assert counts.sum() == samples
+        for weight, count in zip(weights, counts.tolist(), strict=True):
+            assert abs(count - samples * Fraction(repr(weight)) / total) < bound
+        assert mixture.locate(samples)[1] in counts
+
+
+def test_a_share_too_small_for_a_block_is_refused() -> None:
+    with pytest.raises(InputError, match=r"corpus number 2 has a share of 8\.9e-08"):
+        Mixture([0], [[1.0, 1e-7, 0.1234567]])
 
 
 def largest_error(weights: list[float], samples: int) -> float:

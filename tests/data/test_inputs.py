@@ -275,8 +275,8 @@ def test_a_folder_is_read_whole_and_what_is_not_read_is_listed(tmp_path: Path) -
         "a broken link": 1,
         "a link to a folder that was read already": 1,
         "not a regular file": 1,
-        "of an ending that is not read (.html)": 1,
-        f"the same file as {folder / 'again.txt'}": 1,
+        "of an ending that is not read": 1,
+        "the same file as one before": 1,
     }
     assert preprocess([str(folder)], "byte", str(prefix)).totals == manifest.totals, "its own files are no input"
 
@@ -291,12 +291,68 @@ def test_folders_of_several_splits_must_be_chosen_from(tmp_path: Path) -> None:
             find_sources([str(tmp_path / name)])
 
 
+def test_patterns_keep_the_rules_of_folders(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "README.md", "state.json", "out.manifest.json", "empty.txt"):
+        (tmp_path / name).write_text('{"text": "x"}' if name != "empty.txt" else "")
+    for name in (str(tmp_path), str(tmp_path / "*")):
+        found = find_sources([name])
+        assert [Path(source.name).name for source in found.sources] == ["a.jsonl", "state.json"]
+        assert {reason: len(files) for reason, files in found.unread.items()} == {
+            "of an ending that is not read": 1,
+            "written by preprocessing": 1,
+            "empty": 1,
+        }
+    with pytest.raises(InputError, match="File name too long"):
+        find_sources(["x" * 300])
+
+
+def test_rows_of_csv_are_counted_with_their_bytes_and_an_open_quote_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,one\n2\n3,\xff\n4,"two\nlines"\n5,"open\n6,six\n7,seven\n')
+    manifest = preprocess([str(path)], "byte", str(tmp_path / "x"), on_error="skip")
+    assert stored_texts(tmp_path / "x") == ["one", "two\nlines"]
+    assert [name.partition("a.csv, ")[2] for name in manifest.skipped.named] == [
+        "row 2 (byte 14): 1 fields, but the header has 2",
+        "row 3 (byte 16): column text: not valid UTF-8 at character 0",
+        "row 5 (byte 34): not valid CSV (unexpected end of data), with the 2 lines that follow it",
+    ]
+    out = run(
+        "data_tools/preprocess.py", "--input", path, "--tokenizer", "byte", "--output-prefix", "y", "--dry-run"
+    ).stdout
+    assert "documents   about 2\n" in out
+
+
+def test_a_value_out_of_range_is_one_bad_row_and_dates_and_decimals_select(tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    when = pyarrow.array([2**62, 0], pyarrow.int64()).cast(pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": when}), tmp_path / "a.parquet")
+    parsing = Parsing(where=(("when", "1970-01-01 00:00:00"),))
+    manifest = preprocess([str(tmp_path / "a.parquet")], "byte", str(tmp_path / "x"), parsing=parsing, on_error="skip")
+    assert stored_texts(tmp_path / "x") == ["b"]
+    assert manifest.skipped.bad == 1
+    rows = {
+        "text": ["a", "b"],
+        "day": [datetime.date(2020, 1, n) for n in (1, 2)],
+        "n": [decimal.Decimal(n) for n in ("1.5", "2.5")],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "b.parquet")
+    for condition in (("day", "2020-01-02"), ("n", "2.5"), ("n", "2.50")):
+        prefix = tmp_path / condition[1]
+        preprocess([str(tmp_path / "b.parquet")], "byte", str(prefix), parsing=Parsing(where=(condition,)))
+        assert stored_texts(prefix) == ["b"]
+
+
 def test_patterns_and_the_same_file_twice(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
     found = find_sources([str(tmp_path / "[ab].txt"), str(tmp_path / "a.txt"), str(tmp_path / "**" / "c.txt")])
     assert [Path(source.name).name for source in found.sources] == ["a.txt", "b.txt", "c.txt"]
-    assert list(found.unread) == [f"the same file as {tmp_path / 'a.txt'}"]
+    assert found.unread == {"the same file as one before": [str(tmp_path / "a.txt")]}
     with pytest.raises(InputError, match="no file matches it as a pattern"):
         find_sources([str(tmp_path / "x*.txt")])
     (tmp_path / "a.pdf").write_text("x")

@@ -1,24 +1,28 @@
 """One writer at a time, and what is left of a run that was killed, stopped, or whose sources have changed."""
 
 import errno
+import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from ecp_scale.data import files, preprocessing, sources
+from ecp_scale.data import files, outputs, preprocessing, sources
 from ecp_scale.data.journal import Journal, journal_path
 from ecp_scale.data.locking import only_writer
 from ecp_scale.data.manifest import Manifest, manifest_path
+from ecp_scale.data.parsing import Parsing
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.sources import Source
 from ecp_scale.data.verification import verify
@@ -52,6 +56,7 @@ def start(words: Sequence[str]) -> "subprocess.Popen[str]":
 def test_of_two_writers_of_a_prefix_one_finishes_and_one_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 5)
     rng = random.Random(3)
+    all_refused = 0
     for attempt in range(10):
         prefix = tmp_path / str(attempt) / "x"
         flags = ("--shard-tokens", 20_000, "--workers", 1 + attempt % 2)
@@ -62,12 +67,14 @@ def test_of_two_writers_of_a_prefix_one_finishes_and_one_is_refused(tmp_path: Pa
         refused = [error for error, code in ends if code]
         # A second one that comes when the first has ended finds its work done.
         assert len(refused) <= 1, ends
+        all_refused += len(refused)
         for error in refused:
             assert "is being written by process" in error
             assert " on " in error
             assert "Traceback" not in error
         assert list(verify(prefix, deep=True)) == []
         assert len(stored(prefix)) == 5 * len(TEXTS)
+    assert all_refused >= 5, "the two hardly met"
 
 
 def test_the_lock_names_its_holder_and_covers_both_outputs_and_merging(tmp_path: Path) -> None:
@@ -84,6 +91,7 @@ def test_the_lock_names_its_holder_and_covers_both_outputs_and_merging(tmp_path:
 def test_no_process_is_left_behind(kind: signal.Signals, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS * 40)
     rng = random.Random(int(kind))
+    answered = 0
     for attempt in range(10):
         process = start(command(source, tmp_path / str(attempt) / "x", "--shard-tokens", 20_000, "--workers", 2))
         time.sleep(rng.uniform(0.3, 1.5))
@@ -98,8 +106,124 @@ def test_no_process_is_left_behind(kind: signal.Signals, tmp_path: Path) -> None
             time.sleep(0.05)
         assert not left, [psutil.Process(pid).cmdline() for pid in left]
         if kind == signal.SIGINT and "interrupted" in error:  # else it came before there was anything to interrupt
+            answered += 1
             assert process.returncode == 130
             assert "Traceback" not in error
+    assert answered >= 5 * (kind == signal.SIGINT)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_stopping_twice_at_the_same_place_loses_nothing(share: float, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    whole = source.read_bytes()
+    options: Any = {"shard_tokens": 30_000, "validation_share": share}
+    preprocess([str(source)], "byte", str(tmp_path / "whole" / "x"), **options)
+    source.write_bytes(whole.replace(b'"document number 2000 ', b"document number 2000 "))
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"line 2001 \(byte \d+\): not valid JSON"):
+            preprocess([str(source)], "byte", str(tmp_path / "cut" / "x"), **options)
+    source.write_bytes(whole)
+    preprocess([str(source)], "byte", str(tmp_path / "cut" / "x"), **options)
+    assert same_but_for_times(tmp_path / "cut", tmp_path / "whole")
+
+
+def same_but_for_times(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same, but for the times of change of the sources in their manifests."""
+    contents_of = [
+        {name: re.sub(rb'"fingerprint": "[^"]*"', b"", content) for name, content in contents(folder).items()}
+        for folder in (one, other)
+    ]
+    return contents_of[0] == contents_of[1]
+
+
+@pytest.mark.parametrize("moment", ["fsync", "publish", "add", "finish"])
+def test_ctrl_c_at_any_moment_of_writing_neither_repeats_nor_loses(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    options: Any = {"shard_tokens": 20_000}
+    preprocess([str(source)], "byte", str(tmp_path / "whole" / "x"), **options)
+    owner: Any = {
+        "fsync": os,
+        "publish": outputs,
+        "add": outputs.ShardWriter,
+        "finish": outputs.ShardWriter,
+    }[moment]
+    original, calls = getattr(owner, moment), 0
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*given, **named)
+        if calls % 7 == 3:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, moment, interrupted)
+            with suppress(KeyboardInterrupt):
+                preprocess([str(source)], "byte", str(tmp_path / "cut" / "x"), **options)
+    preprocess([str(source)], "byte", str(tmp_path / "cut" / "x"), **options)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_begun_shard_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS[:100])
+    stop_after(100, source, tmp_path / "x")
+    (path,) = tmp_path.glob(".x-*.bin.tmp")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"\.bin\.tmp: 500 bytes, but the journal says that \d+ were written"):
+        preprocess([str(source)], "byte", str(tmp_path / "x"))
+
+
+def test_a_saved_dataset_that_was_edited_and_another_standard_input_are_noticed(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["an old text", "b"]}).save_to_disk(str(folder))
+    preprocess([str(folder)], "byte", str(tmp_path / "x"))
+    (arrow,) = folder.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes().replace(b"an old text", b"a new text!"))
+    with pytest.raises(InputError, match="saved: has changed in its first 2 records"):
+        preprocess([str(folder)], "byte", str(tmp_path / "x"))
+    for number, (content, code) in enumerate(((b"one", 0), (b"one", 0), (b"two", 2))):
+        words = command(Path("-"), tmp_path / "y", "--stdin", ".txt")
+        done = subprocess.run(words, input=content, capture_output=True, env=environment())
+        assert done.returncode == code, (number, done.stderr)
+
+
+def test_a_source_that_grew_under_a_finished_prefix_is_told(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS[:10])
+    preprocess([str(source)], "byte", str(tmp_path / "x"))
+    source.write_bytes(source.read_bytes() + b'{"text": "more"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl: has grown behind its first 10 records"):
+        preprocess([str(source)], "byte", str(tmp_path / "x"))
+
+
+def test_a_damaged_file_that_was_skipped_may_be_touched(tmp_path: Path) -> None:
+    whole = gzip.compress(write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes())
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[:-2000])
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 nothing PAR1")
+    arguments: Any = (
+        [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")],
+        "byte",
+        str(tmp_path / "x"),
+    )
+    first = preprocess(*arguments, on_error="skip")
+    assert first.skipped.bad == 2
+    for name in ("b.jsonl.gz", "c.parquet"):
+        (tmp_path / name).touch()
+    assert preprocess(*arguments, on_error="skip").totals == first.totals
+
+
+def test_a_share_of_a_share_is_a_share(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    for share in ((0.0, 0.3), (0.3, 1.0)):
+        prefix = tmp_path / str(share[0]) / "x"
+        preprocess([str(source)], "byte", str(prefix), parsing=Parsing(share=share), validation_share=0.1)
+        counts = [len(stored(prefix.with_name(f"x-{side}"))) for side in ("train", "validation")]
+        assert 0.06 < counts[1] / sum(counts) < 0.14
 
 
 def test_after_ctrl_c_a_run_goes_on_with_the_document_where_it_was(
@@ -326,6 +450,4 @@ def test_too_little_to_share_out_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--validation-share 0\.01 leaves nothing for .* 1 documents in"):
         preprocess([str(tmp_path / "a.txt")], "byte", str(tmp_path / "x"), validation_share=0.01)
     with pytest.raises(InputError, match=r"1 records dropped \(1 by --share\)"):
-        preprocess(
-            [str(tmp_path / "a.txt")], "byte", str(tmp_path / "y"), parsing=preprocessing.Parsing(share=(0.5, 0.51))
-        )
+        preprocess([str(tmp_path / "a.txt")], "byte", str(tmp_path / "y"), parsing=Parsing(share=(0.5, 0.51)))

@@ -1,0 +1,48 @@
+"""Ctrl-C between documents: never in the middle of one, nor of what is written about it."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Interrupts:
+    """Lets Ctrl-C raise ``KeyboardInterrupt`` at once, but where it is held: then when that ends."""
+
+    def __init__(self) -> None:
+        self.held = _Held()
+        self._before: Any = None
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():  # which alone may set handlers, and gets the signal
+            self._before = signal.signal(signal.SIGINT, self._answer)
+        return self
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if self.held.is_held:
+            self.held.came = True
+        else:
+            raise KeyboardInterrupt
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class _Held:
+    def __init__(self) -> None:
+        self.is_held = False
+        self.came = False
+
+    def __enter__(self) -> None:
+        self.is_held = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.is_held = False
+        if self.came and kind is None:
+            self.came = False
+            raise KeyboardInterrupt
