@@ -22,6 +22,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pg19": {"text_unit": "file"},
 }
 """How known corpora are cut: WikiText into its articles, PG-19 into its books (a file each)."""
+NAMED = 10
+"""Bad records that are printed."""
 STDIN_FORMATS = (".jsonl", ".txt", ".csv")
 
 
@@ -99,7 +101,24 @@ def _parser() -> argparse.ArgumentParser:
         help="a document of plain text: a file (default), lines between blank ones, a line, an article of WikiText",
     )
     parser.add_argument("--stdin", choices=STDIN_FORMATS, default=".jsonl", help="what - holds (default: .jsonl)")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), help="settings of a known corpus")
+    parser.add_argument(
+        "--recipe", choices=sorted(RECIPES), help="how a known corpus is cut and prepared, see docs/data.md"
+    )
+    _add_filters(parser)
+    parser.add_argument("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 30, help="most tokens of a shard (default: 2^30)")
+    parser.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="at a bad record or file (default: stop)"
+    )
+    parser.add_argument("--part", type=int, default=1, metavar="I", help="do this share of the sources, from 1")
+    parser.add_argument(
+        "--parts", type=int, default=1, metavar="N", help="of so many (default: 1); merge_shards.py joins them"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="estimate size and time from a sample, write nothing")
+    return parser
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--where",
         action="append",
@@ -117,13 +136,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("FROM", "TO"),
         help="keep documents whose hash lies there, as 0 0.1 for a tenth (default: 0 1)",
     )
-    parser.add_argument("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
-    parser.add_argument("--shard-tokens", type=int, default=1 << 30, help="most tokens of a shard (default: 2^30)")
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="bad records and files")
-    parser.add_argument("--part", type=int, default=1, metavar="I", help="do this share of the sources, from 1")
-    parser.add_argument("--parts", type=int, default=1, metavar="N", help="of so many (default: 1); merge_shards.py")
-    parser.add_argument("--dry-run", action="store_true", help="estimate size and time from a sample, write nothing")
-    return parser
 
 
 def parsing_of(options: argparse.Namespace) -> "Parsing":
@@ -179,7 +191,12 @@ def _remarks(manifest: "Manifest", options: argparse.Namespace) -> list[str]:
         f"left out: {manifest.skipped}",
         f"documents end with id {tokenizer.end_of_document}: {tokenizer.end_reason}",
     ]
-    lines += [f"  bad: {reason}" for reason in manifest.skipped.named[:10]]
+    lines += [f"  bad: {reason}" for reason in manifest.skipped.named[:NAMED]]
+    if manifest.skipped.bad > NAMED:
+        lines.append(f"  and {manifest.skipped.bad - NAMED:,} more; the manifest names the first hundred")
+    if manifest.settings.get("block_characters"):
+        characters = manifest.settings["block_characters"]
+        lines.append(f"few documents: the text was shared out in blocks of about {characters:,} characters")
     for reason, left in manifest.unread.items():
         named = ", ".join(left["named"][:3])
         lines.append(f"not read: {left['files']:,} {reason} ({named}{', ...' if left['files'] > 3 else ''})")

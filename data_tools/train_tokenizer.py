@@ -14,11 +14,14 @@ def main() -> None:
         action="extend",
         required=True,
         metavar="PATH",
-        help="files, folders, patterns in quotes, hub datasets; may be given several times",
+        help="files, folders, patterns in quotes, - (standard input), hub datasets; may be given several times",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 bytes and specials included")
     parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
+    parser.add_argument(
+        "--stdin", choices=(".jsonl", ".txt", ".csv"), default=".jsonl", help="what - holds (default: .jsonl)"
+    )
     parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on N bytes of lines, drawn from all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="training threads (default: 1)")
@@ -32,7 +35,7 @@ def main() -> None:
         options.input,
         options.output,
         options.vocab_size,
-        parsing=Parsing(options.text_key),
+        parsing=Parsing(options.text_key, stdin=options.stdin),
         threads=options.threads,
         sample_bytes=options.sample_bytes,
         seed=options.seed,

@@ -51,7 +51,10 @@ def input_errors_exit() -> Iterator[None]:
         if error.speaks:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if is_first_rank():
-            print("interrupted", file=sys.stderr, flush=True)
+            print(f"interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr, flush=True)
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

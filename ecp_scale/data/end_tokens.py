@@ -58,7 +58,7 @@ def choose_end(path: Path, vocabulary: Mapping[str, int], special: Sequence[str]
 
 def _candidates(special: Sequence[str]) -> str:
     shown = ", ".join(special[:10]) + (f" and {len(special) - 10} more" if len(special) > 10 else "")
-    return f" (special tokens: {shown})" if special else " (it has no special tokens; any entry can be named)"
+    return f" (special tokens: {shown})" if special else " (it has no special tokens)"
 
 
 def _declared(path: Path) -> str | None:

@@ -61,7 +61,7 @@ def estimate(
     """
     sources = [source for source in find_sources(inputs).sources if source.size]
     if not sources:
-        raise InputError("hub datasets and standard input have no size to extrapolate to; --dry-run needs files")
+        raise InputError("nothing to extrapolate from: hub datasets, standard input and empty files have no size")
     tokenizer = load_tokenizer(tokenizer_spec, end_token)
     chosen = [sources[i] for i in np.unique(np.linspace(0, len(sources) - 1, SAMPLED_SOURCES).astype(int))]
     read, texts = 0, []

@@ -39,6 +39,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path) if error.filename == str(temporary) else error.filename
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

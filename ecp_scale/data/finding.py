@@ -77,7 +77,10 @@ def _named(name: str, found: Found) -> Iterator[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    return sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  (a Path cannot hold an absolute pattern)
+    matches = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207  (a Path cannot hold an absolute pattern)
+    folders = [[parent.resolve() for parent in match.parents] for match in matches]
+    # A link to a folder above itself gives the same files again and again.
+    return [match for match, above in zip(matches, folders, strict=True) if len(set(above)) == len(above)]
 
 
 def _why(found: Found) -> str:

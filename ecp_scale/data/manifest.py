@@ -191,9 +191,7 @@ class Manifest:
                 dict(content.get("unread", {})),
             )
         except OSError as error:
-            raise InputError(
-                f"{path}: {error.strerror or error}; expected the prefix of preprocessed shards"
-            ) from error
+            raise InputError(f"{path}: {error.strerror or error}; {_instead(prefix)}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -211,3 +209,11 @@ class Manifest:
 def manifest_path(prefix: Path) -> Path:
     """Where the manifest of a prefix lies."""
     return prefix.with_name(prefix.name + ".manifest.json")
+
+
+def _instead(prefix: Path) -> str:
+    if prefix.with_name(prefix.name + ".unfinished.jsonl").exists():
+        return "preprocessing of this prefix is not finished"
+    if manifest_path(prefix.with_name(prefix.name + "-train")).exists():
+        return f"{prefix}-train and {prefix}-validation are there"
+    return "expected the prefix of preprocessed shards"

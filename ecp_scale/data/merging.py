@@ -19,6 +19,7 @@ def merge(prefix: Path, parts: Sequence[Path]) -> Manifest:
             is taken or cannot be written.
     """
     manifests = [Manifest.read(part) for part in parts]
+    _check_parts(parts, manifests)
     first = manifests[0].tokenizer
     for part, manifest in zip(parts[1:], manifests[1:], strict=True):
         for what in ("sha256", "end_of_document"):
@@ -33,6 +34,18 @@ def merge(prefix: Path, parts: Sequence[Path]) -> Manifest:
             return _merge(prefix, parts, manifests)
     except OSError as error:
         raise InputError(f"{error.filename or prefix}: {error.strerror or error}") from error
+
+
+def _check_parts(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    places = [part.resolve() for part in parts]
+    twice = [str(part) for number, part in enumerate(parts) if places[number] in places[:number]]
+    if twice:
+        raise InputError(f"{', '.join(twice)}: named twice")
+    numbers = [manifest.settings.get("part", [1, 1]) for manifest in manifests]
+    count = max(of for _, of in numbers)
+    if count > 1 and numbers != [[number, count] for number in range(1, count + 1)]:
+        found = ", ".join(f"{part} is {number} of {of}" for part, (number, of) in zip(parts, numbers, strict=True))
+        raise InputError(f"expected all {count} parts of a corpus, in order, but {found}")
 
 
 def _merge(prefix: Path, parts: Sequence[Path], manifests: Sequence[Manifest]) -> Manifest:

@@ -145,11 +145,16 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         row = _loads(text)
     except (ValueError, RecursionError) as error:
-        lines = text.lstrip().startswith("[") and " (an array over several lines? jq -c '.[]' makes lines of it)"
-        raise BadRecordError(f"not valid JSON ({error}){lines or ''}") from error
+        raise BadRecordError(f"not valid JSON ({error}){_HINTS.get(text.strip()[:1], '')}") from error
     if not isinstance(row, dict):
-        raise BadRecordError(f"not a JSON object but {type(row).__name__}")
+        raise BadRecordError(f"not a JSON object but {type(row).__name__}{_HINTS.get(text.strip()[:1], '')}")
     return row
+
+
+_HINTS = {
+    "[": "; an array? jq -c '.[]' makes a line of each of its objects",
+    "{": "; an object over several lines? jq -c . makes one of them",
+}
 
 
 def _loads(text: str) -> Any:

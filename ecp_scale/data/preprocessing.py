@@ -77,14 +77,14 @@ def preprocess(
     encoding = Encoding(tokenizer_spec, end_token, parsing or Parsing(), validation_share)
     tokenizer = encoding.load_tokenizer()
     found = find_sources(inputs)
-    job = Job(tuple(share_of(found.sources, *part)), encoding, prefix, shard_tokens, on_error)
+    job = Job(tuple(share_of(found.sources, *part)), encoding, prefix, shard_tokens, on_error, part)
     with _write_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(sorted({prefix, *job.outputs})):
             identity = job.identity(tokenizer)
             if not journal_path(prefix).exists() and all(manifest_path(output).exists() for output in job.outputs):
                 return _finished(job, identity)
-            journal = _begun(job, identity)
+            journal = _begun(job, identity, found.sources)
             if not journal.complete:
                 journal = _write_shards(job, tokenizer, journal, workers, progress)
             return _finish(job, tokenizer, journal, found.reasons)
@@ -170,7 +170,7 @@ def _check_sources(job: Job, read: Sequence[SourceRecord]) -> list[tuple[Source,
     return again
 
 
-def _begun(job: Job, identity: Identity) -> Journal:
+def _begun(job: Job, identity: Identity, all_sources: Sequence[Source]) -> Journal:
     """The journal of this run, a new one where it has not begun."""
     path = journal_path(job.prefix)
     if path.exists():
@@ -187,7 +187,7 @@ def _begun(job: Job, identity: Identity) -> Journal:
                 f"{manifest_path(output)}: belongs to another run; choose another prefix or remove its files"
             )
         remove_stale(output)
-    return Journal.begin(path, identity, len(job.outputs), block_characters(job))
+    return Journal.begin(path, identity, len(job.outputs), block_characters(all_sources, job.encoding))
 
 
 def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int, progress: bool) -> Journal:
@@ -219,6 +219,8 @@ def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int
             if reached is not None and not isinstance(error, ChangedSourceError):
                 with interrupts.held:
                     outputs.commit(reached.settle(), collector.read[: reached.sources])
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt("what is written stays: the same command goes on there") from None
             raise
         if not all(outputs.used):
             raise InputError(_empty(job, outputs, collector))
@@ -262,7 +264,7 @@ def _finish(job: Job, tokenizer: Tokenizer, journal: Journal, unread: dict[str, 
             sum((record.counts for record in records), TextCounts()),
             journal.read,
             journal.state.skipped,
-            journal.identity.settings,
+            {**journal.identity.settings, "block_characters": journal.block_characters},
             unread,
         )
     for prefix, manifest in manifests.items():

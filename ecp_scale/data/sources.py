@@ -8,9 +8,7 @@ and of a long plain text no more than a part.
 import hashlib
 import itertools
 import json
-import lzma
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -159,7 +157,7 @@ class Source:
             yield passed
         except InputError:
             raise
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, RuntimeError, ArithmeticError) as error:
+        except Exception as error:  # Every format has errors of its own, and each is about the content.
             reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(f"{self.name}: cannot be read ({reason}) behind byte {passed[0]}") from error
 

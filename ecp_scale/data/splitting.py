@@ -1,10 +1,11 @@
 """How much is set aside for validation: whole documents, or blocks of text where there are few documents."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 
+from ecp_scale.data.encoding import Encoding
 from ecp_scale.data.parsing import BadRecordError, Dropped, Parsing
-from ecp_scale.data.sources import STDIN, Place, Record
-from ecp_scale.data.stream import Job
+from ecp_scale.data.sources import STDIN, Place, Record, Source
 from ecp_scale.errors import InputError
 
 FEW_DOCUMENTS = 10
@@ -14,17 +15,18 @@ BLOCKS = 4
 LEAST_CHARACTERS = 256
 
 
-def block_characters(job: Job) -> int | None:
+def block_characters(sources: Sequence[Source], encoding: Encoding) -> int | None:
     """Characters of the blocks into which all texts are cut, since the documents are few; None where they are not.
 
-    Documents that pass the filters are counted, until there are enough.
+    Documents that pass the filters are counted, until there are enough. ``sources`` are those of all parts of a corpus,
+    so that all of them decide alike.
     """
-    share = job.encoding.validation_share
-    if not share or any(source.name == STDIN for source in job.sources):
+    share = encoding.validation_share
+    if not share or any(source.name == STDIN for source in sources):
         return None
     documents = size = 0
-    parsing = job.encoding.parsing
-    for number, source in enumerate(job.sources):
+    parsing = encoding.parsing
+    for number, source in enumerate(sources):
         is_json = source.format(parsing.reading) == "json"
         with suppress(InputError):  # which the run itself meets in its place
             for record in source.records(number, Place(number), parsing.reading):

@@ -29,6 +29,8 @@ class Job:
     prefix: Path
     shard_tokens: int = 1 << 30
     on_error: OnError = "stop"
+    part: tuple[int, int] = (1, 1)
+    """Which part of a corpus this is, and of how many."""
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -56,6 +58,7 @@ class Job:
             "stdin": parsing.stdin,
             "validation_share": self.encoding.validation_share,
             "shard_tokens": self.shard_tokens,
+            "part": list(self.part),
         }
         return Identity(settings, tuple(source.name for source in self.sources))
 

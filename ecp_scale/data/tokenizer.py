@@ -77,7 +77,7 @@ def load_tokenizer(spec: str, end_token: str | int | None = None) -> Tokenizer:
     if kind not in KINDS or kind == ByteTokenizer.kind or not name:
         raise InputError(f"tokenizer {spec!r}: expected sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte")
     path = Path(name)
-    if kind == HuggingFaceTokenizer.kind and not path.exists():
+    if kind == HuggingFaceTokenizer.kind and not path.exists() and not name.endswith(".json"):
         path = _from_hub(name)
     return KINDS[kind](path, end_token)
 

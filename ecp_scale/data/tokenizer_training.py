@@ -27,6 +27,8 @@ class Used:
 
     text: int = 0
     used: int = 0
+    error: InputError | None = None
+    """What ended the text; the trainer would hide it."""
 
 
 def train_tokenizer(
@@ -78,19 +80,27 @@ def train_tokenizer(
     except OSError as error:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from error
     except RuntimeError as error:
+        if used.error is not None:
+            raise used.error from None
         if not used.text:
             raise InputError(f"the corpus is empty: no text in {', '.join(inputs)}") from error
         reason = str(error).strip().splitlines()[-1]
+        if "required_chars" in reason:
+            reason = "too small for the 256 bytes and the characters of the text"
         raise InputError(f"cannot train a vocabulary of {vocab_size} on {', '.join(inputs)}: {reason}") from error
     return used
 
 
 def _counted(lines: Iterable[str], used: Used) -> Iterator[str]:
-    for line in lines:
-        size = len(line.encode())
-        used.text += size
-        used.used += size
-        yield line
+    try:
+        for line in lines:
+            size = len(line.encode())
+            used.text += size
+            used.used += size
+            yield line
+    except InputError as error:
+        used.error = error
+        raise
 
 
 def _sample(lines: Iterable[str], used: Used, most: int, seed: int) -> Iterator[str]:

@@ -37,8 +37,9 @@ def verify(prefix: Path, deep: bool = False) -> Iterator[str]:
         except InputError as error:
             yield str(error)
             continue
-        yield from _shard_problems(path, shard, record, manifest.tokenizer)
-        if deep:
+        problems = list(_shard_problems(path, shard, record, manifest.tokenizer))
+        yield from problems
+        if deep and not problems:
             yield from _text_problems(path, shard, record.counts, tokenizer)
 
 

@@ -238,6 +238,9 @@ def test_a_long_window_of_zst_is_read_and_a_cut_file_is_named(tmp_path: Path) ->
     preprocess([str(tmp_path / "a.txt.zst")], "byte", str(tmp_path / "x"))
     assert stored_texts(tmp_path / "x") == ["some text\n" * 1000]
     for ending in COMPRESSIONS:
+        (tmp_path / f"c.txt{ending}").write_text("not compressed at all")
+        with pytest.raises(InputError, match=rf"c\.txt{ending}: cannot be read \("):
+            preprocess([str(tmp_path / f"c.txt{ending}")], "byte", str(tmp_path / f"y{ending}"))
         (tmp_path / f"b.txt{ending}").write_bytes(compress(os.urandom(30_000).hex().encode(), ending)[:-1000])
         with pytest.raises(InputError, match=rf"b\.txt{ending}: cannot be read \("):
             preprocess([str(tmp_path / f"b.txt{ending}")], "byte", str(tmp_path / f"x{ending}"))

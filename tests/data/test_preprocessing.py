@@ -330,6 +330,8 @@ def test_parts_cover_every_source_once_in_order_and_merge_without_copies(documen
     prefixes = [tmp_path / f"part{part}" / "x" for part in (1, 2, 3)]
     for part, prefix in enumerate(prefixes, start=1):
         preprocess([str(folder)], "byte", str(prefix), shard_tokens=20_000, part=(part, 3))
+    with pytest.raises(InputError, match="expected all 3 parts of a corpus, in order, but"):
+        merge(tmp_path / "whole" / "x", [prefixes[0], prefixes[2]])
     merged = merge(tmp_path / "whole" / "x", prefixes)
     assert merged.totals.documents == 140
     assert stored(tmp_path / "whole" / "x") == expected(documents[:140])
@@ -380,8 +382,13 @@ def test_the_tools_speak(documents: list[str], tmp_path: Path) -> None:
     assert "all well" in run_successfully("data_tools/verify_shards.py", prefix, "--deep")
     shown = run_successfully("data_tools/show_shards.py", prefix, "--document", 3, "--tokens", 10_000)
     assert documents[3] in shown
-    merged = run_successfully("data_tools/merge_shards.py", prefix, prefix, "--output-prefix", tmp_path / "both")
+    run_successfully("data_tools/preprocess.py", *flags[:-1], tmp_path / "y")
+    merged = run_successfully(
+        "data_tools/merge_shards.py", prefix, tmp_path / "y", "--output-prefix", tmp_path / "both"
+    )
     assert "2 shards" in merged
+    twice = run("data_tools/merge_shards.py", prefix, prefix, "--output-prefix", tmp_path / "twice")
+    assert (twice.returncode, "named twice" in twice.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["hf", "wordpiece", "byte"])

@@ -94,7 +94,7 @@ def test_no_process_is_left_behind(kind: signal.Signals, tmp_path: Path) -> None
     answered = 0
     for attempt in range(10):
         process = start(command(source, tmp_path / str(attempt) / "x", "--shard-tokens", 20_000, "--workers", 2))
-        time.sleep(rng.uniform(0.3, 1.5))
+        time.sleep(rng.uniform(0.4, 1.8))
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         if kind == signal.SIGINT:
             os.killpg(process.pid, kind)  # as a terminal does: all of them get it
