@@ -20,10 +20,12 @@ from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, complete_check
 from ecp_scale.checkpoint.saving import matching_record
 from ecp_scale.command_line import parse
 from ecp_scale.data.blend import Blend
+from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.ledger import ledger_entry
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.errors import InputError
+from ecp_scale.training.loop import with_vocabulary
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout, trained
@@ -283,11 +285,11 @@ def test_a_damaged_token_ends_the_run_by_name_whichever_rank_reads_it(
 def test_untrained_targets_that_are_none_or_all_are_refused(
     targets: list[int], sharded_text: ShardedText, tmp_path: Path
 ) -> None:
-    words = Layout().options(sharded_text, tmp_path / "run")
-    done = run(SCRIPT, *words, f"--data.untrained_targets={json.dumps(targets)}")
-    assert done.returncode == 2
-    assert f"data.untrained_targets holds {'every id' if len(targets) == 400 else 'the ids ['}" in done.stderr
-    assert "has the 400 entries 0 to 399" in done.stderr
+    words = [*Layout().options(sharded_text, tmp_path / "run"), f"--data.untrained_targets={json.dumps(targets)}"]
+    config = parse([*map(str, words), "--dry-run"], "").config
+    held = "every id" if len(targets) == 400 else r"the ids \["
+    with pytest.raises(InputError, match=rf"data\.untrained_targets holds {held}.* has the 400 entries 0 to 399"):
+        with_vocabulary(config, Corpus(sharded_text.prefix, 64))
 
 
 def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedText, tmp_path: Path) -> None:
