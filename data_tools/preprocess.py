@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ecp_scale.data.input_arguments import add_input_arguments
 from ecp_scale.errors import InputError, input_errors_exit
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 """How known corpora are cut: WikiText into its articles, PG-19 into its books (a file each)."""
 NAMED = 10
 """Bad records that are printed."""
-STDIN_FORMATS = (".jsonl", ".txt", ".csv")
 
 
 def main() -> None:
@@ -67,14 +67,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help="files, folders, patterns in quotes, - (standard input), hub datasets; may be given several times",
-    )
+    add_input_arguments(parser)
     parser.add_argument(
         "--tokenizer", required=True, metavar="SPEC", help="sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte"
     )
@@ -93,14 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         "of blocks of the text where there are few documents",
     )
     parser.add_argument(
-        "--text-key", default="text", help="key or column of the text, as meta.text too (default: text)"
-    )
-    parser.add_argument(
         "--text-unit",
         choices=("file", "block", "line", "article"),
         help="a document of plain text: a file (default), lines between blank ones, a line, an article of WikiText",
     )
-    parser.add_argument("--stdin", choices=STDIN_FORMATS, default=".jsonl", help="what - holds (default: .jsonl)")
     parser.add_argument(
         "--recipe", choices=sorted(RECIPES), help="how a known corpus is cut and prepared, see docs/data.md"
     )

@@ -2,26 +2,16 @@
 
 import argparse
 
+from ecp_scale.data.input_arguments import add_input_arguments
 from ecp_scale.errors import input_errors_exit
 
 
 def main() -> None:
     """Read the command line and print what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="PATH",
-        help="files, folders, patterns in quotes, - (standard input), hub datasets; may be given several times",
-    )
+    add_input_arguments(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 bytes and specials included")
-    parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
-    parser.add_argument(
-        "--stdin", choices=(".jsonl", ".txt", ".csv"), default=".jsonl", help="what - holds (default: .jsonl)"
-    )
     parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on N bytes of lines, drawn from all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="training threads (default: 1)")

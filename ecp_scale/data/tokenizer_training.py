@@ -124,7 +124,7 @@ def _lines(parts: Iterable[tuple[str, bool]]) -> Iterator[str]:
         if last:
             whole, rest = [*whole, rest], ""
         elif len(rest) > 2 * MAX_LINE_BYTES:
-            *cut, rest = [*_cut(rest), ""][:-1] or [""]
+            *cut, rest = list(_cut(rest)) or [""]
             whole += cut
         yield from itertools.chain.from_iterable(map(_cut, filter(None, whole)))
 
