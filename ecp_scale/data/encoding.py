@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ecp_scale.data.cutting import Cutter, Piece
+from ecp_scale.data.cutting import FAST_CHARACTERS, PIECE_CHARACTERS, Cutter, Piece
 from ecp_scale.data.parsing import VALIDATION, BadRecordError, Dropped, Parsing, hash_fraction
 from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.sources import Raw
@@ -166,7 +166,7 @@ def _start(encoding: Encoding) -> None:
     global _tokenizer, _encoding, _cutter
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one thread
     _tokenizer, _encoding = encoding.load_tokenizer(), encoding
-    _cutter = Cutter(_tokenizer, lines=encoding.control)
+    _cutter = Cutter(_tokenizer, encoding.control, FAST_CHARACTERS if _tokenizer.is_local else PIECE_CHARACTERS)
 
 
 def _encode(batch: Batch) -> EncodedBatch:
@@ -206,30 +206,41 @@ def _encode(batch: Batch) -> EncodedBatch:
 
 def _ids(pieces: dict[int, Piece], errors: dict[int, str]) -> dict[int, Ids]:
     """Ids by item; where the tokenizer takes offence at one, the others are encoded all the same."""
-    short = {number: piece for number, piece in pieces.items() if len(piece.text) <= 2 * _cutter.characters}
-    found: dict[int, Ids] = {}
     try:
-        texts = [_prepared(piece) for piece in short.values()]
-        found = dict(zip(short, _tokenizer.encode_batch(texts, _encoding.control), strict=True))
+        return _joined(pieces)
     except Exception:
-        short = {}
-    for number in pieces.keys() - short.keys():
+        found: dict[int, Ids] = {}
+    for number, piece in pieces.items():
         try:
-            whole = pieces[number]
-            cut = (piece._replace(last=piece.last and whole.last) for piece in _cutter.pieces([whole.encoded]))
-            found[number] = np.concatenate([_of_piece(piece) for piece in cut])
+            found |= _joined({number: piece})
         except Exception as error:  # Whatever a library raises: no content of a record ends the run.
             reason = next(iter(str(error).splitlines()), "")
             errors[number] = f"the tokenizer cannot encode it: {reason or type(error).__name__}"
-    return {number: found[number] for number in pieces if number in found}
+    return found
 
 
-def _of_piece(piece: Piece) -> Ids:
-    return _tokenizer.encode_batch([_prepared(piece)], _encoding.control)[0]
+def _joined(pieces: dict[int, Piece]) -> dict[int, Ids]:
+    """Ids by item, those of its pieces one after another; the tokenizer takes ``PIECE_CHARACTERS`` at a time."""
+    parts: dict[int, list[Ids]] = {number: [] for number in pieces}
+    waiting: list[tuple[int, str]] = []
+    size = 0
 
+    def encode() -> None:
+        encoded = _tokenizer.encode_batch([text for _, text in waiting], _encoding.control)
+        for (number, _), ids in zip(waiting, encoded, strict=True):
+            parts[number].append(ids)
+        waiting.clear()
 
-def _prepared(piece: Piece) -> str:
-    return _encoding.parsing.prepared(piece.encoded, piece.last)
+    for number, whole in pieces.items():
+        for piece in _cutter.pieces([whole.encoded]):
+            waiting.append((number, _encoding.parsing.prepared(piece.encoded, piece.last and whole.last)))
+            size += len(piece.text)
+            if size >= PIECE_CHARACTERS:
+                encode()
+                size = 0
+    if waiting:
+        encode()
+    return {number: ids[0] if len(ids) == 1 else np.concatenate(ids) for number, ids in parts.items()}
 
 
 def _unknown(piece: Piece, ids: Ids) -> int:

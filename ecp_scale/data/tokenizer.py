@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
     """Its name, and why it was taken."""
     unknown: int | None
     """Id that stands for what the vocabulary cannot write; None where there is none."""
+    is_local: bool
+    """Whether the neighbourhood of a word decides its ids. A Unigram maximizes a sum over the text, whose rounding
+    can decide between equals."""
 
     @property
     def vocab_size(self) -> int:

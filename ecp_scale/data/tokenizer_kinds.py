@@ -54,6 +54,8 @@ class SentencePieceTokenizer:
         self.unknown: int | None = None if falls_back else unknown
         keeps_front = self._processor.encode("a", out_type=str)[0] == "a"
         self._symbol = np.array(bytes_of_symbol, dtype=np.int32) if falls_back and keeps_front else None
+        # A BPE model has the rank of a merge for a score, a Unigram a logarithm.
+        self.is_local = all(self._processor.get_score(piece).is_integer() for piece in range(self.vocab_size))
 
     def _end(self, name: str | int | None, unknown: int) -> End:
         if isinstance(name, int):
@@ -88,7 +90,13 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
         """The same for many texts, in this thread; ``control`` changes nothing, pieces of control have no text."""
-        encoded: list[Ids] = self._processor.encode(list(texts), return_type="numpy", num_threads=1)
+        encode = self._processor.encode
+        # Trap: a list starts a thread, which takes as long as ten short texts.
+        encoded: list[Ids] = (
+            [encode(text, return_type="numpy") for text in texts]
+            if len(texts) < 8
+            else encode(list(texts), return_type="numpy", num_threads=1)
+        )
         if self._symbol is not None:
             for number, text in enumerate(texts):
                 if SPACE_SYMBOL in text:
@@ -142,6 +150,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = 1 + max(vocabulary.values())
         """Ids from 0 to the largest; some may have no piece."""
         model = json.loads(self._tokenizer.to_str())["model"]
+        self.is_local = model["type"] != "Unigram"
         by_name = vocabulary.get(model.get("unk_token") or "")
         self.unknown: int | None = by_name if by_name is not None else model.get("unk_id")
         names = {vocabulary[name]: name for name in special}
@@ -227,6 +236,7 @@ class ByteTokenizer:
     end_reason = "id 256, of bytes"
     unknown: int | None = None
     vocab_size = 257
+    is_local = True
 
     def entries(self) -> Iterator[str]:
         """The text of every entry: none has more than a character."""
