@@ -2,8 +2,8 @@
 
 Prints the speed of data_tools/preprocess.py's code with two workers as a share of twice the speed of the tokenizer
 alone in one thread, reading from memory; and the largest memory of all its processes together. The start of the workers
-counts. ``two_tokenizers`` is the share that two bare tokenizers at once reach on this machine, whose cores share a clock
-and caches, and ``against_two`` the speed of preprocessing as a share of theirs.
+counts. ``two_tokenizers`` is the share that two bare tokenizers at once reach on this machine, whose cores share a
+clock and caches, and ``against_two`` the speed of preprocessing as a share of theirs.
 """
 
 import argparse

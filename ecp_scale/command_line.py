@@ -37,6 +37,8 @@ class Request:
     dry_run: bool
     resume: bool
     world_size: int
+    allow_rate_jump: bool = False
+    verbose: bool = False
 
 
 class Setting(NamedTuple):
@@ -59,6 +61,7 @@ def parse(
     """
     parser = _section_parser(description)
     known, rest = _top_level_parser().parse_known_args(argv)
+    known.config, known.deepspeed_config = _at_home(known.config), _at_home(known.deepspeed_config)
     if known.help:
         parser.print_help()
         raise SystemExit(0)
@@ -77,10 +80,34 @@ def parse(
         for key in required:
             if all(_value(config, choice) is None for choice in key.split("|")):
                 problems.append(f"{key.replace('|', ' or ')} is not set")
+        problems += _moved(known.config, config, rest)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{count} in the configuration:\n" + "\n".join(f"  - {text}" for text in problems))
-    return Request(config, known.deepspeed_config, content, known.dry_run, known.resume == "auto", world_size)
+    return Request(
+        config=config,
+        deepspeed_path=known.deepspeed_config,
+        deepspeed=content,
+        dry_run=known.dry_run,
+        resume=known.resume == "auto",
+        world_size=world_size,
+        allow_rate_jump=known.allow_rate_jump,
+        verbose=known.verbose,
+    )
+
+
+def _moved(path: str | None, config: Config, rest: Sequence[str]) -> list[str]:
+    """A run folder's own config names another run folder: the folder was moved or copied."""
+    if path is None or any(token.startswith("--training.output_dir") for token in rest):
+        return []
+    folder, named = Path(path).absolute().parent, config.training.output_dir
+    is_run = Path(path).name == "config.yaml" and (folder / "metrics.jsonl").exists()
+    if not is_run or named is None or Path(named).resolve() == folder.resolve():
+        return []
+    return [
+        f"{path} lies in a run folder, but its training.output_dir is {named}; pass --training.output_dir {folder} to "
+        "go on there, or another folder"
+    ]
 
 
 def preset_names() -> list[str]:
@@ -123,6 +150,8 @@ def _top_level_parser() -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed_config")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", choices=("auto", "never"), default="never")
+    parser.add_argument("--allow-rate-jump", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--local_rank", "--local-rank")
     return parser
 
@@ -139,8 +168,16 @@ def _section_parser(description: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, for example ds_configs/zero1.json")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its counts, then exit")
     parser.add_argument("--resume", default="never", help="auto: continue from the newest complete checkpoint")
+    parser.add_argument(
+        "--allow-rate-jump",
+        action="store_true",
+        help="resume though the learning rate changes by more than a factor of 2",
+    )
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
+    for action in parser._actions:
+        if action.dest in SECTIONS:
+            action.help = argparse.SUPPRESS  # jsonargparse would take a file for a section; we do not
     return parser
 
 
@@ -230,7 +267,26 @@ def _build(parser: jsonargparse.ArgumentParser, settings: list[Setting], problem
             except PARSE_ERRORS:
                 problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {_type_of(item.key)}")
         values = parser.parse_args(good)
-    return Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
+    config = Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
+    return _with_home(config)
+
+
+def _with_home(config: Config) -> Config:
+    """``~`` at the beginning of a path is the user's home, which a shell does not see behind an equals sign."""
+    data, training = config.data, config.training
+    prefix, validation_prefix = _at_home(data.prefix), _at_home(data.validation_prefix)
+    blend = data.blend
+    if blend is not None:
+        blend = {start: {str(_at_home(name)): weight for name, weight in of.items()} for start, of in blend.items()}
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, prefix=prefix, validation_prefix=validation_prefix, blend=blend),
+        training=dataclasses.replace(training, output_dir=_at_home(training.output_dir)),
+    )
+
+
+def _at_home(path: str | None) -> str | None:
+    return None if path is None else os.path.expanduser(path)  # noqa: PTH111, Path refuses homes of unknown users
 
 
 def _type_of(key: str) -> str:

@@ -1,10 +1,13 @@
 """What a DeepSpeed JSON may say, and what the run config decides for it.
 
 A knob has one owner. The JSON holds ZeRO, precision, offload and communication; where the run config decides, the
-JSON says "auto" or nothing. A number that contradicts the run config is reported with both places.
+JSON says "auto" or nothing. A number that contradicts the run config is reported with both places, and so is every key
+that is not in the list of what is known to work: DeepSpeed ignores what it does not know.
 """
 
+import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,66 @@ OWNED_BY_RUN_CONFIG = {
     "optimizer": "optimizer.*",
     "scheduler": "optimizer.schedule",
     "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
     "tensor_parallel": "parallel.tensor",
     "sequence_parallel_size": "parallel.context",
+    "activation_checkpointing": "parallel.recompute",
 }
 """Sections of DeepSpeed that have no place in our JSON, and who decides instead."""
-REFUSED_IN_ZERO = {
-    # Tried: training goes right, and the weights of a converted checkpoint are wrong.
-    "round_robin_gradients": "checkpoints do not tell the order of its partitions, so they could not be read",
-    "zero_quantized_weights": "it rounds weights on their way, so the curve would not be that of one process",
-    "zero_quantized_nontrainable_weights": "it rounds weights on their way",
-    "zero_quantized_gradients": "it rounds gradients on their way, so the curve would not be that of one process",
-    "mics_shard_size": "DeepSpeed has removed MiCS",
-    "zenflow": "it updates some weights later, so the curve would not be that of one process",
+Choice = tuple[Any, ...]
+FLAG: Choice = (True, False)
+NUMBER: Choice = ("a number of at least 0",)
+OFFLOAD_DEVICE: Choice = ("cpu", "none", None)
+FP32: Choice = ("fp32", "auto", None)
+DECIDED: Choice = ()
+"""Values of a key: one of some, a number, or what the run config says (or "auto")."""
+KNOWN: dict[str, Choice] = {
+    "train_batch_size": DECIDED,
+    "train_micro_batch_size_per_gpu": DECIDED,
+    "gradient_accumulation_steps": DECIDED,
+    "gradient_clipping": DECIDED,
+    "bf16.enabled": DECIDED,
+    "fp16.enabled": DECIDED,
+    # Gradients are added up in fp32 over micro-batches; the planner counts on it.
+    "data_types.grad_accum_dtype": FP32,
+    # The type in which gradients travel: fp32, or None for that of the weights.
+    "communication_data_type": ("fp32", None),
+    "steps_per_print": (*NUMBER, None),
+    "wall_clock_breakdown": FLAG,
+    "memory_breakdown": FLAG,
+    "zero_allow_untested_optimizer": FLAG,
+    "zero_force_ds_cpu_optimizer": FLAG,
+    "zero_optimization.stage": (0, 1, 2, 3),
+    "zero_optimization.overlap_comm": FLAG,
+    "zero_optimization.contiguous_gradients": FLAG,
+    "zero_optimization.reduce_scatter": FLAG,
+    "zero_optimization.allgather_partitions": FLAG,
+    "zero_optimization.allgather_bucket_size": NUMBER,
+    "zero_optimization.reduce_bucket_size": NUMBER,
+    "zero_optimization.sub_group_size": NUMBER,
+    "zero_optimization.stage3_prefetch_bucket_size": NUMBER,
+    "zero_optimization.stage3_param_persistence_threshold": NUMBER,
+    "zero_optimization.stage3_max_live_parameters": NUMBER,
+    "zero_optimization.stage3_max_reuse_distance": NUMBER,
+    "zero_optimization.offload_optimizer.device": OFFLOAD_DEVICE,
+    "zero_optimization.offload_optimizer.pin_memory": FLAG,
+    "zero_optimization.offload_param.device": OFFLOAD_DEVICE,
+    "zero_optimization.offload_param.pin_memory": FLAG,
 }
-"""What ZeRO offers and we do not, with the reason."""
+"""Every key, and what it may say."""
+REFUSED = {
+    # Tried: training goes right, and the weights of a converted checkpoint are wrong.
+    "zero_optimization.round_robin_gradients": "checkpoints do not tell the order of its partitions",
+    "zero_optimization.zero_quantized_weights": "it rounds weights on their way",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it rounds weights on their way",
+    "zero_optimization.zero_quantized_gradients": "it rounds gradients on their way",
+    "zero_optimization.mics_shard_size": "DeepSpeed has removed MiCS",
+    "zero_optimization.zenflow": "it updates some weights later",
+    "zero_optimization.elastic_checkpoint": "its checkpoints can be neither converted nor resumed here",
+    "checkpoint.load_universal": "a resume reads checkpoints of any layout as they are",
+    "compute_grad_norm": "the norm is in metrics.jsonl and is needed for clipping",
+}
+"""Keys that users may expect to work, and why they do not; where they are false or null they are taken."""
 OFFLOADED = {"offload_optimizer": (2, 3), "offload_param": (3,)}
 """What ZeRO can keep in CPU memory, and at which stages."""
 
@@ -69,21 +118,28 @@ def _decided(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
 
 
 def problems(content: dict[str, Any], path: str | None, config: Config, world_size: int) -> list[str]:
-    """Every contradiction between the JSON and the run config."""
+    """Everything in the JSON that is not known, or contradicts the run config."""
     where = f"DeepSpeed JSON {path}"
     found = [
         f"{where}: section {key!r} belongs to {owner} of the run config; remove it"
         for key, owner in OWNED_BY_RUN_CONFIG.items()
         if key in content
     ]
+    rest = {key: value for key, value in content.items() if key not in OWNED_BY_RUN_CONFIG}
+    found += [f"{where}: {text}" for key, value in _flat(rest) if (text := _key_problem(key, value))]
     for key, (value, owner) in _decided(config, world_size).items():
         given = _get(content, key)
-        if given not in (None, "auto", value):
+        # What ``resolve`` has written is taken again.
+        values = (value, value * config.parallel.context) if key == "train_batch_size" else (value,)
+        if given not in (None, "auto", *values):
             found.append(f'{where}: {key} is {given!r} but {owner} says {value!r}; write "auto" there')
-    found += [f"{where}: zero_optimization{text}" for text in _zero_problems(content.get("zero_optimization"))]
-    stage = _get(content, "zero_optimization.stage")
-    bf16 = config.training.precision == "bf16"
-    if bf16 and stage in (None, 0):
+    zero = content.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    for key, stages in OFFLOADED.items():
+        if _get(content, f"zero_optimization.{key}.device") == "cpu" and stage not in stages:
+            needed = " or ".join(map(str, stages))
+            found.append(f"{where}: zero_optimization.{key} needs stage {needed}, found {stage}")
+    if config.training.precision == "bf16" and stage in (None, 0):
         found.append(
             f"{where}: ZeRO-0 with training.precision bf16 strays from the fp32 curve and exports no fp32 weights; "
             "use stage 1 to 3"
@@ -91,21 +147,37 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
     return found
 
 
-def _zero_problems(section: Any) -> list[str]:
-    """What is wrong with the section about ZeRO by itself."""
-    if not isinstance(section, dict):
-        return [] if section is None else [f" is {section!r}, expected an object"]
-    stage = section.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        return [f".stage is {stage!r}, expected 0, 1, 2 or 3"]
-    found = [f".{key} is {section[key]!r}: {why}" for key, why in REFUSED_IN_ZERO.items() if section.get(key)]
-    for key, stages in OFFLOADED.items():
-        device = _get(section, f"{key}.device")
-        if device not in (None, "none", "cpu"):
-            found.append(f".{key}.device is {device!r}, expected cpu or none: checkpoints of others could not be read")
-        elif device == "cpu" and stage not in stages:
-            found.append(f".{key} needs stage {' or '.join(map(str, stages))}, found {stage}")
-    return found
+def _flat(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys (dotted) and values; an empty object is a value."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, value
+
+
+def _key_problem(key: str, value: Any) -> str | None:
+    """Why a key or its value cannot be taken."""
+    sections = {known.rpartition(".")[0] for known in KNOWN}
+    if key in REFUSED:
+        taken = (None, False) if key != "compute_grad_norm" else (None, True)
+        return None if value in taken else f"{key} is {value!r}: {REFUSED[key]}"
+    if key not in KNOWN:
+        if key in sections:
+            return None if value in ({}, None) else f"{key} is {value!r}, expected an object"
+        close = difflib.get_close_matches(key, [*KNOWN, *sections], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{key} is not among the keys that are known to work (docs/training.md){hint}"
+    choice = KNOWN[key]
+    if choice == DECIDED:
+        return None  # compared with the run config
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if NUMBER[0] in choice and is_number and value >= 0:
+        return None
+    if any(value is option or (type(value) is type(option) and value == option) for option in choice):
+        return None
+    expected = " or ".join(option if option in NUMBER else json.dumps(option) for option in choice)
+    return f"{key} is {value!r}, expected {expected}"
 
 
 def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
@@ -124,6 +196,7 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
         # DeepSpeed's own size is 500 M elements, which ZeRO-1 and -3 allocate for models of any size.
         bucket = min(MOST_BUCKET_ELEMENTS, config.model.parameters // config.parallel.tensor)
         resolved["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+    resolved.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
     # The optimizer is ours (ecp_scale.training.engine), and DeepSpeed warns of any but its own.
     resolved.setdefault("zero_allow_untested_optimizer", True)
     # Offloaded states are updated by the same optimizer, whose fused form runs on a CPU.

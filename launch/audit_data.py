@@ -25,17 +25,20 @@ def main() -> int:
 
     from ecp_scale.data.blend import Blend
     from ecp_scale.data.ledger import ledger_entry
-    from ecp_scale.training.metrics import read_metrics
+    from ecp_scale.training.metrics import read_metrics, unreadable_metrics
 
     records = read_metrics(run)
     if not records:
-        raise InputError(f"{run}: no metrics to audit")
+        raise InputError(f"{run}: expected metrics.jsonl with the record of each step, found none that can be read")
+    unreadable = unreadable_metrics(run)
+    if unreadable:
+        print(f"{run}: {unreadable} lines of metrics.jsonl cannot be read; the steps after them are held to all before")
     n = config.model.sequence_length
     blend = Blend(config.data.phases, n, config.training.seed)
-    ledger = unhashed = 0
+    ledger = unhashed = done = 0
     for record in records:
-        first = (record["tokens"] - config.tokens_per_step) // n
-        places = [(sample, *blend.locate(sample)) for sample in range(first, first + config.training.global_batch_size)]
+        places = [(sample, *blend.locate(sample)) for sample in range(done, record["tokens"] // n)]
+        done = record["tokens"] // n
         before, ledger = ledger, (ledger + sum(blend.entry(*place) for place in places)) % 2**64
         # Runs of earlier versions hold windows to their numbers alone, up to the step where this version went on.
         older = (before + sum(ledger_entry(*place) for place in places)) % 2**64

@@ -29,6 +29,7 @@ from ecp_scale.command_line import parse, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.data.files import write_text
+from ecp_scale.data.manifest import manifest_path
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.evaluation.comparison import Cell, Protocol, Summary, markdown, plot, summaries
 
@@ -125,6 +126,8 @@ def read_command_line(argv: list[str]) -> Comparison:
     if problems:
         raise InputError("\n".join(problems))
     request = parse(rest, "", ("data.prefix|data.blend", "data.validation_prefix"), world_size=options.ranks)
+    if options.test and not any(path.exists() for path in (Path(options.test), manifest_path(Path(options.test)))):
+        raise InputError(f"--test {options.test}: no such shards, file or folder")
     comparison = Comparison(
         base=request.config,
         deepspeed_path=request.deepspeed_path,
@@ -228,8 +231,7 @@ def evaluate_cell(comparison: Comparison, config: Config) -> Cell:
     from ecp_scale.parallel.groups import process_groups
     from ecp_scale.training.metrics import read_metrics
 
-    assert config.training.output_dir is not None
-    run = Path(config.training.output_dir)
+    run = Path(str(config.training.output_dir))
     folder = comparison.folder / "models" / run.name
     export(find_checkpoint(run), folder)
     exported = ExportedModel.open(folder)

@@ -20,7 +20,7 @@ def main() -> None:
     from ecp_scale.checkpoint.folder import find_checkpoint
 
     checkpoint = find_checkpoint(Path(options.checkpoint))
-    record = export(checkpoint, Path(options.output), getattr(torch, options.dtype))
+    record = export(checkpoint, Path(options.output).expanduser(), getattr(torch, options.dtype))
     print(
         f"{options.output}: {len(record.layouts)} tensors of step {record.step} "
         f"(tensor parallel {record.tensor_parallel}, ZeRO-{record.zero_stage}, {record.world_size} ranks)"

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_SHARE = 16
 """One file in this many is held out."""
 KILLED_AFTER_CHECKPOINT_STEPS = 5
+MARKER = ".ecp-demo"
 Record = dict[str, Any]
 
 
@@ -144,23 +145,6 @@ def train_with_one_kill(paths: Paths, ranks: int, options: list[str]) -> tuple[i
     return checkpoint, undone
 
 
-def plot_losses(records: list[Record], resumed_at: int, file: Path) -> None:
-    """Draw training and validation loss against tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([r["tokens"] for r in records], [r["loss"] for r in records], label="training")
-    validated = [r for r in records if "validation_loss" in r]
-    axes.plot([r["tokens"] for r in validated], [r["validation_loss"] for r in validated], "o-", label="validation")
-    axes.axvline(records[resumed_at - 1]["tokens"], color="grey", linestyle=":", label="resumed here")
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="ECP on the Python standard library")
-    axes.legend()
-    figure.savefig(file, dpi=120)
-
-
 def rows(
     paths: Paths, documents: dict[str, int], checkpoint: int, undone: list[Record], seconds: float
 ) -> Iterator[tuple[str, str]]:
@@ -183,7 +167,7 @@ def rows(
     yield "held-out bits per byte", f"{card['bits_per_byte']:.3f} ({card['protocol']})"
     yield "unigram bits per byte", f"{card['unigram_bits_per_byte']:.3f} (same tokenizer, same files)"
     yield "below unigram", f"{below:.1%}"
-    yield "report", f"{paths.report} (loss.png, card.json, sample.txt, report.md)"
+    yield "report", f"{paths.report} (curves.png, card.json, sample.txt, report.md)"
     yield "wall time", f"{seconds:.0f} s without installation"
     if not same:
         raise RuntimeError("the resumed run did not repeat the killed one")
@@ -199,9 +183,7 @@ def main() -> None:
     options, training_options = parser.parse_known_args()
     began = time.monotonic()
     paths = Paths(Path(options.output).resolve())
-    if paths.folder.exists() and not (paths.text.exists() or not any(paths.folder.iterdir())):
-        raise InputError(f"--output {paths.folder} is not a folder of an earlier demo; choose an empty or a new one")
-    shutil.rmtree(paths.folder, ignore_errors=True)
+    _empty(paths)
     ranks = options.ranks or _ranks()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -221,12 +203,28 @@ def main() -> None:
     sample = shell(sys.executable, ROOT / "launch/generate.py", "--model", paths.model, *prompt)
     text = subprocess.run(sample, check=True, stdout=subprocess.PIPE, text=True).stdout
     (paths.report / "sample.txt").write_text(text)
-    plot_losses(read_metrics(paths.run), checkpoint, paths.report / "loss.png")
-
+    call("launch/plot.py", paths.run, "--output", paths.report / "curves.png")
     table = list(rows(paths, documents, checkpoint, undone, time.monotonic() - began))
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table)]
-    (paths.report / "report.md").write_text("# Demo\n\n" + "\n".join(lines) + "\n\n![loss](loss.png)\n")
+    (paths.report / "report.md").write_text("# Demo\n\n" + "\n".join(lines) + "\n\n![curves](curves.png)\n")
     print("\n" + "\n".join(f"{name:24}{value}" for name, value in table))
+
+
+def _empty(paths: Paths) -> None:
+    """Remove what an earlier demo has written, by its names; the marker tells that it was one."""
+    marker = paths.folder / MARKER
+    if paths.folder.exists():
+        found = [path.name for path in paths.folder.iterdir()] if paths.folder.is_dir() else [paths.folder.name]
+        ours = {MARKER, "text", "tokenizer.model", "tokenizer.vocab", "run", "model", "report", "shards"}
+        if found and (not marker.is_file() or set(found) - ours):
+            odd = sorted(set(found) - ours) or sorted(found)
+            raise InputError(
+                f"--output {paths.folder} holds {', '.join(odd[:4])}, not an earlier demo alone; choose an empty or a "
+                "new folder"
+            )
+        shutil.rmtree(paths.folder)
+    paths.folder.mkdir(parents=True)
+    marker.write_text("made by launch/demo.py, which may remove this folder\n")
 
 
 def _ranks() -> int:

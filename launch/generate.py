@@ -4,6 +4,8 @@ import argparse
 
 from ecp_scale.errors import InputError, input_errors_exit
 
+LEAST_TEMPERATURE = 0.001
+
 
 def main() -> None:
     """Read the command line and print the prompt with its continuation."""
@@ -17,8 +19,15 @@ def main() -> None:
     options = parser.parse_args()
     if not options.prompt:
         raise InputError("--prompt is empty, expected at least one character")
-    if options.max_new_tokens < 1 or options.temperature < 0 or (options.top_k is not None and options.top_k < 1):
-        raise InputError("expected --max-new-tokens >= 1, --temperature >= 0 and --top-k >= 1")
+    if _is_no_utf8(options.prompt):
+        raise InputError(f"--prompt {options.prompt!r} is not valid UTF-8")
+    if options.temperature != 0 and not LEAST_TEMPERATURE <= options.temperature <= 1 / LEAST_TEMPERATURE:
+        raise InputError(
+            f"--temperature is {options.temperature}, expected 0 (the likeliest token) or a number from "
+            f"{LEAST_TEMPERATURE} to {1 / LEAST_TEMPERATURE:.0f}"
+        )
+    if options.max_new_tokens < 1 or (options.top_k is not None and options.top_k < 1):
+        raise InputError("expected --max-new-tokens >= 1 and --top-k >= 1")
 
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.config import ParallelConfig
@@ -27,6 +36,8 @@ def main() -> None:
 
     exported = ExportedModel.open(options.model)
     prompt = exported.tokenizer.encode(options.prompt)
+    if not prompt:
+        raise InputError(f"--prompt {options.prompt!r} has no tokens; expected some text")
     with process_groups(ParallelConfig()) as groups:
         new = generate(
             exported.load(groups),
@@ -38,6 +49,14 @@ def main() -> None:
             end_of_document=exported.tokenizer.end_of_document,
         )
         print(exported.tokenizer.decode([*prompt, *new]))
+
+
+def _is_no_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

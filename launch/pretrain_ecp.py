@@ -2,12 +2,19 @@
 
     deepspeed --num_gpus 8 launch/pretrain_ecp.py --config FILE [--section.key value ...] \\
         [--deepspeed_config ds_configs/zero1.json] [--resume auto] [--dry-run]
+
+Under `srun` with a task per rank, the same without a launcher. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and stop.
 """
 
+import os
 import sys
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 
 from ecp_scale.command_line import Request, parse, to_yaml
-from ecp_scale.errors import input_errors_exit, is_first_rank
+from ecp_scale.console import quiet, say
+from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+from ecp_scale.parallel.places import adopt_slurm
 
 
 def describe(request: Request) -> str:
@@ -26,7 +33,7 @@ def describe(request: Request) -> str:
         f"trained positions   the last {model.geometry.trained_positions:,} of {model.sequence_length:,}",
         f"reach in tokens     {model.geometry.reach_formula}",
         f"tokens per step     {config.tokens_per_step:,}",
-        f"tokens of the run   {config.tokens_per_step * config.training.steps:,}",
+        f"tokens of the run   {config.tokens_after(config.training.steps):,}",
     ]
     return "\n".join(lines)
 
@@ -34,22 +41,40 @@ def describe(request: Request) -> str:
 def main() -> None:
     """Read the command line; describe or train."""
     assert __doc__ is not None
+    adopt_slurm()
     required = ("data.prefix|data.blend", "training.output_dir")
     request = parse(sys.argv[1:], __doc__, required)
     if request.dry_run:
         if is_first_rank():
             print(describe(request))
         return
-    # Imported here: Megatron-core and DeepSpeed take seconds, and --help or a typing error should not wait for them.
-    from ecp_scale.training.loop import train
-    from ecp_scale.training.step import DivergedError
-
-    try:
-        train(request)
-    except DivergedError as error:
+    with ExitStack() as stack:
+        if not request.verbose:
+            stack.enter_context(_library_log(request))
         if is_first_rank():
-            print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+            say(f"starting    {request.world_size} ranks, loading libraries")
+        # Imported here: Megatron-core and DeepSpeed take seconds; --help or a typing error should not wait for them.
+        from ecp_scale.checkpoint.saving import SaveFailedError
+        from ecp_scale.training.loop import train
+        from ecp_scale.training.step import DivergedError
+
+        try:
+            train(request)
+        except (DivergedError, SaveFailedError) as error:
+            if is_first_rank():
+                say(f"stopped: {error}")
+            sys.exit(1)
+
+
+def _library_log(request: Request) -> AbstractContextManager[None]:
+    """Send what libraries print to a file of this rank in the run folder."""
+    assert request.config.training.output_dir is not None
+    folder = Path(request.config.training.output_dir) / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return quiet(folder / f"rank-{int(os.environ.get('RANK', '0')):05}.log")
+    except OSError as error:
+        raise InputError(f"training.output_dir {folder.parent}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def test_contradictions_with_the_deepspeed_json_name_both_places(tmp_path: Path)
         ({"stage": 3, "mics_shard_size": 2}, "DeepSpeed has removed MiCS"),
         ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 2 or 3, found 1"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3, found 2"),
-        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device is 'nvme', expected cpu"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device is 'nvme', expected \"cpu\""),
         (3, "zero_optimization is 3, expected an object"),
     ],
 )

@@ -12,7 +12,7 @@ from ecp_scale.command_line import parse
 from tests.launching import ROOT
 
 FLOORS = [
-    {"config", "errors", "deepspeed_json", "command_line", "precision", "presets", "__init__"},
+    {"config", "errors", "deepspeed_json", "command_line", "console", "precision", "presets", "__init__"},
     {"attention", "parallel"},
     {"models", "data"},
     {"checkpoint", "evaluation", "planning"},

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ecp_scale.checkpoint.files import damages, write_error
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.checkpoint.merging import whole_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
-from ecp_scale.data.files import write_text
+from ecp_scale.data.files import sync_folder, write_text
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
@@ -25,6 +29,8 @@ from ecp_scale.parallel.groups import Groups
 
 FORMAT = "ecp-scale"
 FORMAT_VERSION = 2
+OURS = re.compile(r"config\.json|model\.safetensors|tokenizer(\.\w+)?")
+"""Names of the files of an exported model."""
 
 
 @dataclass(frozen=True)
@@ -94,21 +100,67 @@ class ExportedModel:
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -> CheckpointRecord:
-    """Merge a complete checkpoint into a model folder; config.json comes last.
+    """Merge a complete checkpoint into a model folder, which appears whole or not at all.
+
+    Every file of the checkpoint is compared with its hash first.
 
     Raises:
-        InputError: if the checkpoint is incomplete or inconsistent.
+        InputError: if the checkpoint is incomplete, damaged or inconsistent, or ``output`` holds anything but an
+            earlier export of the same checkpoint.
     """
     record = CheckpointRecord.read(checkpoint)
-    output.mkdir(parents=True, exist_ok=True)
+    found = damages(checkpoint, record.files)
+    if found:
+        raise InputError("\n".join(found))
+    _check_output(output, record)
+    temporary = output.with_name(f".{output.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _write_model(checkpoint, record, temporary, dtype)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.replace(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise InputError(write_error(output, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def _check_output(output: Path, record: CheckpointRecord) -> None:
+    """Refuse to write where something else is."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InputError(f"--output {output}: is a file, expected a new folder")
+    found = sorted(path.name for path in output.iterdir())
+    if not found:
+        return
+    try:
+        earlier = json.loads((output / "config.json").read_text())
+        is_ours = earlier["format"] == FORMAT and all(OURS.fullmatch(name) for name in found)
+        step, tokens, model = earlier["step"], earlier["tokens"], earlier["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise InputError(f"--output {output}: holds {', '.join(found[:4])}; choose a new folder")
+    if (model, step, tokens) != (record.model, record.step, record.tokens):
+        raise InputError(f"--output {output}: holds another model (step {step}, {tokens} tokens); choose a new folder")
+
+
+def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in whole_weights(checkpoint, record)}
-    temporary = output / ".model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(output / "model.safetensors")
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    # Trap: safetensors makes its file for the owner alone.
+    umask = os.umask(0)
+    os.umask(umask)
+    weights.chmod(0o666 & ~umask)
     tokenizer_file = ""
     if record.tokenizer_file:
         tokenizer_file = f"tokenizer{Path(record.tokenizer_file).suffix}"
-        shutil.copyfile(checkpoint / record.tokenizer_file, output / tokenizer_file)
+        shutil.copyfile(checkpoint / record.tokenizer_file, folder / tokenizer_file)
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -118,5 +170,6 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
         "step": record.step,
         "tokens": record.tokens,
     }
-    write_text(output / "config.json", json.dumps(content, indent=2) + "\n")
-    return record
+    with weights.open("rb") as file:
+        os.fsync(file.fileno())
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")

@@ -1,29 +1,35 @@
 """The folder of one checkpoint, and what makes it complete.
 
-DeepSpeed writes its files into RUN/checkpoints/step-NNNNNNNN. The record ``checkpoint.json``, written last, lists
-them with their sizes: a folder without it, or with a file missing or short, is no checkpoint. Nothing else is
-trusted, in particular no ``latest`` file, which a kill can leave pointing at half a checkpoint.
+DeepSpeed writes its files into RUN/checkpoints/step-NNNNNNNN.partial. When all are on disk, the record
+``checkpoint.json`` lists them with sizes and hashes, and the folder loses the ``.partial``: a folder without a record,
+or with a file missing or short, is no checkpoint. Nothing else is trusted, in particular no ``latest`` file, which a
+kill can leave pointing at half a checkpoint. Other names in RUN/checkpoints are the user's, and so are links: they are
+left alone.
 """
 
 import dataclasses
+import errno
+import itertools
 import json
-import os
 import re
 import shutil
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ecp_scale.checkpoint.files import FileRecord
 from ecp_scale.data.files import sync_folder, write_text
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import Layout
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 4
-READABLE = (3, 4)
-"""Version 3 does not say which tokens the corpora hold, only how many."""
+FORMAT_VERSION = 5
+READABLE = (3, 4, 5)
+"""Version 3 does not say which tokens the corpora hold, only how many; 3 and 4 have no hashes of files."""
 TAG = re.compile(r"step-(\d{8})")
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -44,45 +50,73 @@ class CheckpointRecord:
     tokenizer: TokenizerRecord
     tokenizer_file: str
     layouts: dict[str, Layout]
-    files: dict[str, int]
+    files: dict[str, FileRecord]
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """The section of the config; empty where an earlier version wrote it."""
+    run_tokens: int = 0
+    """Tokens of the whole run, as it was planned then."""
 
     def write(self, folder: Path) -> None:
-        """Declare the folder complete, after every file in it has reached the disk."""
-        for name in self.files:
-            with (folder / name).open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(folder)
+        """Declare the folder complete; every file in it must have reached the disk."""
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        content["files"] = {name: record._asdict() for name, record in self.files.items()}
         write_text(folder / RECORD, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "CheckpointRecord":
-        """Read and check a checkpoint.
+        """Read a record, and look whether the files are there.
 
         Raises:
             InputError: naming what is missing or damaged.
         """
         path = folder / RECORD
         try:
-            content = json.loads(path.read_text())
-            version = content.pop("format_version")
-            if version not in READABLE:
-                raise InputError(f"{path}: format version {version}, expected one of {READABLE}")
-            content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
-            content["layouts"] = {name: Layout(**layout) for name, layout in content["layouts"].items()}
-            record = cls(**content)
+            record = cls._parsed(json.loads(path.read_text()), path)
         except OSError as error:
             raise InputError(f"{folder}: not a complete checkpoint, {RECORD} is missing ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not the record of a checkpoint ({type(error).__name__}: {error})") from error
-        for name, size in record.files.items():
+        for name, (size, _) in record.files.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, expected {size}"
                 raise InputError(f"{folder}: not a complete checkpoint, {name} {what}")
         return record
+
+    @classmethod
+    def _parsed(cls, content: dict[str, Any], path: Path) -> "CheckpointRecord":
+        version = content.pop("format_version")
+        if version not in READABLE:
+            raise InputError(f"{path}: format version {version}, expected one of {READABLE}")
+        content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
+        content["layouts"] = {name: Layout(**layout) for name, layout in content["layouts"].items()}
+        content["files"] = {
+            name: FileRecord(**entry) if isinstance(entry, dict) else FileRecord(entry)
+            for name, entry in content["files"].items()
+        }
+        record = cls(**content)
+        for name in [*record.files, *filter(None, [record.tokenizer_file, record.tokenizer.file])]:
+            if Path(name).name != name or name in ("", ".."):
+                raise InputError(f"{path}: names the file {name!r}, expected a plain name in its own folder")
+        lacking = record.lacking()
+        if lacking:
+            raise InputError(f"{path}: {lacking}")
+        return record
+
+    def lacking(self) -> str | None:
+        """What the record should list by its layout and does not: every rank writes a file, or one of each share."""
+        shares = self.world_size if self.zero_stage == 3 else self.tensor_parallel
+        partitions = self.world_size if self.zero_stage else 0
+        for ending, expected in (("_model_states.pt", shares), ("_optim_states.pt", partitions)):
+            found = sum(name.endswith(ending) for name in self.files)
+            if found != expected:
+                return (
+                    f"lists {found} files *{ending}, expected {expected} of {self.world_size} ranks, "
+                    f"ZeRO-{self.zero_stage}, tensor parallel {self.tensor_parallel}"
+                )
+        return None
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -95,48 +129,104 @@ def tag(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def saved_folders(run: Path) -> list[Path]:
+    """Folders that look like checkpoints by their names, oldest first."""
+    folder = checkpoints_folder(run)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if TAG.fullmatch(path.name) and path.is_dir())
+
+
+def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint, and what of newer ones is passed by, with the reason."""
+    found = None
+    passed: dict[str, str] = {}
+    for folder in reversed(saved_folders(run)):
+        try:
+            CheckpointRecord.read(folder)
+        except InputError as error:
+            passed[folder.name] = str(error)
+        else:
+            found = folder
+            break
+    for path in checkpoints_folder(run).glob(f"step-*{PARTIAL}"):
+        if TAG.fullmatch(path.name.removesuffix(PARTIAL)) and (found is None or path.name > found.name):
+            passed[path.name] = f"{path}: its save was cut short"
+    return found, [passed[name] for name in sorted(passed)]
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = []
-    for folder in sorted(checkpoints_folder(run).glob("step-*")):
-        if TAG.fullmatch(folder.name) and folder.is_dir():
-            try:
-                CheckpointRecord.read(folder)
-            except InputError:
-                continue
-            found.append(folder)
+    for folder in saved_folders(run):
+        try:
+            CheckpointRecord.read(folder)
+        except InputError:
+            continue
+        found.append(folder)
     return found
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: a checkpoint itself, or the newest complete one of a run.
+    """The checkpoint that a path means: a checkpoint itself, whatever its name, or the newest complete one of a run.
 
     Raises:
         InputError: if there is no complete checkpoint.
     """
+    path = path.expanduser().resolve()
     if not path.is_dir():
         raise InputError(f"checkpoint {path}: no such folder")
-    if TAG.fullmatch(path.name):
+    if (path / RECORD).exists() or TAG.fullmatch(path.name):
         CheckpointRecord.read(path)
         return path
-    found = complete_checkpoints(path)
-    if not found:
-        begun = [folder.name for folder in sorted(checkpoints_folder(path).glob("step-*"))]
-        seen = f"only incomplete ones: {', '.join(begun)}" if begun else "nothing like checkpoints/step-NNNNNNNN"
+    found, passed = newest_complete(path)
+    if found is None:
+        seen = f"only incomplete ones: {'; '.join(passed)}" if passed else "nothing like checkpoints/step-NNNNNNNN"
         raise InputError(f"run {path}: expected a complete checkpoint, found {seen}")
-    return found[-1]
+    return found
+
+
+def begin(folder: Path) -> Path:
+    """Make the folder that a checkpoint is written into, empty; what a cut save of the same step left goes.
+
+    A folder that has the name of the checkpoint, and is incomplete, is renamed.
+
+    Raises:
+        OSError: if it cannot be made, or the checkpoint is there already: nothing is written over one.
+    """
+    if folder.exists():
+        with suppress(InputError):
+            CheckpointRecord.read(folder)
+            raise FileExistsError(errno.EEXIST, "is a checkpoint already, and nothing is written over one", str(folder))
+        number = next(number for number in itertools.count(1) if not Path(f"{folder}.incomplete-{number}").exists())
+        folder.rename(f"{folder}.incomplete-{number}")
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path) -> None:
+    """Give a folder that holds its record the name of a checkpoint.
+
+    Raises:
+        OSError: if a folder of that name is there, which only an earlier version leaves, and is not empty.
+    """
+    folder = partial.with_name(partial.name.removesuffix(PARTIAL))
+    sync_folder(partial)
+    partial.replace(folder)
+    sync_folder(folder.parent)
 
 
 def remove_old(run: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints, and incomplete ones older than the newest."""
-    if keep is None:
-        return
-    complete = complete_checkpoints(run)
+    """Remove all but the newest ``keep`` complete checkpoints, and what cut saves before the newest have left."""
+    complete = [folder for folder in complete_checkpoints(run) if not folder.is_symlink()]
     if not complete:
         return
-    kept = {folder.name for folder in complete[-keep:]}
-    for folder in checkpoints_folder(run).glob("step-*"):
-        if folder.name not in kept and folder.name < complete[-1].name:
-            # The record goes first: what a kill leaves behind is then incomplete, not wrong.
-            (folder / RECORD).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+    for folder in complete[:-keep] if keep is not None else []:
+        # Renamed first: what a kill leaves behind is then no checkpoint.
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
+    for partial in checkpoints_folder(run).glob(f"step-*{PARTIAL}"):
+        name = partial.name.removesuffix(PARTIAL)
+        if TAG.fullmatch(name) and name <= complete[-1].name and not partial.is_symlink():
+            shutil.rmtree(partial)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ecp_scale.checkpoint.files import read_states
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.errors import InputError
 
@@ -130,4 +131,5 @@ def _files(folder: Path, rank: int, kind: str) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    content: dict[str, Any] = read_states(path, "cpu", mmap=True)
+    return content

@@ -1,7 +1,12 @@
-"""Save and resume a run through DeepSpeed."""
+"""Save a run through DeepSpeed, and find the checkpoint that it goes on from.
 
-import dataclasses
+Every rank writes, hashes and syncs its own files; the first rank lists what the ranks have told it, and nothing that it
+finds in the folder. The first rank also chooses the checkpoint of a resume: a shared file system may show another host
+an older state.
+"""
+
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,23 +14,29 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint, remove_old, tag
+from ecp_scale.checkpoint.deepspeed_files import CheckpointFiles
+from ecp_scale.checkpoint.files import FileRecord, copy_hashed, damages, write_error
+from ecp_scale.checkpoint.folder import (
+    CheckpointRecord,
+    begin,
+    checkpoints_folder,
+    newest_complete,
+    publish,
+    remove_old,
+    tag,
+)
+from ecp_scale.checkpoint.identity import check_continues, identity
 from ecp_scale.checkpoint.reshaping import load_reshaped
-from ecp_scale.config import Config, ModelConfig
-from ecp_scale.config.model import GEOMETRY_FIELDS
+from ecp_scale.config import Config
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import layouts
-from ecp_scale.parallel.groups import agreed
-
-HARMLESS_MODEL_FIELDS = {"preset", "allow_short_reach", "dropout", *GEOMETRY_FIELDS}
-"""Model fields that may change over a resume; of the geometry, if the weights allow it."""
-HARMLESS = {f"model.{name}" for name in HARMLESS_MODEL_FIELDS} | {"attention.backend"}
+from ecp_scale.parallel.groups import agreed, decided
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. Steps may differ in tokens where the sequence length has been changed."""
+    """How far a run is. Steps may differ in tokens where the sequence length or the batch has been changed."""
 
     step: int = 0
     tokens: int = 0
@@ -33,56 +44,173 @@ class Progress:
     """Sum modulo 2^64 of the entries of all samples that were consumed, see ``ecp_scale.data.blend``."""
 
 
-def save(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: Path, done: Progress) -> None:
-    """Write the checkpoint of what is done; all ranks take part."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after a checkpoint, or afresh; and the newer checkpoints that are passed by, with reasons."""
+
+    folder: Path | None = None
+    record: CheckpointRecord | None = None
+    passed_by: tuple[str, ...] = ()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        if self.record is None:
+            return Progress()
+        return Progress(self.record.step, self.record.tokens, int(self.record.ledger, 16))
+
+
+class SaveFailedError(RuntimeError):
+    """A checkpoint could not be written; what was written of it is gone. Raised on all ranks."""
+
+
+def save(
+    engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: Path, done: Progress, run_tokens: int = 0
+) -> Path:
+    """Write the checkpoint of what is done; all ranks take part.
+
+    Args:
+        engine: what to save, made by ``build_engine``.
+        config: of the run.
+        blend: its data.
+        run: its folder.
+        done: how far it is.
+        run_tokens: tokens of the whole run.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        SaveFailedError: naming the files that could not be written.
+    """
     folder = checkpoints_folder(run) / tag(done.step)
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-            # DeepSpeed's copies refuse every checkpoint with tensor parallelism; launch/convert_checkpoint.py does not.
-            (folder.parent / script).unlink(missing_ok=True)
-        corpus = blend.corpora[0]
-        tokenizer_file = corpus.tokenizer.path.name if corpus.tokenizer.path else ""
-        if corpus.tokenizer.path:
-            shutil.copyfile(corpus.tokenizer.path, folder / tokenizer_file)
+    partial = decided(lambda: _attempt(lambda: begin(folder), folder))
+    if isinstance(partial, str):
+        raise SaveFailedError(partial)
+    files: CheckpointFiles = engine.checkpoint_engine
+    engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (files.written, files.failure, socket.gethostname()))
+
+    def finish() -> str | None:
+        return _attempt(lambda: _finish(engine, config, blend, partial, done, run_tokens, reports), partial)
+
+    failure = decided(finish)
+    if failure is not None:
+        raise SaveFailedError(failure)
+    return folder
+
+
+def _attempt(action: Any, path: Path) -> Any:
+    """What ``action`` returns; as text, why the disk refused it."""
+    try:
+        return action()
+    except OSError as error:
+        return write_error(path, error)
+
+
+def _finish(
+    engine: deepspeed.DeepSpeedEngine,
+    config: Config,
+    blend: Blend,
+    partial: Path,
+    done: Progress,
+    run_tokens: int,
+    reports: list[tuple[dict[str, FileRecord], str | None, str]],
+) -> str | None:
+    """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""
+    for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+        # DeepSpeed's copies refuse every checkpoint with tensor parallelism; launch/convert_checkpoint.py does not.
+        (partial.parent / script).unlink(missing_ok=True)
+    failures = [
+        f"rank {rank} on host {host}: {failure}"
+        for rank, (_, failure, host) in enumerate(reports)
+        if failure is not None
+    ]
+    files = {name: record for written, _, _ in reports for name, record in written.items()}
+    for rank, (written, _, host) in enumerate(reports):
+        unseen = sorted(name for name in written if not (partial / name).is_file())
+        if unseen:
+            failures.append(f"rank {rank} on host {host} has written {unseen[0]}, which the first rank does not see")
+    tokenizer = blend.corpora[0].tokenizer
+    try:
+        if failures:
+            return "; ".join(failures)
+        if tokenizer.path is not None:
+            files[tokenizer.path.name] = copy_hashed(tokenizer.path, partial / tokenizer.path.name)
         record = CheckpointRecord(
             step=done.step,
             tokens=done.tokens,
-            tokenizer=corpus.manifest.tokenizer,
-            tokenizer_file=tokenizer_file,
+            tokenizer=blend.corpora[0].manifest.tokenizer,
+            tokenizer_file=tokenizer.path.name if tokenizer.path else "",
             layouts=layouts(engine.module),
-            files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+            files=dict(sorted(files.items())),
             ledger=f"{done.ledger:016x}",
             skipped_steps=engine.skipped_steps,
+            run_tokens=run_tokens,
             **_layout(engine, config),
-            **_identity(config, blend, done.tokens),
+            **identity(config, blend, done.tokens),
         )
-        record.write(folder)
-        remove_old(run, config.checkpoint.keep)
-    dist.barrier()
+        lacking = record.lacking()
+        if lacking is not None:
+            return f"{partial}: the record {lacking}"
+        record.write(partial)
+        publish(partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    remove_old(partial.parent.parent, config.checkpoint.keep)
+    return None
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: Path) -> Progress:
-    """Load the newest complete checkpoint and return how far it is; nothing where the run has not saved any yet.
+def find_start(run: Path, resuming: bool) -> Start:
+    """Where a run begins that finds ``run`` as it is; for one rank to ask.
 
     Raises:
-        InputError: on all ranks, if the checkpoint was written with another model or other data, or is damaged.
+        InputError: if there is a checkpoint, and the run is not to go on from it.
     """
-    if not any(checkpoints_folder(run).glob("step-*")):
-        return Progress()
-    folder = agreed(lambda: find_checkpoint(run))
-    saved = agreed(lambda: CheckpointRecord.read(folder))
-    record = agreed(lambda: matching_record(folder, _identity(config, blend, saved.tokens)))
+    folder, passed = newest_complete(run)
+    if folder is None:
+        return Start(passed_by=tuple(passed))
+    if not resuming:
+        raise InputError(f"training.output_dir {run} holds checkpoints; pass --resume auto or choose another folder")
+    return Start(folder, CheckpointRecord.read(folder), tuple(passed))
+
+
+def check_start(start: Start, config: Config, blend: Blend) -> None:
+    """Refuse to go on from the checkpoint of another run, see ``check_continues``; for one rank to ask.
+
+    Raises:
+        InputError: listing what differs.
+    """
+    if start.record is not None:
+        check_continues(start.record, start.folder, identity(config, blend, start.record.tokens))
+
+
+def load(engine: deepspeed.DeepSpeedEngine, config: Config, start: Start) -> None:
+    """Fill a new engine with what a checkpoint of any layout holds; all ranks take part.
+
+    Every file is read from front to end first, each by one rank, and compared with its hash.
+
+    Raises:
+        InputError: on all ranks, if a file is damaged.
+    """
+    folder, record = start.folder, start.record
+    if folder is None or record is None:
+        return
+    agreed(lambda: _check_files(folder, record))
     layout = _layout(engine, config)
     if layout == {key: getattr(record, key) for key in layout}:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
         agreed(lambda: load_reshaped(engine, folder, record))
-    return Progress(record.step, record.tokens, int(record.ledger, 16))
+
+
+def _check_files(folder: Path, record: CheckpointRecord) -> None:
+    """Compare this rank's share of the files with their hashes."""
+    share = sorted(record.files)[dist.get_rank() :: dist.get_world_size()]
+    found = damages(folder, {name: record.files[name] for name in share})
+    if found:
+        raise InputError("\n".join(found))
 
 
 def _layout(engine: deepspeed.DeepSpeedEngine, config: Config) -> dict[str, Any]:
@@ -93,42 +221,3 @@ def _layout(engine: deepspeed.DeepSpeedEngine, config: Config) -> dict[str, Any]
         "zero_stage": engine.zero_optimization_stage(),
         "precision": config.training.precision,
     }
-
-
-def _identity(config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
-    """What must be the same for a run that is resumed after ``tokens`` tokens to be the same run."""
-    return {
-        "model": dataclasses.asdict(config.model),
-        "attention": dataclasses.asdict(config.attention),
-        "data": {
-            **blend.history(tokens),
-            "tokenizer_sha256": blend.corpora[0].tokenizer.sha256,
-            "seed": config.training.seed,
-            "global_batch_size": config.training.global_batch_size,
-        },
-    }
-
-
-def matching_record(folder: Path, now: dict[str, Any]) -> CheckpointRecord:
-    """The record of a checkpoint that the run described by ``now`` continues.
-
-    Raises:
-        InputError: listing what differs.
-    """
-    record = CheckpointRecord.read(folder)
-    differences = ModelConfig(**now["model"]).weights_problems(ModelConfig(**record.model))
-    pairs: dict[str, tuple[Any, Any]] = {}
-    for key, value in now.items():
-        saved = getattr(record, key)
-        if isinstance(value, dict):
-            pairs |= {f"{key}.{name}": (saved.get(name), value[name]) for name in value}
-        else:
-            pairs[key] = (saved, value)
-    differences += [
-        f"{key} was {saved!r} and is now {value!r}"
-        for key, (saved, value) in pairs.items()
-        if saved != value and key not in HARMLESS and not (saved is None and key == "data.corpora_sha256")
-    ]
-    if differences:
-        raise InputError(f"{folder} cannot be continued by this run:\n" + "\n".join(f"  - {x}" for x in differences))
-    return record

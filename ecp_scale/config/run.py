@@ -148,6 +148,8 @@ class TrainingConfig:
     """Sequences that one rank processes at a time."""
     global_batch_size: int = 16
     """Sequences of one optimizer step, over all ranks and accumulation steps."""
+    batch_schedule: dict[int, int] | None = None
+    """Other sizes of the global batch, from how many tokens of the run on, as {1000000: 32, 4000000: 64}."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of weights in the forward pass; bf16 keeps fp32 master weights."""
     compile: bool = False
@@ -163,8 +165,13 @@ class TrainingConfig:
         """Everything that is wrong with the run's length and batch."""
         names = ("steps", "micro_batch_size", "global_batch_size", "validation_every_steps", "validation_windows")
         found = not_positive("training", self, (*names, "max_skipped_steps"))
-        if self.seed < 0:
-            found.append(f"training.seed is {self.seed}, expected at least 0")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"training.seed is {self.seed}, expected a number from 0 to 2^63 - 1")
+        for tokens, sequences in (self.batch_schedule or {}).items():
+            if tokens < 0 or sequences < 1:
+                found.append(
+                    f"training.batch_schedule from {tokens} tokens: {sequences} sequences, expected at least 0 and 1"
+                )
         return found
 
 
@@ -176,6 +183,8 @@ class CheckpointConfig:
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep: int | None = None
     """Newest checkpoints to keep; null keeps all."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """What a run does when a checkpoint cannot be written, as where the disk is full."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the checkpoints."""
@@ -192,8 +201,18 @@ class LoggingConfig:
     """Weights & Biases project."""
     run_name: str | None = None
     """Name of the run; null takes the name of the run folder."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files to RUN/tensorboard."""
+    every_steps: int = 1
+    """Optimizer steps between two lines on the screen, where it is no terminal."""
     peak_teraflops: float | None = None
     """Peak of one device at the run's precision, for mfu; null looks known GPUs up."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the logging."""
+        return not_positive(
+            "logging", self, ("every_steps", *(["peak_teraflops"] if self.peak_teraflops is not None else []))
+        )
 
 
 @dataclass(frozen=True)
@@ -211,8 +230,23 @@ class Config:
 
     @cached_property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
+        """Tokens of one optimizer step over all ranks, before any other size of training.batch_schedule holds."""
         return self.training.global_batch_size * self.model.sequence_length
+
+    def sequences_after(self, tokens: int) -> int:
+        """Sequences of the optimizer step that follows ``tokens`` tokens of the run."""
+        begun = [start for start in self.training.batch_schedule or {} if start <= tokens]
+        return (self.training.batch_schedule or {})[max(begun)] if begun else self.training.global_batch_size
+
+    def tokens_after(self, steps: int, done: int = 0, tokens: int = 0) -> int:
+        """Tokens of a run of ``steps`` steps, of which ``done`` have taken ``tokens``."""
+        left = steps - done
+        while left > 0:
+            step = self.sequences_after(tokens) * self.model.sequence_length
+            ahead = [start - tokens for start in self.training.batch_schedule or {} if start > tokens]
+            alike = min(left, -(-min(ahead) // step)) if ahead else left
+            tokens, left = tokens + alike * step, left - alike
+        return tokens
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one rank in one optimizer step."""
@@ -225,12 +259,17 @@ class Config:
         has_shards = self.data.prefix is not None or self.data.blend is not None
         found = self.model.problems() + self.attention.problems(self.model, has_shards)
         found += self.parallel.problems(self.model, world_size) + self.optimizer.problems()
-        found += training + self.checkpoint.problems() + self.data.problems()
+        found += training + self.checkpoint.problems() + self.data.problems() + self.logging.problems()
         if not training:
             ranks = self.parallel.data_parallel_size(world_size or 1)
-            if self.training.global_batch_size % (self.training.micro_batch_size * ranks):
-                found.append(
-                    f"training.global_batch_size {self.training.global_batch_size} is not a multiple of "
-                    f"training.micro_batch_size * data-parallel ranks = {self.training.micro_batch_size} * {ranks}"
-                )
+            together = self.training.micro_batch_size * ranks
+            sizes = {"training.global_batch_size": self.training.global_batch_size}
+            for tokens, sequences in (self.training.batch_schedule or {}).items():
+                sizes[f"training.batch_schedule from {tokens} tokens"] = sequences
+            found += [
+                f"{name} {size} is not a multiple of training.micro_batch_size * data-parallel ranks = "
+                f"{self.training.micro_batch_size} * {ranks}"
+                for name, size in sizes.items()
+                if size % together
+            ]
         return found

@@ -24,16 +24,15 @@ class TrainingBatches:
         # What this rank has read of the step that ``after`` was last asked for, see ``ledger_entry``.
         self.lanes = [0] * LANES
         self.micro = config.micro_batch_size
-        self.batch = config.global_batch_size
         self.ranks = ranks
         self.rank = rank
 
-    def after(self, tokens: int) -> Iterator[Tensor]:
-        """Micro-batches (micro, n + 1) of the optimizer step that follows ``tokens`` tokens of the run."""
+    def after(self, tokens: int, sequences: int) -> Iterator[Tensor]:
+        """Micro-batches (micro, n + 1) of the step of ``sequences`` samples that follows ``tokens`` tokens."""
         stride = self.micro * self.ranks
         first = tokens // self.blend.sequence_length + self.rank * self.micro
         self.lanes = [0] * LANES
-        for start in range(first, first + self.batch, stride):
+        for start in range(first, first + sequences, stride):
             rows = []
             for sample in range(start, start + self.micro):
                 corpus, window = self.blend.locate(sample)

@@ -5,11 +5,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ecp_scale.data.manifest import Manifest, ShardRecord
 from ecp_scale.data.shards import OPEN, Tokens, TokenShard, index_bytes, token_type
+from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import DamagedDataError, InputError
 
 
@@ -28,7 +30,7 @@ class Corpus:
         """
         self.prefix = Path(prefix)
         self.manifest = Manifest.read(self.prefix)
-        self.tokenizer = self.manifest.load_tokenizer(self.prefix)
+        _ = self.tokenizer
         for record in self.manifest.shards:
             _check_sizes(self.prefix.parent, record, self.manifest.tokenizer.vocab_size)
         self.lay_out(self.manifest.shards, sequence_length, self.manifest.tokenizer.vocab_size)
@@ -36,6 +38,15 @@ class Corpus:
             raise InputError(
                 f"corpus {prefix}: {self.tokens} tokens, expected at least one window of {sequence_length} + 1"
             )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the shards."""
+        return self.manifest.load_tokenizer(self.prefix)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the tokenizer, which a process that gets a corpus from another loads when it asks for it."""
+        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
 
     @cached_property
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""One writer of a prefix at a time, on all hosts that share the folder."""
+"""One writer of a prefix or folder at a time, on all hosts that share it."""
 
 import os
 import socket
@@ -12,29 +12,60 @@ import filelock
 from ecp_scale.errors import InputError
 
 
+class Lock:
+    """A file that one process holds; it stays, and the system frees it when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = filelock.FileLock(path, blocking=False)
+
+    def take(self, what: str) -> str | None:
+        """Hold the lock until ``release``.
+
+        Args:
+            what: is locked, for an error.
+
+        Returns:
+            Who has held it and died, as text; None where nobody has.
+
+        Raises:
+            InputError: naming host and process of who holds it, or the folder that cannot be written.
+        """
+        try:
+            self._lock.acquire()
+            gone = self._path.read_text().strip()
+            self._path.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T %Z')}\n"
+            )
+        except filelock.Timeout:
+            raise InputError(f"{what}: is being written by {self._holder()}") from None
+        except OSError as error:
+            raise InputError(f"{self._path.parent}: cannot be written ({error.strerror or error})") from error
+        return gone or None
+
+    def release(self) -> None:
+        """Let go of the lock, if it is held."""
+        if self._lock.is_locked:
+            self._path.write_text("")
+            self._lock.release()
+
+    def _holder(self) -> str:
+        try:
+            return self._path.read_text().strip() or "another process"
+        except OSError:
+            return "another process"
+
+
 @contextmanager
 def only_writer(prefixes: Sequence[Path]) -> Iterator[None]:
-    """Hold the locks of some prefixes, hidden files beside them that stay; the system frees them when a process dies.
+    """Hold the locks of some prefixes, hidden files beside them.
 
     Raises:
         InputError: naming host and process of who holds one, or the folder that cannot be written.
     """
     with ExitStack() as stack:
         for prefix in prefixes:
-            path = prefix.with_name(f".{prefix.name}.lock")
-            lock = filelock.FileLock(path, blocking=False)
-            try:
-                stack.enter_context(lock)
-            except filelock.Timeout:
-                raise InputError(f"{prefix}: is being written by {_holder(path)}") from None
-            except OSError as error:
-                raise InputError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T %Z')}\n")
+            lock = Lock(prefix.with_name(f".{prefix.name}.lock"))
+            lock.take(str(prefix))
+            stack.callback(lock.release)
         yield
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text().strip() or "another process"
-    except OSError:
-        return "another process"

@@ -154,8 +154,11 @@ def _stream(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
 
 def _sliding(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
     n, scored_at_most = model.config.sequence_length, model.config.geometry.trained_positions
-    ids = np.concatenate((np.full(n - scored_at_most, ids[0]), ids))
-    yield _losses(model, ids[: n + 1])
+    first = min(len(ids) - 1, scored_at_most)
+    # A latent model reads n tokens for any text, and scores the last ones; of a short text those that are text.
+    padding = n - first if scored_at_most < n else 0
+    ids = np.concatenate((np.full(padding, ids[0]), ids))
+    yield _losses(model, ids[: n + 1])[-first:]
     stride = min(n // 2, scored_at_most)
     for start in range(n, len(ids) - 1, stride):
         scored = min(stride, len(ids) - 1 - start)

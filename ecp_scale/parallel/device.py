@@ -46,12 +46,24 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def known_peak_teraflops(device: torch.device, precision: str) -> float | None:
-    """Dense matrix peak of a known GPU by its datasheet (bf16: tensor cores; fp32: without TF32), else None."""
+    """Dense matrix peak of a known GPU by its datasheet (bf16: tensor cores; fp32: without TF32); None if unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    peaks = {"H200": (989.0, 67.0), "H100": (989.0, 67.0), "A100": (312.0, 19.5), "L40S": (362.0, 91.6)}
-    for key, (bf16, fp32) in peaks.items():
-        if key in name:
-            return bf16 if precision == "bf16" else fp32
-    return None
+    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device))
+    return None if peaks is None else peaks[0 if precision == "bf16" else 1]
+
+
+PEAK_TERAFLOPS = {
+    "NVIDIA H200": (989.0, 67.0),
+    "NVIDIA H200 NVL": (835.0, 60.0),
+    "NVIDIA H100 80GB HBM3": (989.0, 67.0),
+    "NVIDIA H100 PCIe": (756.0, 51.0),
+    "NVIDIA H100 NVL": (835.0, 60.0),
+    "NVIDIA A100-SXM4-40GB": (312.0, 19.5),
+    "NVIDIA A100-SXM4-80GB": (312.0, 19.5),
+    "NVIDIA A100-PCIE-40GB": (312.0, 19.5),
+    "NVIDIA A100 80GB PCIe": (312.0, 19.5),
+    "NVIDIA L40S": (362.0, 91.6),
+    "NVIDIA B200": (2250.0, 75.0),
+}
+"""Dense bf16 and fp32 peaks by the makers' datasheets, by the whole name: boards of one chip differ in clock."""

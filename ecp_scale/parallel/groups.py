@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,11 +46,15 @@ class Groups:
 
 
 @contextmanager
-def process_groups(config: ParallelConfig) -> Iterator[Groups]:
+def process_groups(config: ParallelConfig, joined: Callable[[], None] = lambda: None) -> Iterator[Groups]:
     """Join the launch, build Megatron's groups, and leave both in order.
 
     One program, whatever the number of ranks: see ``joined_launch``. Where torch.distributed is up already, its world
     is used and left as it is.
+
+    Args:
+        config: how ranks share the work.
+        joined: called when all ranks have come, before any group is made, such as to compare their configs.
 
     Raises:
         LostRankError: on the ranks that are there, if another does not come or is lost.
@@ -64,6 +68,7 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
         else:
             stack.enter_context(joined_launch(backend(device), config.timeout_seconds))
             stack.callback(parallel_state.destroy_model_parallel)
+        joined()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             context_parallel_size=config.context,
@@ -88,8 +93,29 @@ def _end_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def decided(action: Callable[[], T]) -> T:
+    """Run ``action`` on the first rank alone, and return its result, a plain value, on all.
+
+    For what all ranks must act on alike, and may not see alike: another host may see an older state of a folder.
+
+    Raises:
+        InputError: everywhere, if the first rank raised one.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except InputError as refused:
+            box[1] = str(refused)
+    dist.broadcast_object_list(box)
+    result, error = box
+    if error is not None:
+        raise InputError(error)
+    return result
+
+
 def agreed(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; where it is refused on any, raise on all, naming the ranks.
+    """Run ``action`` on every rank, each for itself; where it is refused on any, raise on all, naming the ranks.
 
     A rank that leaves alone would keep the others waiting until their timeout.
 

@@ -8,7 +8,6 @@ Both directions are in flight while the rank computes segments that do not need 
 the first segment to after the last but one, the backward message likewise, since autograd runs in reverse order.
 """
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +27,6 @@ class Halo:
         rank, size = group.rank(), group.size()
         self.left = dist.get_global_rank(group, rank - 1) if rank > 0 else None
         self.right = dist.get_global_rank(group, rank + 1) if rank < size - 1 else None
-        self.received: deque[Tensor] = deque()
-        """Messages of first passes, for the passes that compute the same again."""
 
     def __call__(self, message: Tensor) -> Callable[[], Tensor]:
         """Send ``message`` on its way; what is returned waits for the one from the left.
@@ -81,8 +78,9 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, message: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
         halo = transfer.halo
-        if PASS.get() == "again":
-            transfer.incoming = halo.received.popleft()
+        this = PASS.get()
+        if this.which == "again":
+            transfer.incoming = this.received.popleft()
         else:
             transfer.start(message, halo.right, halo.left)
         return message.new_empty(0)
@@ -102,8 +100,9 @@ class _Receive(torch.autograd.Function):
     def forward(ctx: Any, ticket: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
         received = transfer.finish()
-        if PASS.get() == "first":
-            transfer.halo.received.append(received.detach())
+        this = PASS.get()
+        if this.which == "first":
+            this.received.append(received.detach())
         return received
 
     @staticmethod

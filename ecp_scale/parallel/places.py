@@ -3,10 +3,13 @@
 import base64
 import json
 import os
+import re
 import socket
 from dataclasses import dataclass
 
 import psutil
+
+from ecp_scale.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,36 @@ class Process:
             return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1
         except psutil.Error:
             return False
+
+
+def adopt_slurm() -> None:
+    """Under ``srun`` with several tasks and without another launcher, let each task be a rank.
+
+    Sets the variables that torchrun would: the first host of the step serves the store, at a port of the job's own.
+
+    Raises:
+        InputError: naming the variable that ``srun`` should have set.
+    """
+    # Trap: a batch script has SLURM_PROCID and SLURM_NTASKS too; only a step of srun has this one.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or tasks == "1":
+        return
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"srun has started {tasks} tasks, but {', '.join(missing)} is not set; expected a rank per task"
+        )
+    rank, local_rank, nodes, job = (os.environ[name] for name in names)
+    os.environ |= {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": tasks}
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """The first of a Slurm list of hosts, such as ``node[003-010,12],login1``."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def expected_hosts(came: dict[int, str]) -> dict[int, str]:

@@ -1,15 +1,25 @@
 """Activation checkpointing (arXiv 1604.06174): compute again in the backward pass what the forward did not keep."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-PASS: ContextVar[Literal["only", "first", "again"]] = ContextVar("pass", default="only")
-"""Which pass over the current computation this is: messages of a first one are kept, and not sent again."""
+
+@dataclass(frozen=True)
+class Pass:
+    """Which pass over the current computation this is. ``received``: messages of a first one, which come once."""
+
+    which: Literal["only", "first", "again"] = "only"
+    received: deque[Tensor] = field(default_factory=deque)
+
+
+PASS: ContextVar[Pass] = ContextVar("pass", default=Pass())  # noqa: B039, an only pass keeps nothing
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Any, random: bool) -> Tensor:
@@ -24,26 +34,27 @@ def recomputed(function: Callable[..., Tensor], *arguments: Any, random: bool) -
 
     def contexts() -> tuple[Any, Any]:
         streams: dict[str, Tensor] = {}
-        return _first(streams, random), _again(streams, random)
+        received: deque[Tensor] = deque()  # of this call alone: others may lie between it and its backward pass
+        return _first(streams, random, Pass("first", received)), _again(streams, random, Pass("again", received))
 
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random, context_fn=contexts)
 
 
 @contextmanager
-def _first(streams: dict[str, Tensor], random: bool) -> Iterator[None]:
+def _first(streams: dict[str, Tensor], random: bool, this: Pass) -> Iterator[None]:
     if random:
         streams.update(_tracker().get_states())
-    with _passing("first"):
+    with _passing(this):
         yield
 
 
 @contextmanager
-def _again(streams: dict[str, Tensor], random: bool) -> Iterator[None]:
+def _again(streams: dict[str, Tensor], random: bool, this: Pass) -> Iterator[None]:
     present = _tracker().get_states() if random else {}
     if random:
         _tracker().set_states(streams)
     try:
-        with _passing("again"):
+        with _passing(this):
             yield
     finally:
         if random:
@@ -51,8 +62,8 @@ def _again(streams: dict[str, Tensor], random: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _passing(which: Literal["first", "again"]) -> Iterator[None]:
-    token = PASS.set(which)
+def _passing(this: Pass) -> Iterator[None]:
+    token = PASS.set(this)
     try:
         yield
     finally:

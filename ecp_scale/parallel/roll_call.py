@@ -8,7 +8,6 @@ waits in a collective for ever (or in a kernel of NCCL, which raises nothing) st
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ecp_scale.errors import LostRankError
+from ecp_scale.console import say
+from ecp_scale.errors import InputError, LostRankError
 from ecp_scale.parallel.places import Process, Ranks, expected_hosts
 
 SIGN_SECONDS = 1.0
@@ -102,6 +102,11 @@ class RollCall:
                 address, port, is_master=serves, timeout=wait, wait_for_workers=False, multi_tenant=True
             )
         except dist.DistError as error:
+            if serves and "EADDRINUSE" in str(error):
+                raise InputError(
+                    f"port {port} of host {address} is in use, perhaps by another launch; give this one a port of its "
+                    "own: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
+                ) from error
             raise LostRankError(
                 f"rank 0 on host {address} did not answer at port {port} within parallel.timeout_seconds = "
                 f"{self.timeout_seconds}",
@@ -119,7 +124,7 @@ class RollCall:
                 break
             if self.ranks.rank == 0 and left > NOTICE_SECONDS:
                 waited = self.timeout_seconds - left + NOTICE_SECONDS
-                print(f"after {waited:.0f} s the launch waits for {self._missing(keys)}", file=sys.stderr, flush=True)
+                say(f"after {waited:.0f} s the launch waits for {self._missing(keys)}")
         missing = self._missing(keys)
         if missing:
             text = f"{missing} did not come within parallel.timeout_seconds = {self.timeout_seconds}"
@@ -158,7 +163,7 @@ class RollCall:
             # The body may be about to stop by itself, with a better place to say so.
             if news is not None and not self._left.wait(GRACE_SECONDS):
                 if self._speaks():
-                    print(f"stopped: {news}", file=sys.stderr, flush=True)
+                    say(f"stopped: {news}")
                 os._exit(1)
 
     def _look(self, signs: dict[int, tuple[bytes, float]]) -> str | None:

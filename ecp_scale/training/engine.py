@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
+from ecp_scale.checkpoint.deepspeed_files import CheckpointFiles
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.errors import InputError
 from ecp_scale.models.decay import decayed_and_other
@@ -42,6 +43,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         config=deepspeed_config,
         mpu=ModelParallelUnit(),
     )
+    engine.checkpoint_engine = CheckpointFiles()
     engine_reduces = not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer)
     if groups.data.size() == 1 and engine_reduces:
         # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.
@@ -77,6 +79,17 @@ def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimiz
         return torch.optim.SGD(groups, lr=config.learning_rate)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
+
+
+def apply_optimizer_config(engine: deepspeed.DeepSpeedEngine, config: OptimizerConfig) -> None:
+    """Let the config hold after a checkpoint is loaded, which brings the numbers that were used when it was saved."""
+    # In the order of parameter_groups, under every ZeRO stage.
+    for group, weight_decay in zip(engine.optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+        group["weight_decay"] = weight_decay
+        if config.name == "adamw":
+            group["betas"], group["eps"] = (config.beta1, config.beta2), config.epsilon
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = config.gradient_clipping
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:

@@ -1,60 +1,80 @@
 """A training run from its request to its last checkpoint."""
 
-import dataclasses
 import json
-import signal
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 
 from ecp_scale import deepspeed_json
-from ecp_scale.checkpoint.folder import checkpoints_folder
-from ecp_scale.checkpoint.saving import Progress, resume, save
+from ecp_scale.checkpoint.saving import Progress, SaveFailedError, Start, check_start, find_start, load, save
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
+from ecp_scale.console import say
 from ecp_scale.data.batches import TrainingBatches, validation_batches
-from ecp_scale.data.blend import Blend, check_same_tokenizer
+from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.files import write_text
 from ecp_scale.data.ledger import from_lanes
-from ecp_scale.errors import InputError
 from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
-from ecp_scale.parallel.groups import Groups, agreed, process_groups
+from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
-from ecp_scale.training.engine import build_engine, check_zero_section, set_learning_rate
-from ecp_scale.training.metrics import MetricsLog, check_wandb
+from ecp_scale.training.agreement import check_same, facts, only_launch
+from ecp_scale.training.engine import apply_optimizer_config, build_engine, check_zero_section, set_learning_rate
+from ecp_scale.training.metrics import MetricsFile
+from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
 from ecp_scale.training.schedule import learning_rate
-from ecp_scale.training.step import DivergedError, StepResult, mean_loss, optimizer_step, sum_over
+from ecp_scale.training.starting import check_rate, check_view, open_data
+from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
+from ecp_scale.training.stopping import STOPPED, StopRequest, write_stopped
+from ecp_scale.training.trackers import check_trackers, start_trackers
 
 
 def train(request: Request) -> None:
     """Run ``request.config`` on the ranks of this launch.
 
     Raises:
-        InputError: on all ranks, if data, folders or checkpoint cannot be used.
+        InputError: on all ranks, if they differ, or if data, folders or checkpoint cannot be used.
         DivergedError: if loss or gradients stay non-finite.
+        SaveFailedError: if a checkpoint cannot be written, unless the config says to go on.
     """
     check_zero_section(request.deepspeed)
-    with process_groups(request.config.parallel) as groups:
-        blend, validation = agreed(lambda: _open_data(request.config))
-        config = agreed(lambda: with_vocabulary(request.config, blend.corpora[0]))
-        assert config.training.output_dir is not None
-        run = Path(config.training.output_dir)
-        agreed(lambda: _prepare_run(config, run, request.resume))
-        settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
-        engine = build_engine(config, settings, groups)
-        progress = resume(engine, config, blend, run) if request.resume else Progress()
+    assert request.config.training.output_dir is not None
+    run = Path(request.config.training.output_dir)
+    mine = facts(request)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        groups = stack.enter_context(process_groups(request.config.parallel, lambda: check_same(mine)))
+        agreed(lambda: check_trackers(request.config))
+        stack.enter_context(only_launch(run))
+        start = decided(lambda: find_start(run, request.resume))
+        config, blend, validation = decided(lambda: open_data(request.config))
+        agreed(lambda: check_view(blend, validation))
+        done = start.progress
+        run_tokens = config.tokens_after(config.training.steps, done.step, done.tokens)
         if dist.get_rank() == 0:
-            _say_epochs(config, blend)
+            for line in describe_start(start, run):
+                say(line)
+        decided(lambda: check_start(start, config, blend))
+        decided(lambda: check_rate(start, config, run_tokens, request.allow_rate_jump))
+        settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+        hosts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+        if dist.get_rank() == 0:
+            say(describe_run(config, blend, hosts, deepspeed_json.zero_stage(settings), run_tokens))
             write_text(run / "config.yaml", to_yaml(config))
             write_text(run / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
-        _Run(config, groups, engine, blend, validation, run).steps(progress)
+        dist.barrier()
+        engine = build_engine(config, settings, groups)
+        load(engine, config, start)
+        apply_optimizer_config(engine, config.optimizer)
+        if dist.get_rank() == 0:
+            (run / STOPPED).unlink(missing_ok=True)
+        _Run(config, groups, engine, blend, validation, run, run_tokens, stop).steps(start)
         engine.destroy()
 
 
@@ -69,6 +89,8 @@ class _Run:
         blend: Blend,
         validation: Corpus | None,
         folder: Path,
+        run_tokens: int,
+        stop: StopRequest,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -76,63 +98,136 @@ class _Run:
         self.blend = blend
         self.validation = validation
         self.folder = folder
-        self.saved_step = 0
+        self.run_tokens = run_tokens
+        self.stop = stop
+        self.checkpoint: Path | None = None
+        self.is_first = dist.get_rank() == 0
 
-    def steps(self, done: Progress) -> None:
-        """Train from after what is done to the end, or until SIGTERM."""
-        first_step = done.step
+    def steps(self, start: Start) -> None:
+        """Train from after what is done to the end, or until any rank is asked to stop."""
         config, replicas = self.config, self.groups.replicas
+        done, loss = start.progress, None
+        self.checkpoint = start.folder
+        first_step = done.step
         batches = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
-        self.saved_step = first_step
         skipped_in_a_row = 0
-        ledger = done.ledger
+        reason = self._reason()
         with ExitStack() as stack:
-            log = stack.enter_context(MetricsLog(config, self.folder, first_step)) if dist.get_rank() == 0 else None
-            terminated = stack.enter_context(_sigterm_flag())
-            for step in range(first_step + 1, config.training.steps + 1):
+            record = self._recorder(stack, first_step)
+            while reason is None and done.step < config.training.steps:
                 began = time.perf_counter()
-                before = done.tokens + (step - 1 - first_step) * config.tokens_per_step
-                tokens = before + config.tokens_per_step
-                rate = learning_rate(
-                    config.optimizer, tokens, tokens + (config.training.steps - step) * config.tokens_per_step
-                )
-                set_learning_rate(self.engine, rate)
-                seed_step(config.training.seed, step, self.groups)
-                try:
-                    result = optimizer_step(
-                        self.engine, batches.after(before), self.groups, bool(terminated), config.data.untrained_targets
-                    )
-                except DivergedError as error:
-                    raise DivergedError(f"step {step}: {error}; last checkpoint: step {self.saved_step}") from None
+                sequences = config.sequences_after(done.tokens)
+                tokens = done.tokens + sequences * config.model.sequence_length
+                rate = learning_rate(config.optimizer, tokens, self.run_tokens)
+                result = self._step(done.step + 1, rate, batches, done.tokens, sequences)
                 lanes = sum_over(batches.lanes, replicas, self.groups.device)
-                ledger = (ledger + from_lanes(lanes)) % 2**64
-                seconds = time.perf_counter() - began
+                done = Progress(done.step + 1, tokens, (done.ledger + from_lanes(lanes)) % 2**64)
+                loss = result.loss
+                numbers = self._numbers(done, result, rate, time.perf_counter() - began, sequences)
+                if self._is_due(done.step, config.training.validation_every_steps) and self.validation is not None:
+                    numbers["validation_loss"] = self._validation_loss(self.validation)
+                record(numbers)
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-                record = self._record(Progress(step, tokens, ledger), result, rate, seconds)
-                if self._is_due(step, config.training.validation_every_steps) and self.validation is not None:
-                    shares = validation_batches(self.validation, config.training, replicas.size(), replicas.rank())
-                    record["validation_loss"] = mean_loss(
-                        self.engine, shares, self.groups, config.data.untrained_targets
-                    )
-                if log is not None:
-                    log.write(record)
-                if skipped_in_a_row >= config.training.max_skipped_steps:
-                    raise DivergedError(
-                        f"step {step}: {skipped_in_a_row} updates in a row were skipped because gradients were not "
-                        f"finite; last checkpoint: step {self.saved_step}"
-                    )
-                if result.stop_requested or self._is_due(step, config.checkpoint.every_steps):
-                    save(self.engine, config, self.blend, self.folder, Progress(step, tokens, ledger))
-                    self.saved_step = step
+                self._check_skipped(done.step, skipped_in_a_row, result)
                 if result.stop_requested:
-                    break
+                    reason = self._reason()
+                if reason is not None or self._is_due(done.step, config.checkpoint.every_steps):
+                    self._save(done)
+                    # A request that came meanwhile must not wait for another step.
+                    reason = reason or self._reason()
+            self._end(done, loss, reason)
+
+    def _recorder(self, stack: ExitStack, first_step: int) -> Any:
+        """What takes the numbers of each step, on the first rank."""
+        if not self.is_first:
+            return lambda numbers: None
+        file = stack.enter_context(MetricsFile(self.folder, first_step))
+        trackers = start_trackers(self.config, self.folder)
+        report = StepReport(self.config, self.folder.name, first_step)
+        stack.callback(report.close)
+
+        def finish(kind: Any, error: BaseException | None, traceback: Any) -> None:
+            for tracker in trackers:
+                tracker.finish(failed=error is not None)
+
+        stack.push(finish)
+
+        def record(numbers: dict[str, Any]) -> None:
+            file.write(numbers)
+            report.step(numbers)
+            for tracker in trackers:
+                tracker.log(numbers)
+
+        return record
+
+    def _step(self, step: int, rate: float, batches: TrainingBatches, tokens: int, sequences: int) -> StepResult:
+        set_learning_rate(self.engine, rate)
+        seed_step(self.config.training.seed, step, self.groups)
+        self.engine.set_train_batch_size(sequences * self.config.parallel.context)
+        try:
+            return optimizer_step(
+                self.engine,
+                batches.after(tokens, sequences),
+                self.groups,
+                self.stop.reason is not None,
+                self.config.data.untrained_targets,
+            )
+        except DivergedError as error:
+            raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint}") from None
+
+    def _validation_loss(self, corpus: Corpus) -> float:
+        replicas = self.groups.replicas
+        shares = validation_batches(corpus, self.config.training, replicas.size(), replicas.rank())
+        return mean_loss(self.engine, shares, self.groups, self.config.data.untrained_targets)
+
+    def _check_skipped(self, step: int, in_a_row: int, result: StepResult) -> None:
+        if result.skipped and self.is_first:
+            say(f"step {step:,}  the update was skipped: the gradient norm is {result.gradient_norm}")
+        if in_a_row >= self.config.training.max_skipped_steps:
+            raise DivergedError(
+                f"step {step}: {in_a_row} updates in a row were skipped because gradients were not finite; last "
+                f"checkpoint: {self.checkpoint}"
+            )
+
+    def _save(self, done: Progress) -> None:
+        began = time.perf_counter()
+        try:
+            self.checkpoint = save(self.engine, self.config, self.blend, self.folder, done, self.run_tokens)
+            text = f"saved in {time.perf_counter() - began:.1f} s: {self.checkpoint}"
+        except SaveFailedError as error:
+            text = f"not saved: {error}; last checkpoint: {self.checkpoint}"
+            if self.config.checkpoint.on_failed_save == "stop":
+                raise SaveFailedError(f"step {done.step}: {text}") from None
+        if self.is_first:
+            say(f"step {done.step:,}  {text}")
+
+    def _reason(self) -> str | None:
+        """Why the run is to stop, if any rank was asked to; the same on all."""
+        if not any_rank(self.stop.reason is not None, self.groups.device):
+            return None
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, self.stop.reason)
+        return next((reason for reason in reasons if reason is not None), "a request")
+
+    def _end(self, done: Progress, loss: float | None, reason: str | None) -> None:
+        if not self.is_first:
+            return
+        if reason is not None and done.step < self.config.training.steps:
+            write_stopped(self.folder, reason, done.step, self.checkpoint)
+            say(describe_end(self.folder, done, loss, reason, self.checkpoint))
+        elif done.step > self.config.training.steps:
+            say(f"nothing to do: step {done.step:,} is done, and training.steps is {self.config.training.steps:,}")
+        else:
+            say(describe_end(self.folder, done, loss, None, self.checkpoint))
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
 
-    def _record(self, done: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
+    def _numbers(
+        self, done: Progress, result: StepResult, rate: float, seconds: float, sequences: int
+    ) -> dict[str, Any]:
         config = self.config
-        speed = config.tokens_per_step / seconds
+        speed = sequences * config.model.sequence_length / seconds
         peak = config.logging.peak_teraflops or known_peak_teraflops(self.groups.device, config.training.precision)
         utilisation = None
         if peak is not None:
@@ -150,84 +245,3 @@ class _Run:
             "skipped_steps": self.engine.skipped_steps,
             "ledger": f"{done.ledger:016x}",
         }
-
-
-def _open_data(config: Config) -> tuple[Blend, Corpus | None]:
-    blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
-    if config.data.validation_prefix is None:
-        return blend, None
-    validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
-    check_same_tokenizer(validation, blend.corpora[0])
-    return blend, validation
-
-
-MANY_EPOCHS = 4
-"""Repeats of a corpus that are said: more teach little that is new (Muennighoff et al. 2023, arXiv 2305.16264)."""
-
-
-def _say_epochs(config: Config, blend: Blend) -> None:
-    """Say how often the run shows each corpus, where there are several or one is shown often."""
-    epochs = list(blend.epochs(config.training.steps * config.tokens_per_step))
-    if len(epochs) > 1 or any(times > MANY_EPOCHS for _, times in epochs):
-        for corpus, times in epochs:
-            often = f", more than {MANY_EPOCHS}" if times > MANY_EPOCHS else ""
-            print(f"data: {corpus.prefix} is shown {times:.2f} times{often}", flush=True)
-
-
-def with_vocabulary(config: Config, corpus: Corpus) -> Config:
-    """The config with the vocabulary and the end of documents of the corpus, unless it names its own.
-
-    Raises:
-        InputError: if its own is too small.
-    """
-    entries = corpus.tokenizer.vocab_size
-    untrained = set(config.data.untrained_targets)
-    beyond = sorted(token for token in untrained if not 0 <= token < entries)
-    if beyond or len(untrained) == entries:
-        raise InputError(
-            f"data.untrained_targets holds {f'the ids {beyond[:10]}' if beyond else 'every id'}, but the tokenizer of "
-            f"{corpus.prefix} has the {entries} entries 0 to {entries - 1}, of which some must be trained"
-        )
-    if (config.attention.end_of_document or 0) >= entries:
-        raise InputError(
-            f"attention.end_of_document is {config.attention.end_of_document}, but the tokenizer of {corpus.prefix} "
-            f"has {entries} entries"
-        )
-    if config.attention.end_of_document is None:
-        attention = dataclasses.replace(config.attention, end_of_document=corpus.tokenizer.end_of_document)
-        config = dataclasses.replace(config, attention=attention)
-    if config.model.vocab_size is None:
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=entries))
-    if config.model.vocab_size < entries:
-        raise InputError(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {corpus.prefix} has {entries} "
-            "entries; set model.vocab_size to null to take the tokenizer's"
-        )
-    return config
-
-
-def _prepare_run(config: Config, run: Path, resuming: bool) -> None:
-    check_wandb(config)
-    if not resuming and any(checkpoints_folder(run).glob("step-*")):
-        raise InputError(f"training.output_dir {run} holds checkpoints; pass --resume auto or choose another folder")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"training.output_dir {run}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _sigterm_flag() -> Iterator[list[int]]:
-    """A list that SIGTERM makes non-empty; the step in progress is finished first.
-
-    Trap: where a rank is lost, the launcher asks the others to end within a second. After an error SIGTERM therefore
-    stays without effect, so that they can say which one it was; the launcher kills whoever takes half a minute for it.
-    """
-    received: list[int] = []
-
-    def remember(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = signal.signal(signal.SIGTERM, remember)
-    yield received
-    signal.signal(signal.SIGTERM, previous)

@@ -1,91 +1,81 @@
-"""Where a run's numbers go: metrics.jsonl, the progress bar, Weights & Biases. Rank 0 only."""
+"""The record of a run: metrics.jsonl, a line per optimizer step. It is evidence, not state: a resume needs none."""
 
-import dataclasses
-import importlib.util
 import json
-import uuid
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
-from ecp_scale.config import Config
-from ecp_scale.data.files import write_text
-from ecp_scale.errors import InputError
+from ecp_scale.console import say
+from ecp_scale.data.files import naming, write_text
 
 FILE = "metrics.jsonl"
 
 
-class MetricsLog:
-    """Writes one record per optimizer step; on a resume the records of steps that are done again are dropped."""
+class MetricsFile:
+    """Writes a record per step; on a resume the records of steps that are done again are dropped.
 
-    def __init__(self, config: Config, folder: Path, first_step: int) -> None:
-        """Open the log of a run that continues after ``first_step`` steps."""
-        path = folder / FILE
-        kept = [record for record in read_metrics(folder) if record["step"] <= first_step] if first_step else []
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
-        self._bar = tqdm(total=config.training.steps, initial=first_step, unit="step", desc=folder.name)
-        self._wandb = _start_wandb(config, folder)
+    A file that cannot be written (a full disk) is said once, and the run goes on without it.
+    """
 
-    def __enter__(self) -> "MetricsLog":
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Open the record of a run that continues after ``first_step`` steps."""
+        self._path = folder / FILE
+        records, unreadable = _read(self._path)
+        if unreadable:
+            kept = self._path.with_name(f"{FILE}.damaged")
+            kept.write_bytes(self._path.read_bytes())
+            say(f"{self._path}: {unreadable} lines cannot be read and are left out; they are kept in {kept.name}")
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= first_step))
+        self._file: Any = self._path.open("a")
+
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bar.close()
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        if self._file is not None:
+            self._file.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append the record of one step."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        shown = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_second']:.0f}"}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+        """Append a record; what is no finite number is written as null."""
+        if self._file is None:
+            return
+        try:
+            with naming(self._path):
+                self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                self._file.flush()
+        except OSError as error:
+            say(f"{error.filename}: cannot be written ({error.strerror}); the run goes on without it")
+            self._file = None
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Records of a run so far, oldest first; none where it has not begun."""
-    path = folder / FILE
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    # A killed run may leave half a line behind.
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Records of a run so far, oldest first, without lines that cannot be read; none where it has not begun."""
+    return _read(folder / FILE)[0]
 
 
-def _start_wandb(config: Config, folder: Path) -> Any | None:
-    if config.logging.wandb == "disabled":
-        return None
-    import wandb
-
-    # Kept in the run folder, so that a resumed run continues its own record and no other.
-    identity = folder / "wandb_id"
-    if not identity.exists():
-        write_text(identity, uuid.uuid4().hex[:8])
-    return wandb.init(
-        project=config.logging.wandb_project,
-        name=config.logging.run_name or folder.name,
-        id=identity.read_text(),
-        resume="allow",
-        mode=config.logging.wandb,
-        dir=folder,
-        config=dataclasses.asdict(config),
-    )
+def unreadable_metrics(folder: Path) -> int:
+    """How many lines of the record of a run cannot be read."""
+    return _read(folder / FILE)[1]
 
 
-def check_wandb(config: Config) -> None:
-    """Refuse a run that wants Weights & Biases where it is not installed.
-
-    Raises:
-        InputError: naming the extra to install.
-    """
-    if config.logging.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            f"logging.wandb is {config.logging.wandb} but wandb is missing: pip install 'ecp-scale[wandb]'"
-        )
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records, and how many lines are none; half a line at the end, which a killed run may leave, counts as neither."""
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
+            if isinstance(record["step"], int):
+                records.append(record)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return records, len(lines) - len(records)

@@ -93,6 +93,13 @@ def sum_over(numbers: list[int], group: ProcessGroup, device: torch.device) -> l
     return shared.tolist()
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank of the launch."""
+    shared = torch.tensor(int(flag), device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared.item())
+
+
 @torch.no_grad()
 def mean_loss(
     engine: deepspeed.DeepSpeedEngine,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ecp_scale.checkpoint.files import FileRecord
 from ecp_scale.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointRecord,
@@ -22,7 +23,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
     """A checkpoint with one small file."""
     folder = checkpoints_folder(run) / tag(step)
     folder.mkdir(parents=True)
-    (folder / "weights.pt").write_bytes(b"12345")
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"12345")
     record = CheckpointRecord(
         step=step,
         tokens=step * 10,
@@ -38,7 +39,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
         tokenizer=TokenizerRecord("sentencepiece", "tokenizer.model", "0" * 64, 10, 1),
         tokenizer_file="tokenizer.model",
         layouts={"weight": Layout(0, 7)},
-        files={"weights.pt": 5},
+        files={"mp_rank_00_model_states.pt": FileRecord(5)},
     )
     if complete:
         record.write(folder)
@@ -58,11 +59,11 @@ def test_the_newest_complete_checkpoint_is_in_charge(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["short", "gone"])
 def test_a_damaged_file_makes_a_checkpoint_incomplete(tmp_path: Path, damage: str) -> None:
     folder = write_checkpoint(tmp_path, 2)
-    file = folder / "weights.pt"
+    file = folder / "mp_rank_00_model_states.pt"
     file.unlink() if damage == "gone" else file.write_bytes(b"123")
-    with pytest.raises(InputError, match=r"weights\.pt (is missing|has 3 bytes, expected 5)"):
+    with pytest.raises(InputError, match=r"mp_rank_00_model_states\.pt (is missing|has 3 bytes, expected 5)"):
         CheckpointRecord.read(folder)
-    with pytest.raises(InputError, match="only incomplete ones: step-00000002"):
+    with pytest.raises(InputError, match=r"only incomplete ones: .*step-00000002"):
         find_checkpoint(tmp_path)
 
 

@@ -143,7 +143,7 @@ def test_the_ledger_of_a_step_is_the_same_in_every_layout(two: dict[str, float],
     sums = [0, 0, 0, 0]
     for rank in range(ranks):
         batches = TrainingBatches(Blend([(0, two)], 64, seed=1), config, ranks, rank)
-        assert sum(len(batch) for batch in batches.after(7 * 4 * 64)) == 4 // ranks
+        assert sum(len(batch) for batch in batches.after(7 * 4 * 64, 4)) == 4 // ranks
         sums = [total + lane for total, lane in zip(sums, batches.lanes, strict=True)]
     blend = Blend([(0, two)], 64, seed=1)
     entries = [blend.entry(sample, *blend.locate(sample)) for sample in range(28, 32)]

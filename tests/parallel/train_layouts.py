@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from ecp_scale import deepspeed_json
-from ecp_scale.checkpoint.saving import resume
+from ecp_scale.checkpoint.saving import find_start, load
 from ecp_scale.command_line import Request, parse
 from ecp_scale.data.blend import Blend
-from ecp_scale.parallel.groups import process_groups
+from ecp_scale.parallel.groups import decided, process_groups
 from ecp_scale.training.engine import build_engine
-from ecp_scale.training.loop import train, with_vocabulary
+from ecp_scale.training.loop import train
+from ecp_scale.training.starting import with_vocabulary
 
 LOGITS = "trainer_logits.npy"
 
@@ -38,7 +39,9 @@ def write_logits(request: Request) -> None:
         config = with_vocabulary(request.config, blend.corpora[0])
         settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
-        assert resume(engine, config, blend, Path(output)).step == config.training.steps
+        start = decided(lambda: find_start(Path(output), resuming=True))
+        load(engine, config, start)
+        assert start.progress.step == config.training.steps
         engine.eval()
         with torch.no_grad():
             logits = engine.module.logits(probe_tokens())

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, complete_checkpoints, find_checkpoint
-from ecp_scale.checkpoint.saving import matching_record
+from ecp_scale.checkpoint.identity import check_continues
 from ecp_scale.command_line import parse
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
@@ -25,7 +25,7 @@ from ecp_scale.data.ledger import ledger_entry
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.errors import InputError
-from ecp_scale.training.loop import with_vocabulary
+from ecp_scale.training.starting import with_vocabulary
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout, trained
@@ -314,13 +314,12 @@ def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedT
         layouts={},
         files={},
     )
-    record.write(tmp_path)
     longer = dataclasses.replace(config.model, sequence_length=1024)
     kept = dataclasses.replace(longer, latents=768, segment_length=64)
     now = {"model": dataclasses.asdict(longer), "attention": record.attention}
     with pytest.raises(InputError, match="a context of 256 tokens to 128 rows and cannot compress 512 to 256"):
-        matching_record(tmp_path, now)
-    assert matching_record(tmp_path, {**now, "model": dataclasses.asdict(kept)}) == record
+        check_continues(record, tmp_path, now)
+    check_continues(record, tmp_path, {**now, "model": dataclasses.asdict(kept)})
 
 
 def test_the_run_folder_repeats_the_run(uninterrupted: Path, sharded_text: ShardedText, tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""What a run says on the screen: what it is, how it goes, how it ended. First rank only."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ecp_scale.checkpoint.saving import Progress, Start
+from ecp_scale.config import Config
+from ecp_scale.console import say, terminal
+from ecp_scale.data.blend import Blend
+
+
+def describe_run(config: Config, blend: Blend, hosts: Sequence[str], zero_stage: int, run_tokens: int) -> str:
+    """Model, layout, data, length and precision of a run, a line each.
+
+    Args:
+        config: of the run.
+        blend: its data.
+        hosts: that of every rank.
+        zero_stage: of the DeepSpeed JSON.
+        run_tokens: tokens of the whole run.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    names = list(dict.fromkeys(hosts))
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    replicas = parallel.data_parallel_size(len(hosts))
+    corpora = "; ".join(
+        f"{corpus.prefix} ({corpus.tokens:,} tokens, shown {times:.2f} times)"
+        for corpus, times in blend.epochs(run_tokens)
+    )
+    lines = {
+        "model": [
+            f"{model.architecture}, {model.layers} layers, width {model.width}, {model.parameters:,} parameters",
+            f"{model.vocab_size:,} entries, sequences of {model.sequence_length:,}",
+        ],
+        "layout": [
+            f"{_count(len(hosts), 'rank')} on {_count(len(names), 'host')} ({shown}): tensor {parallel.tensor}",
+            f"context {parallel.context}, data {replicas}, ZeRO-{zero_stage}, {training.precision}",
+        ],
+        "data": [corpora],
+        "run": [
+            f"{training.steps:,} steps, {run_tokens:,} tokens, {training.global_batch_size} sequences a step",
+            f"saved every {config.checkpoint.every_steps:,} steps",
+        ],
+    }
+    return "\n".join(f"{name:12}{', '.join(parts)}" for name, parts in lines.items())
+
+
+def describe_start(start: Start, run: Path) -> list[str]:
+    """Where a run begins, and what it passes by."""
+    lines = [f"passed by   {text}" for text in start.passed_by]
+    if start.folder is None:
+        return [*lines, f"start       fresh, in {run}"]
+    done = start.progress
+    return [*lines, f"start       resumed from {start.folder}: step {done.step:,}, {done.tokens:,} tokens"]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+class StepReport:
+    """How a run goes: a bar where standard error is a terminal, else a line every so many steps."""
+
+    def __init__(self, config: Config, name: str, first_step: int) -> None:
+        self._steps = config.training.steps
+        self._every = config.logging.every_steps
+        self._first = first_step
+        self._began = time.monotonic()
+        self._bar = None
+        if terminal().isatty():
+            self._bar = tqdm(total=self._steps, initial=first_step, unit="step", desc=name, file=terminal())
+
+    def close(self) -> None:
+        """The end of the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def event(self, text: str) -> None:
+        """A line about anything but a step."""
+        if self._bar is not None:
+            self._bar.clear()
+        say(text)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show the record of a step."""
+        step = record["step"]
+        if self._bar is not None:
+            shown = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+        elif step % self._every == 0 or step in (self._first + 1, self._steps):
+            say(self._line(record))
+        if "validation_loss" in record:
+            self.event(f"step {step:,}  validation loss {record['validation_loss']:.4f}")
+
+    def _line(self, record: dict[str, Any]) -> str:
+        done = record["step"] - self._first
+        left = (time.monotonic() - self._began) / done * (self._steps - record["step"])
+        use = "" if record["mfu"] is None else f"  mfu {record['mfu']:.3f}"
+        return (
+            f"step {record['step']:,}/{self._steps:,}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
+            f"norm {record['grad_norm']:.3g}  {record['tokens_per_second']:,.0f} tokens/s{use}  "
+            f"memory {record['peak_memory_bytes'] / 1e9:.2f} GB  {_duration(left)} left"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def describe_end(run: Path, done: Progress, loss: float | None, reason: str | None, checkpoint: Path | None) -> str:
+    """How a run ended: its loss, its checkpoint, and what to do next."""
+    last = "" if loss is None else f", loss {loss:.4f}"
+    saved = "no checkpoint" if checkpoint is None else f"checkpoint {checkpoint}"
+    if reason is not None:
+        return (
+            f"stopped by {reason} after step {done.step:,}{last}; {saved}\n"
+            "next        the same command with --resume auto goes on"
+        )
+    return (
+        f"finished    step {done.step:,}{last}; {saved}\n"
+        f"next        python launch/convert_checkpoint.py --checkpoint {run} --output {run / 'model'}"
+    )

@@ -1,0 +1,60 @@
+"""A launch of which rank 1 is odd, as another host may be: python -m tests.training.odd_rank WHAT [options of a run].
+
+``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder is
+another one there. ``stale``: it does not see the newest checkpoint. ``shards``: it sees other shards under the prefix.
+``full``: it cannot write its share of a checkpoint, as where its disk is full.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from ecp_scale import errors
+from ecp_scale.checkpoint import deepspeed_files, folder
+from ecp_scale.command_line import parse
+from ecp_scale.training import agreement, loop
+from ecp_scale.training.step import DivergedError
+
+
+def make_odd(what: str, options: list[str]) -> None:
+    """Change what this process sees or does."""
+    if what == "config":
+        options += ["--optimizer.learning_rate=0.123", "--training.seed=7"]
+    elif what == "code":
+        agreement._code_digest = lambda: "f" * 16
+    elif what == "folder":
+        os.chdir(os.environ["OTHER_FOLDER"])
+    elif what == "stale":
+        seen = folder.saved_folders
+        folder.saved_folders = lambda run: seen(run)[:-1]
+    elif what == "shards":
+        real = loop.check_view.__globals__["Corpus"]
+
+        class Other(real):
+            digest = "0" * 64
+
+        loop.check_view.__globals__["Corpus"] = Other
+        os.environ["LOCAL_RANK"] = "0"  # of its own host
+    elif what == "full":
+
+        def fail(states: object, path: Path) -> None:
+            raise OSError(28, "No space left on device", str(path))
+
+        deepspeed_files.write_states = fail
+
+
+def main() -> None:
+    """Train."""
+    what, *options = sys.argv[1:]
+    if os.environ["RANK"] == "1":
+        make_odd(what, options)
+    try:
+        loop.train(parse(options, ""))
+    except (DivergedError, loop.SaveFailedError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with errors.input_errors_exit():
+        main()
