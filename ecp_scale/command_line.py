@@ -13,18 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
-import jsonargparse
 import yaml
 
 from ecp_scale import deepspeed_json
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
-
-SECTIONS: dict[str, Any] = {item.name: get_type_hints(Config)[item.name] for item in dataclasses.fields(Config)}
-
-PARSE_ERRORS = (jsonargparse.ArgumentError, argparse.ArgumentError)
+from ecp_scale.options import SECTIONS, Setting, at_home, build, section_parser
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,6 @@ class Request:
     verbose: bool = False
 
 
-class Setting(NamedTuple):
-    """One value for one field, and where it was given."""
-
-    key: str
-    value: str
-    source: str
-
-
 def parse(
     argv: Sequence[str], description: str, required: Sequence[str] = (), world_size: int | None = None
 ) -> Request:
@@ -59,9 +47,9 @@ def parse(
     Raises:
         InputError: listing every problem of the files and of the command line together.
     """
-    parser = _section_parser(description)
+    parser = section_parser(description)
     known, rest = _top_level_parser().parse_known_args(argv)
-    known.config, known.deepspeed_config = _at_home(known.config), _at_home(known.deepspeed_config)
+    known.config, known.deepspeed_config = at_home(known.config), at_home(known.deepspeed_config)
     if known.help:
         parser.print_help()
         raise SystemExit(0)
@@ -71,7 +59,7 @@ def parse(
     problems: list[str] = []
     settings = _file_settings(known.config, problems) if known.config else []
     settings += _command_line_settings(rest, problems)
-    config = _build(parser, _above_presets(settings, problems), problems)
+    config = build(parser, _above_presets(settings, problems), problems)
     content = deepspeed_json.read(known.deepspeed_config)
     # A dry run without a launcher has no world size to check against.
     problems += config.problems(None if known.dry_run and not launched else world_size)
@@ -161,26 +149,6 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def _section_parser(description: str) -> jsonargparse.ArgumentParser:
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML with the sections below, or the name of a preset")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, for example ds_configs/zero1.json")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its counts, then exit")
-    parser.add_argument("--resume", default="never", help="auto: continue from the newest complete checkpoint")
-    parser.add_argument(
-        "--allow-rate-jump",
-        action="store_true",
-        help="resume though the learning rate changes by more than a factor of 2",
-    )
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name)
-    for action in parser._actions:
-        if action.dest in SECTIONS:
-            action.help = argparse.SUPPRESS  # jsonargparse would take a file for a section; we do not
-    return parser
-
-
 def _file_settings(path: str, problems: list[str]) -> list[Setting]:
     if path in preset_names() and not Path(path).is_file():
         path = str(preset_path(path))
@@ -188,6 +156,8 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"config file {path}: not valid UTF-8 at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise InputError(f"config file {path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -251,46 +221,3 @@ def _value(config: Config, key: str) -> object:
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _build(parser: jsonargparse.ArgumentParser, settings: list[Setting], problems: list[str]) -> Config:
-    options = [f"--{item.key}={item.value}" for item in settings]
-    try:
-        values = parser.parse_args(options)
-    except PARSE_ERRORS:
-        # One by one, to name all the values that do not fit.
-        good = []
-        for item, option in zip(settings, options, strict=True):
-            try:
-                parser.parse_args([option])
-                good.append(option)
-            except PARSE_ERRORS:
-                problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {_type_of(item.key)}")
-        values = parser.parse_args(good)
-    config = Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
-    return _with_home(config)
-
-
-def _with_home(config: Config) -> Config:
-    """``~`` at the beginning of a path is the user's home, which a shell does not see behind an equals sign."""
-    data, training = config.data, config.training
-    prefix, validation_prefix = _at_home(data.prefix), _at_home(data.validation_prefix)
-    blend = data.blend
-    if blend is not None:
-        blend = {start: {str(_at_home(name)): weight for name, weight in of.items()} for start, of in blend.items()}
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(data, prefix=prefix, validation_prefix=validation_prefix, blend=blend),
-        training=dataclasses.replace(training, output_dir=_at_home(training.output_dir)),
-    )
-
-
-def _at_home(path: str | None) -> str | None:
-    return None if path is None else os.path.expanduser(path)  # noqa: PTH111, Path refuses homes of unknown users
-
-
-def _type_of(key: str) -> str:
-    section, name = key.split(".")
-    hint = get_type_hints(SECTIONS[section])[name]
-    text = hint.__name__ if isinstance(hint, type) else str(hint)
-    return text.replace("typing.", "").replace("Literal", "one of ")

@@ -95,6 +95,8 @@ def read(path: str | None) -> dict[str, Any]:
         content = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"DeepSpeed JSON {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"DeepSpeed JSON {path}: not valid UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"DeepSpeed JSON {path}: not valid JSON, {error}") from error
     if not isinstance(content, dict):

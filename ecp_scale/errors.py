@@ -27,8 +27,9 @@ class LostRankError(RuntimeError):
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for the launch: rank 0, or the only process."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for the launch: rank 0, the only process, or one whose rank is no number."""
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from ecp_scale.command_line import Request, parse, to_yaml
 from ecp_scale.console import quiet, say
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
-from ecp_scale.parallel.places import adopt_slurm
+from ecp_scale.parallel.places import adopt_launcher
 
 
 def describe(request: Request) -> str:
@@ -41,7 +41,7 @@ def describe(request: Request) -> str:
 def main() -> None:
     """Read the command line; describe or train."""
     assert __doc__ is not None
-    adopt_slurm()
+    adopt_launcher()
     required = ("data.prefix|data.blend", "training.output_dir")
     request = parse(sys.argv[1:], __doc__, required)
     if request.dry_run:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ecp_scale import command_line, deepspeed_json
+from ecp_scale import deepspeed_json, options
 from ecp_scale.command_line import load_preset, parse, preset_names, to_yaml
 from ecp_scale.config import Config, ModelConfig
 from ecp_scale.config.geometry import GEOMETRIES
@@ -334,7 +334,7 @@ def test_required_fields_are_asked_for_unless_it_is_a_dry_run() -> None:
 
 
 def test_the_saved_config_has_every_section() -> None:
-    assert set(yaml.safe_load(to_yaml(Config()))) == set(command_line.SECTIONS)
+    assert set(yaml.safe_load(to_yaml(Config()))) == set(options.SECTIONS)
 
 
 def test_a_preset_sits_under_a_file_that_names_it(tmp_path: Path) -> None:

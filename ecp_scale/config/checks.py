@@ -1,7 +1,24 @@
 """What several sections check alike."""
 
+import dataclasses
+import math
+from typing import Any
+
+LARGEST = 2**62
+"""Numbers beyond do not fit where they are used."""
+
 
 def not_positive(section: str, config: object, names: tuple[str, ...]) -> list[str]:
     """A problem for every field that is not above 0."""
     values = [(name, getattr(config, name)) for name in names]
     return [f"{section}.{name} is {value}, expected more than 0" for name, value in values if not value > 0]
+
+
+def not_finite(section: str, config: Any) -> list[str]:
+    """A problem for every field with a number that is not finite, or beyond what can be computed with."""
+    values = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config)]
+    return [
+        f"{section}.{name} is {value}, expected a number of at most 2^62"
+        for name, value in values
+        if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= LARGEST)
+    ]

@@ -10,6 +10,8 @@ Recompute: TypeAlias = Literal["none", "selective", "full"]
 """What is computed again in the backward pass: the hidden layer of the feed-forward network; attention, too; whole
 blocks."""
 
+LONGEST_SECONDS = 10**7
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -31,6 +33,8 @@ class ParallelConfig:
     def problems(self, model: ModelConfig, world_size: int | None) -> list[str]:
         """Everything that is wrong with the layout; ``world_size`` None means not launched yet."""
         found = not_positive("parallel", self, ("tensor", "context", "timeout_seconds"))
+        if self.timeout_seconds > LONGEST_SECONDS:
+            found.append(f"parallel.timeout_seconds is {self.timeout_seconds}, expected at most {LONGEST_SECONDS}")
         if found:
             return found
         if model.heads % self.tensor:

@@ -3,11 +3,12 @@
 The words that --help prints about a field are the text below it.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from ecp_scale.config.checks import not_positive
+from ecp_scale.config.checks import not_finite, not_positive
 from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.parallel import ParallelConfig
 
@@ -255,6 +256,10 @@ class Config:
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""
+        sections = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        beyond = [text for name, section in sections.items() for text in not_finite(name, section)]
+        if beyond:
+            return beyond
         training = self.training.problems()
         has_shards = self.data.prefix is not None or self.data.blend is not None
         found = self.model.problems() + self.attention.problems(self.model, has_shards)

@@ -22,9 +22,20 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, the only rank."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "001", strict=True)))
+        """RANK, LOCAL_RANK and WORLD_SIZE; without a launcher, the only rank.
+
+        Raises:
+            InputError: naming a variable that is no number, or too large or small.
+        """
+        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        found = {name: os.environ.get(name, default) for name, default in defaults.items()}
+        for name, text in found.items():
+            if not (text.isascii() and text.isdecimal()):
+                raise InputError(f"the environment says {name}={text!r}, expected a number that a launcher sets")
+        ranks = cls(*map(int, found.values()))
+        if not max(ranks.rank, ranks.local_rank) < ranks.world_size:
+            raise InputError(f"the environment says {found}, expected ranks below WORLD_SIZE")
+        return ranks
 
 
 @dataclass(frozen=True)
@@ -49,17 +60,23 @@ class Process:
             return False
 
 
-def adopt_slurm() -> None:
-    """Under ``srun`` with several tasks and without another launcher, let each task be a rank.
+def adopt_launcher() -> None:
+    """Check what a launcher has set; under ``srun`` with several tasks and without another one, let each be a rank.
 
     Sets the variables that torchrun would: the first host of the step serves the store, at a port of the job's own.
 
     Raises:
-        InputError: naming the variable that ``srun`` should have set.
+        InputError: naming the variable that the launcher or ``srun`` should have set.
     """
     # Trap: a batch script has SLURM_PROCID and SLURM_NTASKS too; only a step of srun has this one.
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or tasks == "1":
+        Ranks.from_environment()
+        lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if "RANK" in os.environ and lacking:
+            raise InputError(
+                f"the environment has RANK but not {', '.join(lacking)}; expected all that a launcher sets"
+            )
         return
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
     missing = [name for name in names if name not in os.environ]
@@ -68,9 +85,12 @@ def adopt_slurm() -> None:
             f"srun has started {tasks} tasks, but {', '.join(missing)} is not set; expected a rank per task"
         )
     rank, local_rank, nodes, job = (os.environ[name] for name in names)
+    if not job.isdecimal():
+        raise InputError(f"the environment says SLURM_JOB_ID={job!r}, expected a number")
     os.environ |= {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": tasks}
     os.environ.setdefault("MASTER_ADDR", first_host(nodes))
     os.environ.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))
+    Ranks.from_environment()
 
 
 def first_host(nodes: str) -> str:

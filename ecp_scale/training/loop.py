@@ -173,7 +173,7 @@ class _Run:
                 self.config.data.untrained_targets,
             )
         except DivergedError as error:
-            raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint}") from None
+            raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint or 'none'}") from None
 
     def _validation_loss(self, corpus: Corpus) -> float:
         replicas = self.groups.replicas
@@ -186,7 +186,7 @@ class _Run:
         if in_a_row >= self.config.training.max_skipped_steps:
             raise DivergedError(
                 f"step {step}: {in_a_row} updates in a row were skipped because gradients were not finite; last "
-                f"checkpoint: {self.checkpoint}"
+                f"checkpoint: {self.checkpoint or 'none'}"
             )
 
     def _save(self, done: Progress) -> None:
@@ -195,7 +195,7 @@ class _Run:
             self.checkpoint = save(self.engine, self.config, self.blend, self.folder, done, self.run_tokens)
             text = f"saved in {time.perf_counter() - began:.1f} s: {self.checkpoint}"
         except SaveFailedError as error:
-            text = f"not saved: {error}; last checkpoint: {self.checkpoint}"
+            text = f"not saved: {error}; last checkpoint: {self.checkpoint or 'none'}"
             if self.config.checkpoint.on_failed_save == "stop":
                 raise SaveFailedError(f"step {done.step}: {text}") from None
         if self.is_first:

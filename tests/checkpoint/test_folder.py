@@ -1,5 +1,6 @@
 """What counts as a complete checkpoint."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ from ecp_scale.checkpoint.files import FileRecord
 from ecp_scale.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointRecord,
+    begin,
     checkpoints_folder,
-    complete_checkpoints,
     find_checkpoint,
+    newest_complete,
+    publish,
     remove_old,
     tag,
 )
+from ecp_scale.checkpoint.saving import find_start
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import Layout
@@ -81,11 +85,54 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
         CheckpointRecord.read(folder)
 
 
-def test_old_checkpoints_go_and_newer_incomplete_ones_stay(tmp_path: Path) -> None:
+def test_old_checkpoints_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        write_checkpoint(tmp_path, step, complete=step != 1)
+        write_checkpoint(tmp_path, step)
     write_checkpoint(tmp_path, 9, complete=False)
+    folder = checkpoints_folder(tmp_path)
+    for name in ("step-00000001.partial", "step-00000009.partial"):  # of saves that were cut short
+        (folder / name).mkdir()
+    archive = tmp_path / "archive"
+    write_checkpoint(archive, 2)
+    for name in ("step-00000001-best", "step-00000002.bak", "best", "step-1"):
+        shutil.copytree(folder / "step-00000003", folder / name)
+    (folder / "step-00000000").symlink_to(checkpoints_folder(archive) / "step-00000002")
+    (folder / "step-00000005").write_text("a file of the user's")
+    (folder / "step-00000000.partial").symlink_to(checkpoints_folder(archive) / "step-00000002")
+    foreign = {path.name for path in folder.iterdir()} - {f"step-0000000{step}" for step in (1, 2)}
     remove_old(tmp_path, keep=2)
-    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
-    left = sorted(folder.name for folder in checkpoints_folder(tmp_path).iterdir())
-    assert left == ["step-00000003", "step-00000004", "step-00000009"]
+    assert {path.name for path in folder.iterdir()} == foreign - {"step-00000001.partial"}
+    assert CheckpointRecord.read(checkpoints_folder(archive) / "step-00000002").step == 20 // 10
+    found, passed = newest_complete(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000004"
+    assert len(passed) == 2
+    assert "step-00000009: not a complete checkpoint" in passed[0]
+    assert "step-00000009.partial: its save was cut short" in passed[1]
+
+
+def test_nothing_is_written_over_a_checkpoint(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 2)
+    with pytest.raises(FileExistsError, match="nothing is written over one"):
+        begin(folder)
+    torn = write_checkpoint(tmp_path, 4, complete=False)
+    partial = begin(torn)
+    assert partial.name == "step-00000004.partial"
+    assert (torn.with_name("step-00000004.incomplete-1") / "mp_rank_00_model_states.pt").exists()
+    CheckpointRecord.read(folder).write(partial)
+    publish(partial)
+    assert torn.is_dir()
+    assert not partial.exists()
+
+
+def test_a_cut_first_save_is_passed_by_and_the_run_starts_over(tmp_path: Path) -> None:
+    (checkpoints_folder(tmp_path) / "step-00000002.partial").mkdir(parents=True)
+    for resuming in (True, False):
+        start = find_start(tmp_path, resuming)
+        assert start.folder is None
+        assert start.progress.step == 0
+        assert start.passed_by == (f"{checkpoints_folder(tmp_path)}/step-00000002.partial: its save was cut short",)
+    write_checkpoint(tmp_path, 4)
+    with pytest.raises(InputError, match="holds checkpoints; pass --resume auto"):
+        find_start(tmp_path, resuming=False)
+    assert find_start(tmp_path, resuming=True).progress.step == 4

@@ -13,7 +13,7 @@ import pytest
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, complete_checkpoints
 from ecp_scale.data.locking import Lock
-from ecp_scale.parallel.places import adopt_slurm, first_host
+from ecp_scale.parallel.places import adopt_launcher, first_host
 from ecp_scale.planning.rehearsal import torchrun
 from tests.corpus import ShardedText
 from tests.launching import ROOT, command, environment, free_port, metrics, run, run_successfully
@@ -54,7 +54,7 @@ def test_ranks_that_differ_are_named_before_any_step(
     assert done.returncode != 0
     for text in (*expected, socket.gethostname()):
         assert text in done.stderr, done.stderr[-3000:]
-    assert "odd_rank.py\", line" not in done.stderr  # a traceback of a rank; that at the end is torchrun's
+    assert 'odd_rank.py", line' not in done.stderr  # a traceback of a rank; that at the end is torchrun's
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -168,10 +168,10 @@ def test_a_batch_script_or_a_single_task_is_no_launch(monkeypatch: pytest.Monkey
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "16")
-    adopt_slurm()
+    adopt_launcher()
     assert "RANK" not in os.environ
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    adopt_slurm()
+    adopt_launcher()
     assert "RANK" not in os.environ
 
 

@@ -11,8 +11,8 @@ import pytest
 from ecp_scale.checkpoint.folder import CheckpointRecord, find_checkpoint
 from ecp_scale.checkpoint.identity import FIXED, MAY_CHANGE, NEVER_MATTERS, check_continues, rule
 from ecp_scale.checkpoint.merging import whole_weights
-from ecp_scale.command_line import SECTIONS, parse
 from ecp_scale.errors import InputError
+from ecp_scale.options import SECTIONS, parse
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
 from tests.launching import metrics

@@ -171,7 +171,10 @@ def test_a_resume_with_another_model_names_what_differs(uninterrupted: Path, sha
 def test_a_run_continues_with_another_geometry(sharded_text: ShardedText, tmp_path: Path) -> None:
     words = Layout(zero=1).options(sharded_text, tmp_path / "run")
     changed = ("--model.sequence_length=96", "--model.segment_length=24", "--model.allow_short_reach=true")
-    runs = [[*words, "--training.steps=12"], [*words, "--training.steps=16", "--resume=auto", *changed]]
+    runs = [
+        [*words, "--training.steps=12"],
+        [*words, "--training.steps=16", "--resume=auto", "--allow-rate-jump", *changed],
+    ]
     jobs = tmp_path / "jobs.json"
     jobs.write_text(json.dumps([{"options": words, "probed": False} for words in runs]))
     run_successfully("tests/parallel/train_layouts.py", jobs)
@@ -193,7 +196,7 @@ def test_a_blend_may_change_in_mid_run_and_the_audit_agrees(sharded_text: Sharde
     first = {0: {sharded_text.prefix: 0.5, other: 0.5}}
     second = {**first, 5 * tokens_per_step: {sharded_text.prefix: 0.1, other: 0.9}}
     runs = [
-        [*words, f"--data.blend={json.dumps(blend)}", f"--training.steps={steps}", "--resume=auto"]
+        [*words, f"--data.blend={json.dumps(blend)}", f"--training.steps={steps}", "--resume=auto", "--allow-rate-jump"]
         for blend, steps in ((first, 5), (second, 9))
     ]
     jobs = tmp_path / "jobs.json"
@@ -341,7 +344,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_cleanly_and_the_run_can_be_exten
     done = steps_done(output)
     assert done < 2000
     assert find_checkpoint(output).name == f"step-{done:08d}"
-    run_successfully(SCRIPT, *unlimited, f"--training.steps={done + 2}", ranks=2)
+    run_successfully(SCRIPT, *unlimited, f"--training.steps={done + 2}", "--allow-rate-jump", ranks=2)
     assert steps_done(output) == done + 2
 
 
@@ -365,6 +368,6 @@ def test_a_run_that_diverges_says_so_in_one_message(sharded_text: ShardedText, t
     done = run(SCRIPT, *options(sharded_text, tmp_path / "run"), *wild)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "stopped: step 2: the loss is nan; the weights have not been updated with it; last checkpoint: step 0" in (
+    assert "stopped: step 2: the loss is nan; the weights have not been updated with it; last checkpoint: none" in (
         done.stderr
     )
