@@ -1,6 +1,7 @@
 """Join shards that were preprocessed apart (preprocess.py --part I --parts N) into one corpus, without copying them."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ecp_scale.errors import input_errors_exit
@@ -9,8 +10,12 @@ from ecp_scale.errors import input_errors_exit
 def main() -> None:
     """Read the command line and print what was joined."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="+", metavar="PREFIX", help="prefixes of the parts, in order")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="prefix of the whole")
+    parser.add_argument(
+        "parts", nargs="+", type=os.path.expanduser, metavar="PREFIX", help="prefixes of the parts, in order"
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, type=os.path.expanduser, metavar="PREFIX", help="prefix of the whole"
+    )
     options = parser.parse_args()
 
     from ecp_scale.data.merging import merge

@@ -7,6 +7,7 @@ on where it was. The shards are the same, byte by byte, whatever the number of w
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ENTRY",
         help="token that ends a document (default: what the tokenizer declares, or its end by name)",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="folder and name of the shards")
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        type=os.path.expanduser,
+        metavar="PREFIX",
+        help="folder and name of the shards",
+    )
     parser.add_argument(
         "--validation-share",
         type=float,

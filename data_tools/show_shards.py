@@ -1,6 +1,7 @@
 """Show what token shards hold: tokenizer, sources, sizes, and a decoded document."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
@@ -12,7 +13,7 @@ SHOWN = 5
 def main() -> None:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", metavar="PREFIX", help="prefix of the shards")
+    parser.add_argument("prefix", type=os.path.expanduser, metavar="PREFIX", help="prefix of the shards")
     parser.add_argument("--shard", type=int, default=0, metavar="N", help="shard of the document (default: 0)")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document of the shard (default: 0)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to show of it (default: 200)")

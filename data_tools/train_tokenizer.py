@@ -1,6 +1,7 @@
 """Train a sentencepiece tokenizer (byte-pair encoding, lossless) on any input of preprocess.py."""
 
 import argparse
+import os
 
 from ecp_scale.data.input_arguments import add_input_arguments
 from ecp_scale.errors import input_errors_exit
@@ -10,7 +11,9 @@ def main() -> None:
     """Read the command line and print what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_input_arguments(parser)
-    parser.add_argument("--output", required=True, metavar="FILE", help="the .model file to write")
+    parser.add_argument(
+        "--output", required=True, type=os.path.expanduser, metavar="FILE", help="the .model file to write"
+    )
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 bytes and specials included")
     parser.add_argument("--sample-bytes", type=int, metavar="N", help="train on N bytes of lines, drawn from all")
     parser.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")

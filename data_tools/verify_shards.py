@@ -1,6 +1,7 @@
 """Check token shards against their manifest: structure, counts, ids, hashes. Exits 1 where something is wrong."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ecp_scale.errors import input_errors_exit
 def main() -> int:
     """Read the command line and print every problem."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", metavar="PREFIX", help="prefix of the shards")
+    parser.add_argument("prefix", type=os.path.expanduser, metavar="PREFIX", help="prefix of the shards")
     parser.add_argument("--deep", action="store_true", help="also decode every document and encode it again")
     options = parser.parse_args()
 

@@ -8,6 +8,7 @@ first step that disagrees.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ecp_scale.errors import InputError, input_errors_exit
 def main() -> int:
     """Read the command line, recompute, and say where the two part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", type=os.path.expanduser, metavar="RUN", help="run folder")
     options = parser.parse_args()
     run = Path(options.run)
     config = parse(["--config", str(run / "config.yaml"), "--dry-run"], "").config

@@ -108,8 +108,8 @@ def read_command_line(argv: list[str]) -> Comparison:
     )
     parser.add_argument("--architectures", required=True, metavar="A,B,...", help=", ".join(GEOMETRIES))
     parser.add_argument("--seeds", default="1,2,3", metavar="N,N,...", help="default: 1,2,3")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of runs, models, cells and the report")
-    parser.add_argument("--test", metavar="PREFIX", help="shards to evaluate on (default: data.validation_prefix)")
+    parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="DIR", help="folder to write")
+    parser.add_argument("--test", type=os.path.expanduser, metavar="PREFIX", help="shards (default: for validation)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of each training run (default: 1)")
     options, rest = parser.parse_known_args(argv)
     problems = []

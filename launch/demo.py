@@ -177,7 +177,11 @@ def main() -> None:
     """Run every step and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", default="demo", metavar="DIR", help="folder to write, emptied first (default: demo)"
+        "--output",
+        default="demo",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder to write, emptied first (default: demo)",
     )
     parser.add_argument("--ranks", type=int, help="ranks of the launch (default: 2, or the only GPU)")
     options, training_options = parser.parse_known_args()

@@ -6,6 +6,7 @@ Lines are smoothed, with what was measured behind them.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,13 @@ def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> 
 def main() -> None:
     """Read the command line and the runs, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf (default: RUN/curves.png of the first)")
+    parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help=".png, .svg or .pdf (default: RUN/curves.png of the first)",
+    )
     parser.add_argument(
         "--smoothing", type=float, default=0.9, metavar="W", help="weight of earlier steps, 0 to 0.999 (default: 0.9)"
     )
@@ -73,7 +79,7 @@ def main() -> None:
 
     from ecp_scale.training.metrics import read_metrics, unreadable_metrics
 
-    folders = [Path(run).expanduser() for run in options.runs]
+    folders = [Path(run) for run in options.runs]
     runs = {}
     for folder in folders:
         records = read_metrics(folder)
@@ -82,7 +88,7 @@ def main() -> None:
         if unreadable := unreadable_metrics(folder):
             print(f"{folder}: {unreadable} lines of metrics.jsonl cannot be read")
         runs[str(folder) if folder.name in runs else folder.name] = records
-    output = Path(options.output).expanduser() if options.output else folders[0] / "curves.png"
+    output = Path(options.output) if options.output else folders[0] / "curves.png"
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--output {output}: expected a name that ends in .png, .svg or .pdf")
     try:

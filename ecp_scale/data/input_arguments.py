@@ -1,6 +1,7 @@
 """The flags by which programs are told what text to read."""
 
 import argparse
+import os
 
 STDIN_FORMATS = (".jsonl", ".txt", ".csv")
 
@@ -12,6 +13,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         required=True,
+        type=os.path.expanduser,
         metavar="PATH",
         help="files, folders, patterns in quotes, - (standard input), hub datasets; may be given several times",
     )

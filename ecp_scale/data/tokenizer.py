@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back, each known by the hash of its file."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +80,7 @@ def load_tokenizer(spec: str, end_token: str | int | None = None) -> Tokenizer:
         return ByteTokenizer()
     if kind not in KINDS or kind == ByteTokenizer.kind or not name:
         raise InputError(f"tokenizer {spec!r}: expected sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte")
-    path = Path(name)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111, as arguments are
     if kind == HuggingFaceTokenizer.kind and not path.exists() and not name.endswith(".json"):
         path = _from_hub(name)
     return KINDS[kind](path, end_token)

@@ -120,6 +120,22 @@ def test_short_texts(groups: Groups) -> None:
         evaluate(model, dataclasses.replace(short, words=0), END, "sliding")
 
 
+@pytest.mark.parametrize("architecture", LATENT)
+@pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 40])
+def test_a_text_shorter_than_the_latents_is_scored_without_padding(
+    architecture: str, length: int, groups: Groups
+) -> None:
+    model = build(variant(PAPER, architecture, latents=16), groups)
+    ids = np.random.default_rng(length).integers(3, 29, length)
+    card = evaluate(model, Text(ids, bytes=99, words=9), END, "sliding")
+    assert card.tokens_scored == length
+    if length <= 16:
+        window = torch.tensor([[END] * (32 - length) + [END, *ids.tolist()]])
+        logits = model.logits(window[:, :-1])[0, -length:].float()
+        expected = torch.nn.functional.cross_entropy(logits, window[0, -length:], reduction="sum")
+        assert card.nll == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_units() -> None:
     card = Card("stream", nll=200.0, tokens_scored=100, tokens=100, bytes=400, words=80)
     assert card.token_perplexity == pytest.approx(math.exp(2))

@@ -85,3 +85,15 @@ def test_without_gradients_none_are_computed(groups: Groups) -> None:
         total, losses = layer(x, targets)
     assert not total.requires_grad
     assert total == pytest.approx(losses.sum().item())
+
+
+def test_the_factor_of_the_loss_is_not_rounded_to_bf16(groups: Groups) -> None:
+    layer, (x, targets, trained) = case(groups, torch.bfloat16, bias=True)
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    # A sum of losses is divided by the number of targets, which is seldom a power of two.
+    factor = (1 + 2**-8) / 1024  # in bf16 smaller by 0.4 %
+    whole = torch.autograd.grad(layer(x, targets, trained)[0], inputs)
+    scaled = torch.autograd.grad(layer(x, targets, trained)[0] * factor, inputs)
+    for one, other in zip(whole, scaled, strict=True):
+        one, other = one.double().flatten(), other.double().flatten()
+        assert float(other @ one / (one @ one) / factor) == pytest.approx(1, abs=1e-3)

@@ -8,21 +8,24 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
+from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, Config, ModelConfig, ParallelConfig
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.linear import Shard
+from ecp_scale.models.rows import Rows
 from ecp_scale.models.sharding import Layout
 from ecp_scale.parallel import halo
-from ecp_scale.parallel.groups import process_groups
+from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.parallel.megatron import parallel_state
+from ecp_scale.parallel.random import seed_step
 from tests.models.settings import PAPER, SCALED
 
 SETTINGS = {"paper": PAPER, "scaled": SCALED}
@@ -110,6 +113,56 @@ def check_wire(job: dict[str, Any], wire: Wire) -> None:
             assert wire.sent == [one_segment] * (config.layers * ((rank < size - 1) + (rank > 0)))
 
 
+def check_two_passes(config: ModelConfig, groups: Groups, recompute: str) -> None:
+    """Two forward passes before their backward passes give the gradients of one after the other."""
+    shard = Shard(groups.tensor, torch.float64, recompute=cast(Any, recompute), context=groups.context)
+    model = model_of(config, shard, AttentionConfig())
+    batches = [
+        torch.randint(29, (2, config.sequence_length), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    ]
+    parameters = list(model.parameters())
+    expected = [torch.autograd.grad(model(tokens, tokens)[0], parameters, allow_unused=True) for tokens in batches]
+    totals = [model(tokens, tokens)[0] for tokens in batches]
+    for total, wanted in zip(totals, expected, strict=True):
+        for gradient, other in zip(torch.autograd.grad(total, parameters, allow_unused=True), wanted, strict=True):
+            assert (gradient is None) == (other is None)
+            if gradient is not None:
+                assert_close(gradient, other, rtol=1e-10, atol=1e-10)
+
+
+def check_masks(layout: dict[str, int]) -> None:
+    """Ranks with equal weights and inputs drop other elements, in attention and in the feed-forward network."""
+    config = dataclasses.replace(SCALED, dropout=0.5, allow_short_reach=True)
+    with process_groups(ParallelConfig(**layout)) as groups:
+        shard = Shard(groups.tensor, torch.float64, context=groups.context)
+        model = model_of(config, shard, AttentionConfig())
+        block = model.layers[0]
+        width = (config.heads // shard.size) * config.head_width
+        few = (config.key_value_heads or config.heads) // shard.size * config.head_width
+        hidden = torch.ones(config.sequence_length, 2, config.feed_forward_width // shard.size, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(4)
+        q, k, v = (torch.randn(16, 2, size, dtype=torch.float64, generator=generator) for size in (width, few, few))
+        rows = Rows(rotation(torch.arange(16), config.head_width, config.rotary_theta, torch.float64), None, 0)
+        seen: dict[str, dict[float, list[bytes]]] = {"attention": {}, "feed-forward": {}}
+        for rate in (0.0, 0.5):
+            seed_step(1, 3, groups)
+            block.attention.dropout = block.feed_forward.dropout = rate
+            with torch.no_grad():
+                seen["feed-forward"][rate] = shared(block.feed_forward._hidden(hidden, hidden))
+                if groups.context.size() == 1:  # else a rank would send its last segment to its neighbour
+                    seen["attention"][rate] = shared(block.attention._attend(q, k, v, rows, None))
+        for what, by_rate in seen.items():
+            for rate, (one, other) in by_rate.items():
+                assert (one == other) == (rate == 0), (what, rate, layout)
+
+
+def shared(tensor: Tensor) -> list[bytes]:
+    """A tensor of every rank, as bytes."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, tensor.numpy().tobytes())
+    return everyone
+
+
 def main() -> None:
     """Do every check of the list."""
     dist.init_process_group("gloo")
@@ -117,6 +170,12 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[-1]).read_text()):
         if "lengths" in job:
             check_wire(job, wire)
+        elif "masks" in job:
+            check_masks(job["masks"])
+        elif "two_passes" in job:
+            with process_groups(ParallelConfig(context=dist.get_world_size())) as groups:
+                config = dataclasses.replace(SCALED, dropout=0.0, allow_short_reach=True)
+                check_two_passes(config, groups, job["two_passes"])
         else:
             context = job["parallel"].get("context", 1)
             check({**job, "sends_right": [True] * (context - 1) + [False]}, wire)

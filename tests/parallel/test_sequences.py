@@ -42,6 +42,7 @@ CHECKS = {
 }
 
 
+TWO_PASSES = [{"two_passes": recompute} for recompute in ("none", "selective", "full")]
 LENGTHS = {"lengths": [1024, 4096, 65_536], "segment_length": 256}
 
 
@@ -50,5 +51,5 @@ def test_every_number_equals_that_of_one_process_in_float64_and_messages_are_one
     ranks: int, tmp_path: Path
 ) -> None:
     jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([*CHECKS[ranks], LENGTHS]))
+    jobs.write_text(json.dumps([*CHECKS[ranks], LENGTHS, *TWO_PASSES]))
     run_successfully(SCRIPT, jobs, ranks=ranks)

@@ -1,0 +1,179 @@
+"""Planted bugs, each of which some test must find: python -m tests.mutations [--only PART].
+
+A bug is planted in a copy of the repository, and the tests that should find it are run there; one that survives is a
+hole in the tests. The tests pass without a bug, which is tried first.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.launching import ROOT, environment
+
+ATTENTION = "tests/attention/test_segment.py tests/attention/test_attend.py tests/attention/test_rotary.py"
+SEQUENCES = "tests/parallel/test_sequences.py"
+RANDOMNESS = "tests/models/test_randomness.py"
+STEP = "tests/training/test_step.py"
+RESUME = "tests/training/test_resume_table.py"
+ORDER = "tests/data/test_order.py tests/data/test_blend.py"
+
+
+class Bug(NamedTuple):
+    """One line that is wrong, and the tests that should find it."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+BUGS = (
+    Bug("attention/attend.py", "visible.tril(behind)", "visible.tril(behind + 1)", ATTENTION),
+    Bug("attention/attend.py", "triu(behind - window + 1)", "triu(behind - window)", ATTENTION),
+    Bug("attention/attend.py", "documents[:, behind:, None] ==", "documents[:, behind:, None] >=", ATTENTION),
+    Bug("attention/segment.py", "if number and look_back", "if number > 1 and look_back", ATTENTION),
+    Bug("attention/segment.py", "segments[number - 1], segments[number])", "segments[0], segments[number])", ATTENTION),
+    Bug("attention/rotary.py", "theta**-exponents", "theta**-(exponents / 2)", ATTENTION),
+    Bug("attention/rotary.py", "even * sin + odd * cos", "even * sin - odd * cos", ATTENTION),
+    Bug("attention/cache.py", "border - self.segment_length, border)", "border - 1, border)", ATTENTION),
+    Bug(
+        "models/output.py",
+        "one.mul_(factor).to(ctx.dtype)",
+        "one.mul_(factor.bfloat16()).to(ctx.dtype)",
+        "tests/models/test_output.py",
+    ),
+    Bug("models/output.py", "scores *= counts[:, None]", "pass", "tests/models/test_output.py"),
+    Bug("models/output.py", "scores[..., rows:] = -torch.inf", "pass", "tests/models/test_output.py"),
+    Bug(
+        "models/blocks.py",
+        "        if self.dropout and self.training:\n            with tensor_parallel_random():",
+        "        if self.dropout and self.training:\n            with nullcontext():",
+        RANDOMNESS,
+    ),
+    Bug("models/blocks.py", "with tensor_parallel_random() if rate", "with nullcontext() if rate", RANDOMNESS),
+    Bug(
+        "models/blocks.py",
+        "recomputed(self._attend, q, k, v, rows, cache, random=self.dropout > 0)",
+        "recomputed(self._attend, q, k, v, rows, cache, random=False)",
+        RANDOMNESS,
+    ),
+    Bug("models/language_model.py", "random=self.config.dropout > 0", "random=False", RANDOMNESS),
+    Bug(
+        "models/linear.py",
+        "return parameter if group is None else copy",
+        "return parameter if True else copy",
+        SEQUENCES,
+    ),
+    Bug(
+        "models/linear.py",
+        "return copy_to_tensor_model_parallel_region(x, group=shard.group)",
+        "return x",
+        "tests/models/test_sharding.py tests/parallel/test_parity.py",
+    ),
+    Bug("parallel/random.py", "* 65_536 + groups.data_rank", "* 65_536", RANDOMNESS),
+    Bug("parallel/random.py", "replica * 65_536 + groups.tensor_rank + 1", "replica * 65_536 + 1", RANDOMNESS),
+    Bug("parallel/recompute.py", "_tracker().set_states(streams)", "pass", RANDOMNESS),
+    Bug("parallel/recompute.py", 'Pass("again", received)', 'Pass("again", deque(reversed(received)))', SEQUENCES),
+    Bug(
+        "parallel/halo.py",
+        "ctx.transfer.start(gradient, halo.left, halo.right)",
+        "ctx.transfer.start(gradient * 0.5, halo.left, halo.right)",
+        SEQUENCES,
+    ),
+    Bug(
+        "training/step.py",
+        "scale = len(batches) * groups.data.size() / max(1, count)",
+        "scale = groups.data.size() / max(1, count)",
+        STEP,
+    ),
+    Bug("training/step.py", "if not math.isfinite(loss_value):", "if False:", STEP),
+    Bug("training/engine.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', STEP),
+    Bug("training/engine.py", 'group["weight_decay"] = weight_decay', "pass", RESUME),
+    Bug("training/engine.py", "engine.optimizer.clip_grad = config.gradient_clipping", "pass", RESUME),
+    Bug(
+        "training/loop.py", "self.engine.set_train_batch_size(sequences * self.config.parallel.context)", "pass", RESUME
+    ),
+    Bug(
+        "training/schedule.py",
+        "tokens / config.warmup_tokens",
+        "(tokens + 1) / config.warmup_tokens",
+        "tests/training/test_schedule.py",
+    ),
+    Bug("data/order.py", "while index >= self.size:", "while index > self.size:", ORDER),
+    Bug(
+        "data/batches.py",
+        "range(first, first + sequences, stride)",
+        "range(first, first + sequences - 1, stride)",
+        ORDER,
+    ),
+    Bug(
+        "data/blend.py",
+        "self.corpora[corpus].digest)",
+        '"")',
+        "tests/data/test_blend.py tests/data/test_order.py tests/training/test_runs.py::test_another_text_of_equal_size_is_not_continued_and_the_audit_disagrees",
+    ),
+    Bug("data/ledger.py", "(entry >> (16 * lane)) & 0xFFFF", "(entry >> (8 * lane)) & 0xFFFF", ORDER),
+    Bug("checkpoint/files.py", "if self.xxh3 and (found", "if False and (found", "tests/checkpoint/test_damage.py"),
+    Bug("checkpoint/files.py", "self._hash.update(block)", "self._hash.update(b'')", "tests/checkpoint/test_damage.py"),
+)
+"""Files are of ``ecp_scale``."""
+
+
+def copy_of_repository(folder: Path) -> Path:
+    """The files that are under version control, as they are now."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    for name in names.splitlines():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copyfile(ROOT / name, target)
+    return folder
+
+
+def passes(copy: Path, tests: Iterable[str]) -> bool:
+    """Whether tests pass in the copy."""
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    variables = {**environment(), "PYTHONPATH": str(copy)}
+    return subprocess.run(words, cwd=copy, env=variables, capture_output=True).returncode == 0
+
+
+def main() -> int:
+    """Plant every bug in turn; say which survive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PART", help="bugs in files whose name begins so")
+    options = parser.parse_args()
+    bugs = [bug for bug in BUGS if bug.file.startswith(options.only)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        copy = copy_of_repository(Path(name))
+        for tests in sorted({bug.tests for bug in bugs}):
+            if not passes(copy, tests.split()):
+                print(f"{tests}: fail without a bug")
+                return 2
+        for bug in bugs:
+            path = copy / "ecp_scale" / bug.file
+            content = path.read_text()
+            assert content.count(bug.right) == 1, f"{bug.file}: {bug.right!r} is there {content.count(bug.right)} times"
+            path.write_text(content.replace(bug.right, bug.wrong))
+            began = time.monotonic()
+            survived = passes(copy, bug.tests.split())
+            survivors += survived
+            verdict = "SURVIVED" if survived else "found"
+            print(
+                f"{verdict:9}{time.monotonic() - began:5.0f} s  {bug.file}: {bug.right!r} -> {bug.wrong!r}", flush=True
+            )
+            path.write_text(content)
+    print(f"{len(bugs)} bugs, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

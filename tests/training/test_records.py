@@ -1,0 +1,196 @@
+"""What a run leaves behind and says: metrics, trackers, lines on the screen."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ecp_scale.command_line import parse
+from ecp_scale.config import Config
+from ecp_scale.console import quiet, say
+from ecp_scale.errors import InputError
+from ecp_scale.training import trackers
+from ecp_scale.training.loop import train
+from ecp_scale.training.metrics import FILE, MetricsFile, read_metrics, unreadable_metrics
+from ecp_scale.training.trackers import Background, check_trackers, start_trackers
+from tests.corpus import ShardedText
+from tests.launching import environment, metrics, run, run_successfully
+from tests.parallel.layouts import Layout
+
+ODD = b'{"step": 1}\n\n\x00\x00\n{"step": 2, "loss": NaN}\n\xff\xfe\n[3]\n{"loss": 1}\n{"step": 3}\n{"st\'
+
+
+def test_records_that_cannot_be_read_are_counted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FILE).write_bytes(ODD)
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert records[1]["loss"] is None
+    assert unreadable_metrics(tmp_path) == 5
+    with MetricsFile(tmp_path, first_step=2) as file:
+        file.write({"step": 3, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
+    assert "5 lines cannot be read" in capsys.readouterr().err
+    assert (tmp_path / f"{FILE}.damaged").read_bytes() == ODD
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[2] == {"step": 3, "loss": None, "grad_norm": None, "lr": 0.1}
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsFile(tmp_path, first_step=0) as file:
+        file._file = Path("/dev/full").open("w")  # noqa: SIM115, closed by what it is given to
+        for step in (1, 2, 3):
+            file.write({"step": step})
+    said = capsys.readouterr().err
+    assert said.count("No space left on device") == 1
+    assert "the run goes on without it" in said
+
+
+def test_the_audit_does_not_blame_the_data_for_a_damaged_record(sharded_text: ShardedText, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(parse([*map(str, Layout(zero=1).options(sharded_text, output)), "--training.steps=5"], ""))
+    lines = (output / FILE).read_bytes().splitlines(True)
+    (output / FILE).write_bytes(b"".join([lines[0], b"\x00garbage\n", *lines[3:]]))
+    audited = run_successfully("launch/audit_data.py", output)
+    assert "1 lines of metrics.jsonl cannot be read" in audited
+    assert "agrees up to step 5" in audited
+    (output / FILE).unlink()
+    missing = run("launch/audit_data.py", output)
+    assert missing.returncode == 2
+    assert "expected metrics.jsonl" in missing.stderr
+
+
+class Wild:
+    """A tracker that fails or hangs."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        if where == "start":
+            raise RuntimeError("no server")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Fail or hang, if it is time to."""
+        if self.where == "log":
+            raise SystemExit("whatever")
+        if self.where == "hang":
+            threading.Event().wait(60)
+
+    def finish(self, failed: bool) -> None:
+        """Fail, if it is time to."""
+        if self.where == "finish":
+            raise OSError("gone")
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish", "hang"])
+def test_a_tracker_that_fails_or_hangs_neither_ends_nor_delays(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers, "PATIENCE_SECONDS", 0.5)
+    began = time.monotonic()
+    tracker = Background("tracker", lambda: Wild(where))
+    for step in range(100):
+        tracker.log({"step": step, "mfu": None})
+    tracker.finish(failed=False)
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().err.count("the run") == 1
+
+
+def test_wandb_without_a_key_or_a_server_is_said_and_the_run_goes_on(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--training.steps=3"]
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    variables = {**environment(), "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    variables.pop("WANDB_API_KEY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "launch/pretrain_ecp.py", *words, "--logging.wandb=online"],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wandb has failed (no API key" in done.stderr
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_the_environment_chooses_the_mode_of_wandb_and_a_run_keeps_its_identity(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--logging.wandb=online"]
+    for steps in (2, 4):
+        train(parse([*words, f"--training.steps={steps}", "--resume=auto", "--allow-rate-jump"], ""))
+    identity = (tmp_path / "run" / "wandb_id").read_text()
+    parts = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert parts
+    assert all(part.name.endswith(identity) for part in parts)
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(sharded_text: ShardedText, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--logging.tensorboard=true"]
+    train(parse([*words, "--training.steps=2"], ""))
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"tokens_per_second" in events.read_bytes()
+
+
+def test_a_missing_tracker_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for option, name in (("--logging.wandb=offline", "wandb"), ("--logging.tensorboard=true", "tensorboard")):
+        config = parse(["--config", "demo", option, "--dry-run"], "").config
+        with pytest.raises(InputError, match=rf"{name} is missing: pip install 'ecp-scale\[{name}\]'"):
+            check_trackers(config)
+    assert start_trackers(Config(), Path("/nowhere")) == []
+
+
+def test_libraries_write_to_a_file_and_we_to_the_screen(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, warnings; from pathlib import Path; from ecp_scale.console import quiet, say\n"
+        "with quiet(Path(sys.argv[1])):\n"
+        "    print('python'); os.system('echo child'); warnings.warn('warned')\n"
+        "    os.write(2, b'from C\\n'); say('ours')\n"
+        "print('after', file=sys.stderr)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "log")]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == "ours\nafter\n"
+    log = (tmp_path / "log").read_text()
+    assert all(text in log for text in ("python", "child", "warned", "from C"))
+    assert "ours" not in log
+
+
+def test_saying_to_nobody_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from ecp_scale.console import say; say('x'); say('y')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert callable(quiet)
+    assert callable(say)
+
+
+def test_a_run_says_what_it_is_how_it_goes_and_how_it_ended(sharded_text: ShardedText, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = [*map(str, Layout(zero=1).options(sharded_text, output)), "--logging.every_steps=2"]
+    done = run("launch/pretrain_ecp.py", *words, "--training.steps=5", "--checkpoint.every_steps=4")
+    lines = done.stderr.splitlines()
+    starts = [line.split("  ")[0].split(":")[0] for line in lines]
+    assert done.stdout == ""
+    assert starts[:6] == ["starting", "start", "model", "layout", "data", "run"]
+    steps = [line.partition("  ")[0] for line in lines if line.startswith("step ") and "loss" in line]
+    assert steps == ["step 1/5", "step 2/5", "step 4/5", "step 5/5", "step 5"]
+    assert "step 4  saved in" in done.stderr
+    assert lines[-2].startswith("finished    step 5, loss ")
+    assert lines[-1].endswith(f"launch/convert_checkpoint.py --checkpoint {output} --output {output / 'model'}")
+    assert "WARNING" in (output / "logs" / "rank-00000.log").read_text()
+    again = run("launch/pretrain_ecp.py", *words, "--training.steps=3", "--resume=auto")
+    assert again.returncode == 0
+    assert "nothing to do: step 5 is done, and training.steps is 3" in again.stderr
