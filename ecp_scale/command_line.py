@@ -158,7 +158,7 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
         raise InputError(f"config file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"config file {path}: not valid UTF-8 at byte {error.start}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise InputError(f"config file {path}: not valid YAML, {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise InputError(f"config file {path}: found {type(content).__name__}, expected sections {', '.join(SECTIONS)}")
@@ -171,9 +171,16 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
         else:
             # Text goes as it is; of everything else JSON is YAML on one line.
             for key, value in values.items():
-                text = value if isinstance(value, str) else json.dumps(value, default=str)
+                text = value if isinstance(value, str) else json.dumps(_plain_keys(value), default=str)
                 settings.append(Setting(f"{section}.{key}", text, path))
     return [item for item in settings if _is_known(item.key, item.source, problems)]
+
+
+def _plain_keys(value: Any) -> Any:
+    """YAML's dates and the like are no keys in JSON."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, int | str) else str(key): _plain_keys(item) for key, item in value.items()}
+    return [_plain_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def _above_presets(settings: list[Setting], problems: list[str]) -> list[Setting]:

@@ -21,9 +21,15 @@ def terminal() -> TextIO:
 
 
 def say(text: str) -> None:
-    """One line to the user; nobody may be there to read it."""
+    """One line to the user, above a bar if there is one; nobody may be there to read it."""
+    stream = terminal()
     with suppress(OSError, ValueError):
-        print(text, file=terminal(), flush=True)
+        if stream.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text, file=stream)
+        else:
+            print(text, file=stream, flush=True)
 
 
 @contextmanager

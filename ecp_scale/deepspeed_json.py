@@ -27,11 +27,11 @@ OWNED_BY_RUN_CONFIG = {
 """Sections of DeepSpeed that have no place in our JSON, and who decides instead."""
 Choice = tuple[Any, ...]
 FLAG: Choice = (True, False)
-NUMBER: Choice = ("a number of at least 0",)
-OFFLOAD_DEVICE: Choice = ("cpu", "none", None)
+SIZE: Choice = ("an even number from 2 to 10^12",)
+OFFLOAD_DEVICE: Choice = ("cpu", "none")
 FP32: Choice = ("fp32", "auto", None)
 DECIDED: Choice = ()
-"""Values of a key: one of some, a number, or what the run config says (or "auto")."""
+"""Values of a key: one of some, a size, or what the run config says (or "auto")."""
 KNOWN: dict[str, Choice] = {
     "train_batch_size": DECIDED,
     "train_micro_batch_size_per_gpu": DECIDED,
@@ -43,23 +43,23 @@ KNOWN: dict[str, Choice] = {
     "data_types.grad_accum_dtype": FP32,
     # The type in which gradients travel: fp32, or None for that of the weights.
     "communication_data_type": ("fp32", None),
-    "steps_per_print": (*NUMBER, None),
+    "steps_per_print": (None,),  # what is said of a step is logging.every_steps'
     "wall_clock_breakdown": FLAG,
     "memory_breakdown": FLAG,
-    "zero_allow_untested_optimizer": FLAG,
-    "zero_force_ds_cpu_optimizer": FLAG,
+    "zero_allow_untested_optimizer": (True,),  # the optimizer is ours
+    "zero_force_ds_cpu_optimizer": (False,),
     "zero_optimization.stage": (0, 1, 2, 3),
     "zero_optimization.overlap_comm": FLAG,
     "zero_optimization.contiguous_gradients": FLAG,
     "zero_optimization.reduce_scatter": FLAG,
     "zero_optimization.allgather_partitions": FLAG,
-    "zero_optimization.allgather_bucket_size": NUMBER,
-    "zero_optimization.reduce_bucket_size": NUMBER,
-    "zero_optimization.sub_group_size": NUMBER,
-    "zero_optimization.stage3_prefetch_bucket_size": NUMBER,
-    "zero_optimization.stage3_param_persistence_threshold": NUMBER,
-    "zero_optimization.stage3_max_live_parameters": NUMBER,
-    "zero_optimization.stage3_max_reuse_distance": NUMBER,
+    "zero_optimization.allgather_bucket_size": SIZE,
+    "zero_optimization.reduce_bucket_size": SIZE,
+    "zero_optimization.sub_group_size": SIZE,
+    "zero_optimization.stage3_prefetch_bucket_size": SIZE,
+    "zero_optimization.stage3_param_persistence_threshold": SIZE,
+    "zero_optimization.stage3_max_live_parameters": SIZE,
+    "zero_optimization.stage3_max_reuse_distance": SIZE,
     "zero_optimization.offload_optimizer.device": OFFLOAD_DEVICE,
     "zero_optimization.offload_optimizer.pin_memory": FLAG,
     "zero_optimization.offload_param.device": OFFLOAD_DEVICE,
@@ -97,7 +97,7 @@ def read(path: str | None) -> dict[str, Any]:
         raise InputError(f"DeepSpeed JSON {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"DeepSpeed JSON {path}: not valid UTF-8 at byte {error.start}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one too
         raise InputError(f"DeepSpeed JSON {path}: not valid JSON, {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"DeepSpeed JSON {path}: found a {type(content).__name__}, expected an object")
@@ -151,11 +151,12 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
 
 def _flat(content: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     """Keys (dotted) and values; an empty object is a value."""
-    for key, value in content.items():
+    for name, value in content.items():
+        key = before + (f"{name!r}" if "." in name else name)  # in quotes it is none of those that are known
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flat(value, f"{key}.")
         else:
-            yield before + key, value
+            yield key, value
 
 
 def _key_problem(key: str, value: Any) -> str | None:
@@ -174,11 +175,11 @@ def _key_problem(key: str, value: Any) -> str | None:
     if choice == DECIDED:
         return None  # compared with the run config
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if NUMBER[0] in choice and is_number and value >= 0:
+    if choice == SIZE and is_number and 2 <= value <= 10**12 and value % 2 == 0:
         return None
     if any(value is option or (type(value) is type(option) and value == option) for option in choice):
         return None
-    expected = " or ".join(option if option in NUMBER else json.dumps(option) for option in choice)
+    expected = " or ".join(option if option in SIZE else json.dumps(option) for option in choice)
     return f"{key} is {value!r}, expected {expected}"
 
 

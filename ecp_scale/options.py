@@ -38,6 +38,7 @@ def section_parser(description: str) -> jsonargparse.ArgumentParser:
         action="store_true",
         help="resume though the learning rate changes by more than a factor of 2",
     )
+    parser.add_argument("--verbose", action="store_true", help="show what libraries print, instead of RUN/logs")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     for action in parser._actions:

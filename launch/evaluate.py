@@ -13,30 +13,23 @@ from ecp_scale.errors import input_errors_exit
 def main() -> None:
     """Read the command line, evaluate, print and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
+    home = os.path.expanduser
     parser.add_argument(
-        "--model", required=True, type=os.path.expanduser, metavar="DIR", help="folder of launch/convert_checkpoint.py"
+        "--model", required=True, type=home, metavar="DIR", help="folder of launch/convert_checkpoint.py"
     )
     parser.add_argument(
-        "--data",
-        required=True,
-        type=os.path.expanduser,
-        metavar="PATH",
-        help=".txt or .jsonl, a folder, or a shard prefix",
+        "--data", required=True, type=home, metavar="PATH", help=".txt, .jsonl, a folder, a shard prefix"
     )
     parser.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
     parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
     parser.add_argument(
-        "--unigram",
-        type=os.path.expanduser,
-        metavar="PREFIX",
-        help="also score the unigram model of these training shards",
+        "--unigram", type=home, metavar="PREFIX", help="also score the unigram of these training shards"
     )
     for name in GEOMETRY_FIELDS:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
-    parser.add_argument("--json", type=os.path.expanduser, metavar="FILE", help="write the card here too")
+    parser.add_argument("--json", type=home, metavar="FILE", help="write the card here too")
     options = parser.parse_args()
-
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.config import ParallelConfig
     from ecp_scale.data.tokenizer import gives_texts_back

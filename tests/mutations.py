@@ -96,9 +96,7 @@ BUGS = (
     Bug("training/engine.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', STEP),
     Bug("training/engine.py", 'group["weight_decay"] = weight_decay', "pass", RESUME),
     Bug("training/engine.py", "engine.optimizer.clip_grad = config.gradient_clipping", "pass", RESUME),
-    Bug(
-        "training/loop.py", "self.engine.set_train_batch_size(sequences * self.config.parallel.context)", "pass", RESUME
-    ),
+    Bug("training/loop.py", "set_batch(self.engine, sequences * self.config.parallel.context)", "pass", RESUME),
     Bug(
         "training/schedule.py",
         "tokens / config.warmup_tokens",

@@ -108,6 +108,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
         InputError: if the checkpoint is incomplete, damaged or inconsistent, or ``output`` holds anything but an
             earlier export of the same checkpoint.
     """
+    output = output.absolute()
     record = CheckpointRecord.read(checkpoint)
     found = damages(checkpoint, record.files)
     if found:
@@ -123,6 +124,9 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
         sync_folder(output.parent)
     except OSError as error:
         raise InputError(write_error(output, error)) from error
+    except SafetensorError as error:  # which hides the error of the disk
+        free = shutil.disk_usage(output.parent).free
+        raise InputError(f"{output} cannot be written ({error}), {free:,} bytes are free") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record

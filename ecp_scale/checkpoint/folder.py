@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ecp_scale.checkpoint.files import FileRecord
 from ecp_scale.data.files import sync_folder, write_text
 from ecp_scale.data.manifest import TokenizerRecord
@@ -28,6 +30,8 @@ RECORD = "checkpoint.json"
 FORMAT_VERSION = 5
 READABLE = (3, 4, 5)
 """Version 3 does not say which tokens the corpora hold, only how many; 3 and 4 have no hashes of files."""
+HASHED = 5
+"""Format version from which on files and the record itself have hashes."""
 TAG = re.compile(r"step-(\d{8})")
 PARTIAL = ".partial"
 
@@ -60,7 +64,7 @@ class CheckpointRecord:
         """Declare the folder complete; every file in it must have reached the disk."""
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         content["files"] = {name: record._asdict() for name, record in self.files.items()}
-        write_text(folder / RECORD, json.dumps(content, indent=1) + "\n")
+        write_text(folder / RECORD, json.dumps(signed(content), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "CheckpointRecord":
@@ -90,6 +94,9 @@ class CheckpointRecord:
         version = content.pop("format_version")
         if version not in READABLE:
             raise InputError(f"{path}: format version {version}, expected one of {READABLE}")
+        found = content.pop("xxh3", "none")
+        if version >= HASHED and found != signed({"format_version": version, **content})["xxh3"]:
+            raise InputError(f"{path}: is damaged: it is not what was written, by its hash")
         content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
         content["layouts"] = {name: Layout(**layout) for name, layout in content["layouts"].items()}
         content["files"] = {
@@ -97,6 +104,9 @@ class CheckpointRecord:
             for name, entry in content["files"].items()
         }
         record = cls(**content)
+        unhashed = [name for name, file in record.files.items() if not file.xxh3]
+        if version >= HASHED and unhashed:
+            raise InputError(f"{path}: has no hash of {', '.join(unhashed[:3])}")
         for name in [*record.files, *filter(None, [record.tokenizer_file, record.tokenizer.file])]:
             if Path(name).name != name or name in ("", ".."):
                 raise InputError(f"{path}: names the file {name!r}, expected a plain name in its own folder")
@@ -117,6 +127,12 @@ class CheckpointRecord:
                     f"ZeRO-{self.zero_stage}, tensor parallel {self.tensor_parallel}"
                 )
         return None
+
+
+def signed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a record with its hash."""
+    rest = {key: value for key, value in content.items() if key != "xxh3"}
+    return {**rest, "xxh3": xxhash.xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def checkpoints_folder(run: Path) -> Path:

@@ -23,11 +23,13 @@ from ecp_scale.checkpoint.folder import (
     newest_complete,
     publish,
     remove_old,
+    saved_folders,
     tag,
 )
 from ecp_scale.checkpoint.identity import check_continues, identity
 from ecp_scale.checkpoint.reshaping import load_reshaped
 from ecp_scale.config import Config
+from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.models.sharding import layouts
@@ -119,9 +121,6 @@ def _finish(
     reports: list[tuple[dict[str, FileRecord], str | None, str]],
 ) -> str | None:
     """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""
-    for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-        # DeepSpeed's copies refuse every checkpoint with tensor parallelism; launch/convert_checkpoint.py does not.
-        (partial.parent / script).unlink(missing_ok=True)
     failures = [
         f"rank {rank} on host {host}: {failure}"
         for rank, (_, failure, host) in enumerate(reports)
@@ -158,7 +157,10 @@ def _finish(
         publish(partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    remove_old(partial.parent.parent, config.checkpoint.keep)
+    try:
+        remove_old(partial.parent.parent, config.checkpoint.keep)
+    except OSError as error:  # The new checkpoint stands.
+        say(f"older checkpoints cannot be removed: {error.filename}: {error.strerror}")
     return None
 
 
@@ -170,6 +172,13 @@ def find_start(run: Path, resuming: bool) -> Start:
     """
     folder, passed = newest_complete(run)
     if folder is None:
+        unreadable = saved_folders(run)
+        if unreadable:
+            # Not the first save that was cut short: work that something else has damaged, or that cannot be seen now.
+            raise InputError(
+                "none of the run's checkpoints can be read; mend them, move them away to start over, or choose another "
+                "folder:\n" + "\n".join(f"  - {text}" for text in passed)
+            )
         return Start(passed_by=tuple(passed))
     if not resuming:
         raise InputError(f"training.output_dir {run} holds checkpoints; pass --resume auto or choose another folder")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from ecp_scale.config.checks import not_finite, not_positive
+from ecp_scale.config.checks import not_positive, unusable
 from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.parallel import ParallelConfig
 
@@ -257,7 +257,7 @@ class Config:
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""
         sections = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        beyond = [text for name, section in sections.items() for text in not_finite(name, section)]
+        beyond = [text for name, section in sections.items() for text in unusable(name, section)]
         if beyond:
             return beyond
         training = self.training.problems()

@@ -13,11 +13,15 @@ from ecp_scale.errors import InputError
 
 
 class Lock:
-    """A file that one process holds; it stays, and the system frees it when the process dies."""
+    """A file that one process holds; it stays, and the system frees it when the process dies.
+
+    Who holds it is in a file beside it. Where the file system has no locks (some mounts of Lustre), filelock makes and
+    removes a file instead, and knows a dead holder on the same host by its process.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._lock = filelock.FileLock(path, blocking=False)
+        self._path = path.with_name(path.name + ".holder")
 
     def take(self, what: str) -> str | None:
         """Hold the lock until ``release``.
@@ -33,7 +37,7 @@ class Lock:
         """
         try:
             self._lock.acquire()
-            gone = self._path.read_text().strip()
+            gone = self._path.read_text().strip() if self._path.exists() else ""
             self._path.write_text(
                 f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T %Z')}\n"
             )
@@ -46,7 +50,7 @@ class Lock:
     def release(self) -> None:
         """Let go of the lock, if it is held."""
         if self._lock.is_locked:
-            self._path.write_text("")
+            self._path.unlink(missing_ok=True)
             self._lock.release()
 
     def _holder(self) -> str:

@@ -207,7 +207,13 @@ class Manifest:
 
 
 def manifest_path(prefix: Path) -> Path:
-    """Where the manifest of a prefix lies."""
+    """Where the manifest of a prefix lies.
+
+    Raises:
+        InputError: if the prefix has no name, as a folder's root has none.
+    """
+    if not prefix.name:
+        raise InputError(f"prefix {str(prefix)!r} is a folder, expected a folder and the beginning of a file name")
     return prefix.with_name(prefix.name + ".manifest.json")
 
 

@@ -10,8 +10,10 @@ import torch
 def local_device(local_rank: int) -> torch.device:
     """This rank's device, made current: its GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        # Slurm's --gpus-per-task=1 shows each task a GPU of its own, as number 0.
+        number = 0 if torch.cuda.device_count() == 1 else local_rank
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     # Trap: Megatron-core allocates its gather and reduce buffers on torch.cuda.current_device(), without asking
     # where the tensors are. On a machine without a GPU the answer is the CPU.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -49,15 +50,32 @@ class Process:
     @classmethod
     def this(cls) -> "Process":
         """The process that asks."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> "Process":
+        """A process of this host.
+
+        Raises:
+            psutil.Error: if there is none.
+        """
+        return cls(socket.gethostname(), pid, _started(pid))
 
     def is_seen(self) -> bool:
         """Whether it is alive, as far as this host can see."""
         try:
             process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.started) < 1
+            return process.status() != psutil.STATUS_ZOMBIE and _started(self.pid) == self.started
         except psutil.Error:
             return False
+
+
+def _started(pid: int) -> float:
+    """When a process was started; on Linux in ticks since boot, since psutil's time moves when the clock is set."""
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return psutil.Process(pid).create_time()
 
 
 def adopt_launcher() -> None:
@@ -77,6 +95,11 @@ def adopt_launcher() -> None:
             raise InputError(
                 f"the environment has RANK but not {', '.join(lacking)}; expected all that a launcher sets"
             )
+        port = os.environ.get("MASTER_PORT", "1")
+        if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
+            raise InputError(f"the environment says MASTER_PORT={port!r}, expected a number below 65536")
+        if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise InputError(f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but not RANK")
         return
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
     missing = [name for name in names if name not in os.environ]

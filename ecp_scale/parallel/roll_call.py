@@ -25,7 +25,7 @@ SIGN_SECONDS = 1.0
 """Between two signs of life."""
 GRACE_SECONDS = 5.0
 """How long bad news may take to come, and a rank to stop by itself after they have."""
-NOTICE_SECONDS = 30.0
+NOTICE_SECONDS = 5.0
 """After which the first rank says for whom the launch waits."""
 
 

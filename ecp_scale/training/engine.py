@@ -44,6 +44,8 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         mpu=ModelParallelUnit(),
     )
     engine.checkpoint_engine = CheckpointFiles()
+    # It would write scripts of its own beside the checkpoints, where a full disk is an error on the first rank alone.
+    engine._copy_recovery_script = lambda folder: None
     engine_reduces = not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer)
     if groups.data.size() == 1 and engine_reduces:
         # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.
@@ -90,6 +92,16 @@ def apply_optimizer_config(engine: deepspeed.DeepSpeedEngine, config: OptimizerC
             group["betas"], group["eps"] = (config.beta1, config.beta2), config.epsilon
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = config.gradient_clipping
+
+
+def set_batch(engine: deepspeed.DeepSpeedEngine, sequences: int) -> None:
+    """Let the next optimizer step have as many sequences, counted as DeepSpeed does: over all ranks that hold data."""
+    engine.set_train_batch_size(sequences)
+    # Trap: DeepSpeed takes the number of all micro-batches so far modulo those of a step for the place in it, and ZeRO
+    # keeps a number of its own.
+    engine.micro_steps = 0
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = engine.gradient_accumulation_steps()
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:

@@ -1,6 +1,5 @@
 """A training run from its request to its last checkpoint."""
 
-import json
 import socket
 import time
 from contextlib import ExitStack
@@ -18,19 +17,24 @@ from ecp_scale.console import say
 from ecp_scale.data.batches import TrainingBatches, validation_batches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.files import write_text
 from ecp_scale.data.ledger import from_lanes
 from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
-from ecp_scale.training.engine import apply_optimizer_config, build_engine, check_zero_section, set_learning_rate
+from ecp_scale.training.engine import (
+    apply_optimizer_config,
+    build_engine,
+    check_zero_section,
+    set_batch,
+    set_learning_rate,
+)
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
 from ecp_scale.training.schedule import learning_rate
-from ecp_scale.training.starting import check_rate, check_view, open_data
+from ecp_scale.training.starting import check_rate, check_view, open_data, write_settings
 from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
-from ecp_scale.training.stopping import STOPPED, StopRequest, write_stopped
+from ecp_scale.training.stopping import StopRequest, write_stopped
 from ecp_scale.training.trackers import check_trackers, start_trackers
 
 
@@ -66,14 +70,14 @@ def train(request: Request) -> None:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, deepspeed_json.zero_stage(settings), run_tokens))
-            write_text(run / "config.yaml", to_yaml(config))
-            write_text(run / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
-        dist.barrier()
+            say("building    the model and its optimizer")
         engine = build_engine(config, settings, groups)
+        if start.record is not None and dist.get_rank() == 0:
+            size = sum(file.size for file in start.record.files.values())
+            say(f"loading     {len(start.record.files)} files, {size:,} bytes, after a look at their hashes")
         load(engine, config, start)
         apply_optimizer_config(engine, config.optimizer)
-        if dist.get_rank() == 0:
-            (run / STOPPED).unlink(missing_ok=True)
+        decided(lambda: write_settings(run, to_yaml(config), settings))
         _Run(config, groups, engine, blend, validation, run, run_tokens, stop).steps(start)
         engine.destroy()
 
@@ -132,7 +136,7 @@ class _Run:
                 if result.stop_requested:
                     reason = self._reason()
                 if reason is not None or self._is_due(done.step, config.checkpoint.every_steps):
-                    self._save(done)
+                    self._save(done, is_last=reason is not None or done.step == config.training.steps)
                     # A request that came meanwhile must not wait for another step.
                     reason = reason or self._reason()
             self._end(done, loss, reason)
@@ -163,7 +167,7 @@ class _Run:
     def _step(self, step: int, rate: float, batches: TrainingBatches, tokens: int, sequences: int) -> StepResult:
         set_learning_rate(self.engine, rate)
         seed_step(self.config.training.seed, step, self.groups)
-        self.engine.set_train_batch_size(sequences * self.config.parallel.context)
+        set_batch(self.engine, sequences * self.config.parallel.context)
         try:
             return optimizer_step(
                 self.engine,
@@ -189,14 +193,14 @@ class _Run:
                 f"checkpoint: {self.checkpoint or 'none'}"
             )
 
-    def _save(self, done: Progress) -> None:
+    def _save(self, done: Progress, is_last: bool) -> None:
         began = time.perf_counter()
         try:
             self.checkpoint = save(self.engine, self.config, self.blend, self.folder, done, self.run_tokens)
             text = f"saved in {time.perf_counter() - began:.1f} s: {self.checkpoint}"
         except SaveFailedError as error:
             text = f"not saved: {error}; last checkpoint: {self.checkpoint or 'none'}"
-            if self.config.checkpoint.on_failed_save == "stop":
+            if is_last or self.config.checkpoint.on_failed_save == "stop":
                 raise SaveFailedError(f"step {done.step}: {text}") from None
         if self.is_first:
             say(f"step {done.step:,}  {text}")

@@ -1,7 +1,9 @@
 """The record of a run: metrics.jsonl, a line per optimizer step. It is evidence, not state: a resume needs none."""
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,13 +23,25 @@ class MetricsFile:
     def __init__(self, folder: Path, first_step: int) -> None:
         """Open the record of a run that continues after ``first_step`` steps."""
         self._path = folder / FILE
-        records, unreadable = _read(self._path)
-        if unreadable:
-            kept = self._path.with_name(f"{FILE}.damaged")
-            kept.write_bytes(self._path.read_bytes())
-            say(f"{self._path}: {unreadable} lines cannot be read and are left out; they are kept in {kept.name}")
-        write_text(self._path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= first_step))
-        self._file: Any = self._path.open("a")
+        self._file: Any = None
+        try:
+            records, unreadable = _read(self._path)
+            if unreadable:
+                kept = next(path for path in self._copies() if not path.exists())
+                kept.write_bytes(self._path.read_bytes())
+                say(f"{self._path}: {unreadable} lines cannot be read and are left out; they are kept in {kept.name}")
+            lines = [json.dumps(record) + "\n" for record in records if record["step"] <= first_step]
+            write_text(self._path, "".join(lines))
+            self._file = self._path.open("a")
+        except OSError as error:
+            self._give_up(error)
+
+    def _copies(self) -> Iterator[Path]:
+        return (self._path.with_name(f"{FILE}.damaged-{number}") for number in itertools.count(1))
+
+    def _give_up(self, error: OSError) -> None:
+        say(f"{error.filename or self._path}: cannot be written ({error.strerror}); the run goes on without it")
+        self._file = None
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -47,8 +61,7 @@ class MetricsFile:
                 self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
                 self._file.flush()
         except OSError as error:
-            say(f"{error.filename}: cannot be written ({error.strerror}); the run goes on without it")
-            self._file = None
+            self._give_up(error)
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +87,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in lines:
         try:
             record = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
-            if isinstance(record["step"], int):
+            if type(record["step"]) is type(record["tokens"]) is int and isinstance(record["ledger"], str):
                 records.append(record)
         except (ValueError, TypeError, KeyError):
             continue

@@ -79,23 +79,24 @@ class StepReport:
         if self._bar is not None:
             self._bar.close()
 
-    def event(self, text: str) -> None:
-        """A line about anything but a step."""
-        if self._bar is not None:
-            self._bar.clear()
-        say(text)
-
     def step(self, record: dict[str, Any]) -> None:
         """Show the record of a step."""
         step = record["step"]
         if self._bar is not None:
-            shown = {"loss": f"{record['loss']:.3f}", "tokens/s": f"{record['tokens_per_second']:,.0f}"}
+            shown = {
+                "loss": f"{record['loss']:.3f}",
+                "lr": f"{record['lr']:.2g}",
+                "norm": f"{record['grad_norm']:.2g}",
+                "tokens/s": f"{record['tokens_per_second']:,.0f}",
+                "GB": f"{record['peak_memory_bytes'] / 1e9:.1f}",
+                **({} if record["mfu"] is None else {"mfu": f"{record['mfu']:.2f}"}),
+            }
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
         elif step % self._every == 0 or step in (self._first + 1, self._steps):
             say(self._line(record))
         if "validation_loss" in record:
-            self.event(f"step {step:,}  validation loss {record['validation_loss']:.4f}")
+            say(f"step {step:,}  validation loss {record['validation_loss']:.4f}")
 
     def _line(self, record: dict[str, Any]) -> str:
         done = record["step"] - self._first

@@ -1,16 +1,21 @@
 """What a run looks at before its first step: data, vocabulary, and what a resume does to the learning rate."""
 
 import dataclasses
+import json
 import socket
+from pathlib import Path
+from typing import Any
 
 from ecp_scale.checkpoint.saving import Start
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend, check_same_tokenizer
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.files import write_text
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.places import Ranks
 from ecp_scale.training.schedule import learning_rate
+from ecp_scale.training.stopping import STOPPED
 
 LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
@@ -28,6 +33,20 @@ def open_data(config: Config) -> tuple[Config, Blend, Corpus | None]:
         validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
         check_same_tokenizer(validation, blend.corpora[0])
     return with_vocabulary(config, blend.corpora[0]), blend, validation
+
+
+def write_settings(run: Path, config: str, deepspeed: dict[str, Any]) -> None:
+    """Leave the resolved config and DeepSpeed JSON in the run folder; for one rank, when nothing is refused any more.
+
+    Raises:
+        InputError: if they cannot be written.
+    """
+    try:
+        write_text(run / "config.yaml", config)
+        write_text(run / "deepspeed.json", json.dumps(deepspeed, indent=2) + "\n")
+        (run / STOPPED).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename or run}: {error.strerror or error}") from error
 
 
 def check_view(blend: Blend, validation: Corpus | None) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -11,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from ecp_scale.console import say
 from ecp_scale.data.files import write_text
 from ecp_scale.parallel.places import Process
 
@@ -35,7 +35,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._remember)
+            # What whoever started us ignores stays ignored: SIGHUP under nohup.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(
@@ -71,7 +73,7 @@ def _launchers() -> list[Process]:
     process = psutil.Process().parent() if with_launcher else None
     for _ in range(2):
         if process is not None and process.pid != 1:
-            found.append(Process(socket.gethostname(), process.pid, process.create_time()))
+            found.append(Process.of(process.pid))
             process = process.parent()
     return found
 
@@ -84,4 +86,7 @@ def write_stopped(run: Path, reason: str, step: int, checkpoint: Path | None) ->
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_text(run / STOPPED, json.dumps(content) + "\n")
+    try:
+        write_text(run / STOPPED, json.dumps(content) + "\n")
+    except OSError as error:
+        say(f"{run / STOPPED}: cannot be written ({error.strerror})")

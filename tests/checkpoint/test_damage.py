@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ecp_scale.checkpoint.export import export
 from ecp_scale.checkpoint.files import FileRecord, damages, read_states, write_states
-from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, find_checkpoint
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, find_checkpoint, signed
 from ecp_scale.errors import InputError
 from tests.corpus import ShardedText
 from tests.launching import run
@@ -49,6 +50,29 @@ def test_any_range_of_any_file_that_is_damaged_is_named(checkpoint: Path, tmp_pa
         assert found.startswith(f"{path} is damaged: its {len(content)} bytes")
         path.write_bytes(content)
     assert damages(folder, record.files) == []
+
+
+def test_a_record_that_is_not_what_was_written_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, folder)
+    content = json.loads((folder / RECORD).read_text())
+    for key, value in (("tokens", 90), ("step", 3), ("ledger", "0" * 16), ("run_tokens", 1), ("xxh3", "0" * 32)):
+        (folder / RECORD).write_text(json.dumps({**content, key: value}))
+        with pytest.raises(InputError, match=r"checkpoint\.json: is damaged: it is not what was written"):
+            CheckpointRecord.read(folder)
+    files = {name: {**file, "xxh3": ""} for name, file in content["files"].items()}
+    (folder / RECORD).write_text(json.dumps(signed({**content, "files": files})))
+    with pytest.raises(InputError, match="has no hash of"):
+        CheckpointRecord.read(folder)
+    (folder / RECORD).write_text(json.dumps(content))
+    draw = random.Random(2)
+    raw = (folder / RECORD).read_bytes()
+    for _ in range(RANGES):
+        start = draw.randrange(len(raw) - 1)
+        length = draw.randint(1, min(4096, len(raw) - start))
+        (folder / RECORD).write_bytes(raw[:start] + bytes(length) + raw[start + length :])
+        with pytest.raises(InputError, match=r"checkpoint\.json"):
+            CheckpointRecord.read(folder)
 
 
 def test_a_damaged_checkpoint_is_neither_converted_nor_resumed(
@@ -89,7 +113,7 @@ def test_nothing_that_a_file_holds_is_run(checkpoint: Path, tmp_path: Path, monk
     torch.save({**states, "planted": Planted()}, path)
     content = json.loads((folder / RECORD).read_text())
     content["files"][path.name] = FileRecord.of(path)._asdict()
-    (folder / RECORD).write_text(json.dumps(content))
+    (folder / RECORD).write_text(json.dumps(signed(content)))
     with pytest.raises(InputError, match=r"mp_rank_00_model_states\.pt: holds what is not loaded: .*posix\.system"):
         export(folder, tmp_path / "model")
     assert not (tmp_path / "planted").exists()
@@ -101,11 +125,11 @@ def test_names_in_a_record_are_plain_names(checkpoint: Path, tmp_path: Path, nam
     shutil.copytree(checkpoint, folder)
     content = json.loads((folder / RECORD).read_text())
     file = content["files"].pop("mp_rank_00_model_states.pt")
-    (folder / RECORD).write_text(json.dumps({**content, "files": {**content["files"], name: file}}))
+    (folder / RECORD).write_text(json.dumps(signed({**content, "files": {**content["files"], name: file}})))
     with pytest.raises(InputError, match="expected a plain name in its own folder"):
         CheckpointRecord.read(folder)
     if name:
-        (folder / RECORD).write_text(json.dumps({**content, "tokenizer_file": name}))
+        (folder / RECORD).write_text(json.dumps(signed({**content, "tokenizer_file": name})))
         with pytest.raises(InputError, match="expected a plain name in its own folder"):
             CheckpointRecord.read(folder)
 
@@ -116,7 +140,7 @@ def test_a_record_that_lacks_the_file_of_a_rank_is_not_complete(checkpoint: Path
     shutil.copytree(checkpoint, folder)
     content = json.loads((folder / RECORD).read_text())
     content["files"].pop(next(name for name in content["files"] if name.endswith(ending)))
-    (folder / RECORD).write_text(json.dumps(content))
+    (folder / RECORD).write_text(json.dumps(signed(content)))
     with pytest.raises(InputError, match=r"lists \d files \*_\w+_states\.pt, expected \d of 2 ranks"):
         CheckpointRecord.read(folder)
 
@@ -157,5 +181,12 @@ def test_an_export_that_fails_half_way_leaves_nothing(
 
     monkeypatch.setattr("ecp_scale.checkpoint.export.write_text", fail)
     with pytest.raises(InputError, match=r"model cannot be written \(No space left on device\), [\d,]+ bytes are free"):
+        export(checkpoint, tmp_path / "model")
+
+    def fail_as_safetensors_does(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("ecp_scale.checkpoint.export.save_file", fail_as_safetensors_does)
+    with pytest.raises(InputError, match=r"model cannot be written \(I/O error: No space left"):
         export(checkpoint, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

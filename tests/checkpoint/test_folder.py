@@ -1,5 +1,6 @@
 """What counts as a complete checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ecp_scale.checkpoint.folder import (
     newest_complete,
     publish,
     remove_old,
+    signed,
     tag,
 )
 from ecp_scale.checkpoint.saving import find_start
@@ -43,7 +45,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
         tokenizer=TokenizerRecord("sentencepiece", "tokenizer.model", "0" * 64, 10, 1),
         tokenizer_file="tokenizer.model",
         layouts={"weight": Layout(0, 7)},
-        files={"mp_rank_00_model_states.pt": FileRecord(5)},
+        files={"mp_rank_00_model_states.pt": FileRecord(5, "0" * 32)},
     )
     if complete:
         record.write(folder)
@@ -80,7 +82,7 @@ def test_folders_that_hold_no_checkpoint_are_named(tmp_path: Path) -> None:
 
 def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 2)
-    (folder / "checkpoint.json").write_text(f'{{"format_version": {FORMAT_VERSION}}}')
+    (folder / "checkpoint.json").write_text(json.dumps(signed({"format_version": FORMAT_VERSION})))
     with pytest.raises(InputError, match="not the record of a checkpoint"):
         CheckpointRecord.read(folder)
 
@@ -132,6 +134,15 @@ def test_a_cut_first_save_is_passed_by_and_the_run_starts_over(tmp_path: Path) -
         assert start.folder is None
         assert start.progress.step == 0
         assert start.passed_by == (f"{checkpoints_folder(tmp_path)}/step-00000002.partial: its save was cut short",)
+    damaged = write_checkpoint(tmp_path, 3) / "checkpoint.json"
+    before = damaged.read_text()
+    damaged.write_text(before.replace('"tokens": 30', '"tokens": 90'))
+    for resuming in (True, False):
+        with pytest.raises(
+            InputError, match=r"none of the run's checkpoints can be read(.|\n)*step-00000003(.|\n)*is damaged"
+        ):
+            find_start(tmp_path, resuming)
+    damaged.write_text(before)
     write_checkpoint(tmp_path, 4)
     with pytest.raises(InputError, match="holds checkpoints; pass --resume auto"):
         find_start(tmp_path, resuming=False)

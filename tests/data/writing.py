@@ -33,7 +33,7 @@ def expected(documents: Sequence[str]) -> list[list[int]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Files of a folder, hidden ones included; a lock holds a process number."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".lock", ".holder")}
 
 
 def byte_level(path: Path, special: Sequence[str], added: Sequence[str] = (), normalizer: Any = None) -> Path:

@@ -31,6 +31,7 @@ from ecp_scale.errors import input_errors_exit
 from ecp_scale.options import SECTIONS
 from ecp_scale.training import loop
 from tests.corpus import write_sharded_text
+from tests.launching import ROOT
 from tests.parallel.layouts import RECIPE, SETTINGS
 
 pretrain_ecp = importlib.import_module("launch.pretrain_ecp")
@@ -58,6 +59,8 @@ ODD: tuple[Any, ...] = (
     *({0: {}}, {0: {"/nowhere": 1.0}}, "{0: 8}", "[0", "{", "!!python/object:os.system x", "*a", "&a b"),
 )
 """Values that a field or key may get."""
+FOLDERS: tuple[Any, ...] = ("/proc/nowhere", "/dev/null/x", "a/b/c", " ", ".", "é\u2028\n", "a\x00b", 5, None, [], True)
+"""The same of the run folder; nothing that could be written outside of the fuzzer's own folder."""
 
 
 class ReachedError(Exception):
@@ -83,9 +86,10 @@ class Starts:
     def words(self, draw: random.Random, run: Path) -> list[str]:
         """Options of one start; files that they name are written."""
         settings: dict[str, Any] = {**self.base, "training.output_dir": str(run)}
-        for _ in range(draw.choice([0, 0, 1, 1, 1, 1, 2, 4])):
+        for _ in range(draw.choice([0, 0, 0, 0, 1, 1, 1, 2, 4])):
             field = draw.choice(FIELDS)
-            settings[edited(field, draw) if draw.random() < 0.1 else field] = draw.choice(ODD)
+            odd = draw.choice(FOLDERS if field == "training.output_dir" else ODD)
+            settings[edited(field, draw) if draw.random() < 0.1 else field] = odd
         words = []
         if draw.random() < 0.5:  # as a file
             words += ["--config", self._config_file(settings, draw)]
@@ -212,6 +216,8 @@ def start(words: list[str], variables: dict[str, str]) -> tuple[str, str]:
 def campaign(starts: int, seed: int, folder: Path) -> tuple[Counter[str], list[tuple[list[str], dict[str, str], str]]]:
     """Make some starts; how many ended how, and those that ended wrongly."""
     made = Starts(folder)
+    outside = {path: sorted(Path(path).iterdir()) for path in ("/", ROOT, Path.home())}
+    os.chdir(folder)
     counts: Counter[str] = Counter()
     wrong = []
     for number in range(starts):
@@ -222,6 +228,9 @@ def campaign(starts: int, seed: int, folder: Path) -> tuple[Counter[str], list[t
         counts[outcome] += 1
         if outcome not in ("reached", "refused"):
             wrong.append((words, variables, said))
+    os.chdir(ROOT)
+    for path, names in outside.items():
+        assert sorted(Path(path).iterdir()) == names, f"a start has written to {path}"
     return counts, wrong
 
 

@@ -52,16 +52,40 @@ def processes(launch: "subprocess.Popen[bytes]") -> tuple[psutil.Process, list[p
     return launcher, ranks
 
 
+def saves_in_progress(run: Path) -> set[int]:
+    """Folders that are being written, or that a kill has left, by their inodes."""
+    found = set()
+    for path in checkpoints_folder(run).glob("step-*.partial"):
+        with suppress(FileNotFoundError):
+            found.add(path.stat().st_ino)
+    return found
+
+
 def kill_once(words: list[str], run: Path, draw: random.Random, in_save: bool) -> str:
-    """Start a launch and kill it at a random moment; what was killed, or that it was finished."""
-    launch = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start a launch and kill it at a random moment; what was killed, or that it was finished.
+
+    The launch must say that it goes on from the newest checkpoint that stood before it, or afresh if none did.
+    """
+    stood = complete_checkpoints(run)
+    with tempfile.TemporaryFile() as errors:
+        launch = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=errors)
+        victim = _kill(launch, run, draw, in_save)
+        errors.seek(0)
+        said = errors.read().decode()
+    expected = f"start       resumed from {stood[-1]}: " if stood else f"start       fresh, in {run}\n"
+    if expected not in said and "start  " in said:
+        raise SystemExit(f"expected {expected!r}, found {said}")
+    return victim
+
+
+def _kill(launch: "subprocess.Popen[bytes]", run: Path, draw: random.Random, in_save: bool) -> str:
     first = len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
     after = draw.randrange(1, 14)
     victim = draw.choice(["rank", "launcher", "all"])
     saves = draw.randrange(1, 3)
-    seen: set[str] = set()
+    before, seen = saves_in_progress(run), set()
     while launch.poll() is None:
-        partial = {path.name for path in checkpoints_folder(run).glob("step-*.partial")}
+        partial = saves_in_progress(run) - before
         seen |= partial
         steps = (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
         if (in_save and partial and len(seen) >= saves) or (not in_save and steps >= first + after):

@@ -9,5 +9,5 @@ def test_odd_starts_reach_the_model_or_end_as_one_message(tmp_path: Path) -> Non
     counts, wrong = campaign(300, 1, tmp_path)
     assert wrong == []
     # Both happen, or the fuzzer tests nothing.
-    assert counts["reached"] > 30
+    assert counts["reached"] > 20
     assert counts["refused"] > 100

@@ -24,7 +24,10 @@ from tests.corpus import ShardedText
 from tests.launching import environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
 
-ODD = b'{"step": 1}\n\n\x00\x00\n{"step": 2, "loss": NaN}\n\xff\xfe\n[3]\n{"loss": 1}\n{"step": 3}\n{"st\'
+ODD = (
+    b'{"step": 1, "tokens": 1, "ledger": "0"}\n\n\x00\x00\n{"step": 2, "tokens": 2, "ledger": "1", "loss": NaN}\n'
+    b'\xff\xfe\n[3]\n{"step": 9}\n{"step": 3, "tokens": 3, "ledger": "2"}\n{"st'
+)
 
 
 def test_records_that_cannot_be_read_are_counted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +39,7 @@ def test_records_that_cannot_be_read_are_counted_and_kept(tmp_path: Path, capsys
     with MetricsFile(tmp_path, first_step=2) as file:
         file.write({"step": 3, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
     assert "5 lines cannot be read" in capsys.readouterr().err
-    assert (tmp_path / f"{FILE}.damaged").read_bytes() == ODD
+    assert (tmp_path / f"{FILE}.damaged-1").read_bytes() == ODD
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / FILE).read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[2] == {"step": 3, "loss": None, "grad_norm": None, "lr": 0.1}

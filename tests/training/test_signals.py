@@ -111,7 +111,7 @@ def test_a_stop_before_the_first_step_is_heard(sharded_text: ShardedText, tmp_pa
 
 FAKE_SRUN = """#!{python}
 import os, socket, subprocess, sys
-words = [word for word in sys.argv[1:] if not word.startswith("--kill")]
+words = [word for word in sys.argv[1:] if not word.startswith(("--kill", "--cpus"))]
 shared = {{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": "{port}"}}
 tasks = [
     subprocess.Popen(words, env={{**os.environ, **shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
