@@ -6,12 +6,15 @@ writes to standard output or error (DeepSpeed, Megatron-core, torch, NCCL, in Py
 
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+REMINDER_SECONDS = 4.5
 _terminal: TextIO | None = None
 
 
@@ -30,6 +33,28 @@ def say(text: str) -> None:
             tqdm.write(text, file=stream)
         else:
             print(text, file=stream, flush=True)
+
+
+@contextmanager
+def waiting(text: str, speaks: bool = True) -> Iterator[None]:
+    """Say what the block does, and every few seconds that it still does; nothing where another rank speaks."""
+    if not speaks:
+        yield
+        return
+    say(text)
+    began, done = time.monotonic(), threading.Event()
+
+    def remind() -> None:
+        while not done.wait(REMINDER_SECONDS):
+            say(f"{'':12}still at it after {time.monotonic() - began:.0f} s")
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def training_command(paths: Paths, ranks: int, options: list[str]) -> list[objec
         *(Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, ROOT / "launch/pretrain_ecp.py"),
         *("--config", "demo", "--deepspeed_config", ROOT / "ds_configs/zero1.json", "--resume", "auto"),
         *("--data.prefix", paths.shards("train"), "--data.validation_prefix", paths.shards("validation")),
-        *("--training.output_dir", paths.run, "--parallel.tensor", ranks),
+        *("--training.output_dir", paths.run, "--parallel.tensor", ranks, "--logging.every_steps", 1000),
         *options,
     ]
 
@@ -125,7 +125,8 @@ def train_with_one_kill(paths: Paths, ranks: int, options: list[str]) -> tuple[i
         The step of the checkpoint, and the records of the steps that the kill undid.
     """
     command = shell(*training_command(paths, ranks, options))
-    process = subprocess.Popen(command)
+    log = (paths.folder / "launcher.log").open("a")  # what DeepSpeed's launcher says on standard output
+    process = subprocess.Popen(command, stdout=log)
     checkpoint = None
     while process.poll() is None:
         saved = sorted((paths.run / "checkpoints").glob("step-*/checkpoint.json"))
@@ -141,7 +142,8 @@ def train_with_one_kill(paths: Paths, ranks: int, options: list[str]) -> tuple[i
     process.wait()
     undone = [record for record in read_metrics(paths.run) if record["step"] > checkpoint]
     print(f"\nkilled after step {undone[-1]['step']}; the newest checkpoint is of step {checkpoint}", flush=True)
-    subprocess.run(shell(*training_command(paths, ranks, options)), check=True)
+    subprocess.run(shell(*training_command(paths, ranks, options)), stdout=log, check=True)
+    log.close()
     return checkpoint, undone
 
 
@@ -219,7 +221,17 @@ def _empty(paths: Paths) -> None:
     marker = paths.folder / MARKER
     if paths.folder.exists():
         found = [path.name for path in paths.folder.iterdir()] if paths.folder.is_dir() else [paths.folder.name]
-        ours = {MARKER, "text", "tokenizer.model", "tokenizer.vocab", "run", "model", "report", "shards"}
+        ours = {
+            MARKER,
+            "text",
+            "tokenizer.model",
+            "tokenizer.vocab",
+            "run",
+            "model",
+            "report",
+            "shards",
+            "launcher.log",
+        }
         if found and (not marker.is_file() or set(found) - ours):
             odd = sorted(set(found) - ours) or sorted(found)
             raise InputError(

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from ecp_scale.command_line import Request, parse, to_yaml
-from ecp_scale.console import quiet, say
+from ecp_scale.console import quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 from ecp_scale.parallel.places import adopt_launcher
 
@@ -51,12 +51,11 @@ def main() -> None:
     with ExitStack() as stack:
         if not request.verbose:
             stack.enter_context(_library_log(request))
-        if is_first_rank():
-            say(f"starting    {request.world_size} ranks, loading libraries")
-        # Imported here: Megatron-core and DeepSpeed take seconds; --help or a typing error should not wait for them.
-        from ecp_scale.checkpoint.saving import SaveFailedError
-        from ecp_scale.training.loop import train
-        from ecp_scale.training.step import DivergedError
+        with waiting(f"starting    {request.world_size} ranks, loading libraries", is_first_rank()):
+            # Imported here: Megatron-core and DeepSpeed take seconds; --help or a typing error should not wait.
+            from ecp_scale.checkpoint.saving import SaveFailedError
+            from ecp_scale.training.loop import train
+            from ecp_scale.training.step import DivergedError
 
         try:
             train(request)

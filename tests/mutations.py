@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tests.launching import ROOT, environment
 
 ATTENTION = "tests/attention/test_segment.py tests/attention/test_attend.py tests/attention/test_rotary.py"
-SEQUENCES = "tests/parallel/test_sequences.py"
+SEQUENCES = "tests/parallel/test_sequences.py -k 2"
 RANDOMNESS = "tests/models/test_randomness.py"
 STEP = "tests/training/test_step.py"
 RESUME = "tests/training/test_resume_table.py"
@@ -74,7 +74,7 @@ BUGS = (
         "models/linear.py",
         "return copy_to_tensor_model_parallel_region(x, group=shard.group)",
         "return x",
-        "tests/models/test_sharding.py tests/parallel/test_parity.py",
+        "tests/models/test_sharding.py",
     ),
     Bug("parallel/random.py", "* 65_536 + groups.data_rank", "* 65_536", RANDOMNESS),
     Bug("parallel/random.py", "replica * 65_536 + groups.tensor_rank + 1", "replica * 65_536 + 1", RANDOMNESS),

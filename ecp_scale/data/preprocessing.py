@@ -196,7 +196,14 @@ def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int
     blocks = journal.block_characters is not None
     with ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="tokenize", smoothing=0.05)
+            tqdm(
+                total=total,
+                unit="B",
+                unit_scale=True,
+                disable=None if progress else True,
+                desc="tokenize",
+                smoothing=0.05,
+            )
         )
         encoder = stack.enter_context(Encoder(job.encoding, workers))
         cutter = Cutter(tokenizer, job.encoding.control, journal.block_characters or PIECE_CHARACTERS)

@@ -138,7 +138,7 @@ def evaluate(
         raise InputError(f"protocol stream: the context of {model.config.architecture} is not causal; use sliding")
     scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids)
     nll, scored = 0.0, 0
-    with tqdm(total=len(text.ids), unit="token", disable=not progress, desc=protocol) as bar:
+    with tqdm(total=len(text.ids), unit="token", disable=None if progress else True, desc=protocol) as bar:
         for losses in scores:
             nll += losses.double().sum().item()
             scored += losses.numel()

@@ -13,7 +13,7 @@ from ecp_scale import deepspeed_json
 from ecp_scale.checkpoint.saving import Progress, SaveFailedError, Start, check_start, find_start, load, save
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
-from ecp_scale.console import say
+from ecp_scale.console import say, waiting
 from ecp_scale.data.batches import TrainingBatches, validation_batches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
@@ -70,12 +70,13 @@ def train(request: Request) -> None:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, deepspeed_json.zero_stage(settings), run_tokens))
-            say("building    the model and its optimizer")
-        engine = build_engine(config, settings, groups)
-        if start.record is not None and dist.get_rank() == 0:
+        with waiting("building    the model and its optimizer", dist.get_rank() == 0):
+            engine = build_engine(config, settings, groups)
+        if start.record is not None:
             size = sum(file.size for file in start.record.files.values())
-            say(f"loading     {len(start.record.files)} files, {size:,} bytes, after a look at their hashes")
-        load(engine, config, start)
+            what = f"loading     {len(start.record.files)} files, {size:,} bytes, after a look at their hashes"
+            with waiting(what, dist.get_rank() == 0):
+                load(engine, config, start)
         apply_optimizer_config(engine, config.optimizer)
         decided(lambda: write_settings(run, to_yaml(config), settings))
         _Run(config, groups, engine, blend, validation, run, run_tokens, stop).steps(start)
