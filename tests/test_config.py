@@ -342,3 +342,64 @@ def test_a_preset_sits_under_a_file_that_names_it(tmp_path: Path) -> None:
     file.write_text("model: {preset: paper-12l, dropout: 0.0}\n")
     config = parse(["--config", str(file)], "").config
     assert (config.model.dropout, config.model.norm) == (0.0, "layernorm")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "did you mean 'zero_optimization.stage'"),
+        ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
+        ({"zero_optimization.stage": 3}, "'zero_optimization.stage' is not among the keys that are known to work"),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "neither converted nor resumed"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is True"),
+        ({"elasticity": {"enabled": True}}, "elasticity.enabled is not among the keys"),
+        ({"amp": {"enabled": True}}, "amp.enabled is not among the keys"),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning.enabled is not among the keys"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is not among the keys"),
+        ({"tensorboard": {"enabled": True}}, "section 'tensorboard' belongs to logging.tensorboard"),
+        ({"communication_data_type": "fp16"}, "communication_data_type is 'fp16', expected \"fp32\" or null"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype is 'bf16'"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads is not among"),
+        ({"compute_grad_norm": False}, "compute_grad_norm is False"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True, expected 0"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}, "expected an even number from 2"),
+        ({"steps_per_print": 0}, "steps_per_print is 0, expected null"),
+    ],
+)
+def test_a_json_says_what_is_known_to_work_or_is_refused_by_name(
+    content: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(content))
+    assert message in refused("--config", "demo", "--deepspeed_config", str(file))
+
+
+def test_without_data_types_gradients_are_added_up_in_fp32() -> None:
+    config = parse(["--config", "demo"], "").config
+    assert deepspeed_json.resolve({}, config, 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"data:\n  blend: {2020-01-01: {a: 1}}\n",
+        b"logging:\n  run_name: 2024-13-45\n",
+        b"training:\n  steps: " + b"1" * 5000 + b"\n",
+        b"training: " + b"[" * 5000,
+        b"data:\n  prefix: \xff\n",
+        b'data:\n  prefix: "a\\0b"\n',
+    ],
+    ids=["date as key", "no date", "long number", "deep", "no UTF-8", "NUL"],
+)
+def test_a_file_that_yaml_or_the_system_cannot_take_is_refused(text: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_bytes(text)
+    assert refused("--config", str(file))
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    words = ["--config=demo", "--data.blend={0: {~/a: 1.0}}", "--training.output_dir=~/run", "--dry-run"]
+    config = parse(words, "").config
+    assert config.data.blend == {0: {"/somewhere/a": 1.0}}
+    assert config.training.output_dir == "/somewhere/run"

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from ecp_scale import console
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
-from ecp_scale.console import quiet, say
+from ecp_scale.console import quiet, say, waiting
 from ecp_scale.errors import InputError
 from ecp_scale.training import trackers
 from ecp_scale.training.loop import train
@@ -197,3 +198,17 @@ def test_a_run_says_what_it_is_how_it_goes_and_how_it_ended(sharded_text: Sharde
     again = run("launch/pretrain_ecp.py", *words, "--training.steps=3", "--resume=auto")
     assert again.returncode == 0
     assert "nothing to do: step 5 is done, and training.steps is 3" in again.stderr
+
+
+def test_long_work_is_announced_and_brought_to_mind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "REMINDER_SECONDS", 0.05)
+    with waiting("work"):
+        time.sleep(0.3)
+    with waiting("another rank's", speaks=False):
+        pass
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "work"
+    assert len(said) > 2
+    assert all("still at it after" in line for line in said[1:])

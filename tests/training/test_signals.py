@@ -166,3 +166,16 @@ def test_the_recipe_for_slurm_queues_again_after_a_stop_and_not_after_an_end_or_
     refused = subprocess.run([*job, "--model.heads=4"], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert refused.returncode == 2
     assert (tmp_path / "queued").read_text() == "requeue 4711\n"
+
+
+def test_a_signal_that_whoever_started_us_ignores_stays_ignored() -> None:
+    code = (
+        "import os, signal\n"
+        "from ecp_scale.training.stopping import StopRequest\n"
+        "with StopRequest() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print(stop.reason)\n"
+    )
+    words = ["nohup", sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "None")
