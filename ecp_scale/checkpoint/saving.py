@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ecp_scale.checkpoint.deepspeed_files import CheckpointFiles
 from ecp_scale.checkpoint.files import FileRecord, copy_hashed, damages, write_error
 from ecp_scale.checkpoint.folder import (
+    RECORD,
     CheckpointRecord,
     begin,
     checkpoints_folder,
@@ -172,8 +173,8 @@ def find_start(run: Path, resuming: bool) -> Start:
     """
     folder, passed = newest_complete(run)
     if folder is None:
-        unreadable = saved_folders(run)
-        if unreadable:
+        # A folder without a record is of a save that an earlier version was cut short in.
+        if any((path / RECORD).exists() for path in saved_folders(run)):
             # Not the first save that was cut short: work that something else has damaged, or that cannot be seen now.
             raise InputError(
                 "none of the run's checkpoints can be read; mend them, move them away to start over, or choose another "

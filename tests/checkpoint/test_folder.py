@@ -134,6 +134,8 @@ def test_a_cut_first_save_is_passed_by_and_the_run_starts_over(tmp_path: Path) -
         assert start.folder is None
         assert start.progress.step == 0
         assert start.passed_by == (f"{checkpoints_folder(tmp_path)}/step-00000002.partial: its save was cut short",)
+    write_checkpoint(tmp_path, 1, complete=False)
+    assert find_start(tmp_path, resuming=True).folder is None
     damaged = write_checkpoint(tmp_path, 3) / "checkpoint.json"
     before = damaged.read_text()
     damaged.write_text(before.replace('"tokens": 30', '"tokens": 90'))
