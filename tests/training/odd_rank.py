@@ -1,4 +1,4 @@
-"""A launch of which rank 1 is odd, as another host may be: python -m tests.training.odd_rank WHAT [options of a run].
+"""A launch of which a rank (1, or ODD_RANK) is odd, as another host may be: tests/training/odd_rank.py WHAT [options].
 
 ``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder is
 another one there. ``stale``: it does not see the newest checkpoint. ``shards``: it sees other shards under the prefix.
@@ -48,7 +48,7 @@ def make_odd(what: str, options: list[str]) -> None:
 def main() -> None:
     """Train."""
     what, *options = sys.argv[1:]
-    if os.environ["RANK"] == "1":
+    if os.environ["RANK"] == os.environ.get("ODD_RANK", "1"):
         make_odd(what, options)
     try:
         loop.train(parse(options, ""))

@@ -88,17 +88,19 @@ def test_a_stale_view_of_one_rank_changes_no_decision(sharded_text: ShardedText,
     assert sum(name.endswith("_optim_states.pt") for name in record.files) == 2
 
 
-@pytest.mark.parametrize("reaction", ["stop", "continue"])
+@pytest.mark.parametrize(("reaction", "rank"), [("stop", 1), ("continue", 1), ("stop", 0)])
 def test_a_save_that_fails_on_one_rank_leaves_no_checkpoint(
-    reaction: str, sharded_text: ShardedText, tmp_path: Path
+    reaction: str, rank: int, sharded_text: ShardedText, tmp_path: Path
 ) -> None:
     words = options(sharded_text, tmp_path / "run", f"--checkpoint.on_failed_save={reaction}")
-    done = odd_launch("full", *words)
-    assert "rank 1 on host" in done.stderr
+    done = odd_launch("full", *words, extra={"ODD_RANK": str(rank)})
+    assert f"rank {rank} on host" in done.stderr
     assert "cannot be written (No space left on device)" in done.stderr
     assert "bytes are free" in done.stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
-    assert (done.returncode == 0) == (reaction == "continue")
+    # The last save counts: without it a run is not finished.
+    assert done.returncode != 0
+    assert "stopped: step" in done.stderr
     assert len(metrics(tmp_path / "run")) == (2 if reaction == "stop" else 4)
 
 
