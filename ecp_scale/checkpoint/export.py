@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ecp_scale.checkpoint.files import damages, write_error
+from ecp_scale.checkpoint.files import damages, free_bytes, write_error
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.checkpoint.merging import whole_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
@@ -125,8 +125,7 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
     except OSError as error:
         raise InputError(write_error(output, error)) from error
     except SafetensorError as error:  # which hides the error of the disk
-        free = shutil.disk_usage(output.parent).free
-        raise InputError(f"{output} cannot be written ({error}), {free:,} bytes are free") from error
+        raise InputError(f"{output} cannot be written ({error}), {free_bytes(output):,} bytes are free") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record

@@ -15,17 +15,19 @@ from ecp_scale.checkpoint.files import FileRecord, damages, read_states, write_s
 from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, find_checkpoint, signed
 from ecp_scale.errors import InputError
 from tests.corpus import ShardedText
-from tests.launching import run
-from tests.parallel.layouts import Layout, trained
+from tests.launching import run, run_successfully
+from tests.parallel.layouts import Layout
 
 RANGES = 50
 LAYOUT = Layout(data=2, zero=1, settings="paper")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(sharded_text: ShardedText) -> Path:
+def checkpoint(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two ranks."""
-    return find_checkpoint(trained(LAYOUT, sharded_text))
+    output = tmp_path_factory.mktemp("written") / "run"
+    run_successfully("launch/pretrain_ecp.py", *LAYOUT.options(sharded_text, output), "--training.steps=3", ranks=2)
+    return find_checkpoint(output)
 
 
 def test_any_range_of_any_file_that_is_damaged_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_a_record_that_is_not_what_was_written_is_named(checkpoint: Path, tmp_pa
     folder = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, folder)
     content = json.loads((folder / RECORD).read_text())
-    for key, value in (("tokens", 90), ("step", 3), ("ledger", "0" * 16), ("run_tokens", 1), ("xxh3", "0" * 32)):
+    for key, value in (("tokens", 90), ("step", 4), ("ledger", "0" * 16), ("run_tokens", 1), ("xxh3", "0" * 32)):
         (folder / RECORD).write_text(json.dumps({**content, key: value}))
         with pytest.raises(InputError, match=r"checkpoint\.json: is damaged: it is not what was written"):
             CheckpointRecord.read(folder)
@@ -91,7 +93,7 @@ def test_a_damaged_checkpoint_is_neither_converted_nor_resumed(
     verified = run("launch/checkpoint.py", "verify", tmp_path / "run")
     assert verified.returncode == 1
     assert f"{path} is damaged" in verified.stdout
-    words = [*Layout(zero=1, settings="paper").options(sharded_text, tmp_path / "run"), "--resume=auto"]
+    words = [*Layout(zero=1, settings="paper").options(sharded_text, tmp_path / "run"), "--resume=auto", "--allow-rate-jump"]
     resumed = run("launch/pretrain_ecp.py", *words)
     assert resumed.returncode == 2
     assert f"error: {path} is damaged" in resumed.stderr
@@ -161,8 +163,8 @@ def test_an_export_is_readable_as_the_umask_says_and_replaces_no_other_model(che
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o640
     export(checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "step": 3}))
-    with pytest.raises(InputError, match=r"holds another model \(step 3"):
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "step": 99}))
+    with pytest.raises(InputError, match=r"holds another model \(step 99"):
         export(checkpoint, tmp_path / "model")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thoughts.txt").write_text("mine")
