@@ -98,13 +98,14 @@ def shell(*command: object) -> list[str]:
     """Words of a command, printed as a user would type it."""
     words = [str(word) for word in command]
     shown = shlex.join(str(Path(word).name) if word.endswith(("/python", "/deepspeed")) else word for word in words)
-    print(f"\n$ {shown.replace(str(ROOT) + '/', '')}", flush=True)
+    print(f"$ {shown.replace(str(ROOT) + '/', '')}", flush=True)
     return words
 
 
 def call(script: str, *options: object) -> None:
-    """Run a script of this repository with this interpreter."""
-    subprocess.run(shell(sys.executable, ROOT / script, *options), check=True)
+    """Run a script of this repository with this interpreter, and print the first line of what it says."""
+    done = subprocess.run(shell(sys.executable, ROOT / script, *options), check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout.partition("\n")[0], flush=True)
 
 
 def training_command(paths: Paths, ranks: int, options: list[str]) -> list[object]:
@@ -113,7 +114,16 @@ def training_command(paths: Paths, ranks: int, options: list[str]) -> list[objec
         *(Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, ROOT / "launch/pretrain_ecp.py"),
         *("--config", "demo", "--deepspeed_config", ROOT / "ds_configs/zero1.json", "--resume", "auto"),
         *("--data.prefix", paths.shards("train"), "--data.validation_prefix", paths.shards("validation")),
-        *("--training.output_dir", paths.run, "--parallel.tensor", ranks, "--logging.every_steps", 1000),
+        *(
+            "--training.output_dir",
+            paths.run,
+            "--parallel.tensor",
+            ranks,
+            "--logging.every_steps",
+            1000,
+            "--training.validation_every_steps",
+            120,
+        ),
         *options,
     ]
 
@@ -141,7 +151,7 @@ def train_with_one_kill(paths: Paths, ranks: int, options: list[str]) -> tuple[i
         victim.kill()
     process.wait()
     undone = [record for record in read_metrics(paths.run) if record["step"] > checkpoint]
-    print(f"\nkilled after step {undone[-1]['step']}; the newest checkpoint is of step {checkpoint}", flush=True)
+    print(f"killed after step {undone[-1]['step']}; the newest checkpoint is of step {checkpoint}", flush=True)
     subprocess.run(shell(*training_command(paths, ranks, options)), stdout=log, check=True)
     log.close()
     return checkpoint, undone
@@ -158,14 +168,11 @@ def rows(
     below = 1 - card["bits_per_byte"] / card["unigram_bits_per_byte"]
     files = ", ".join(f"{count} {part}" for part, count in documents.items())
     yield "text", f"files of the standard library: {files}, in {paths.text}"
-    yield "tokenizer", f"{paths.tokenizer}"
-    yield "shards", f"{paths.shards('*')}"
     yield "training", f"{last['step']} steps, {last['tokens']:,} tokens, {last['tokens_per_second']:.0f} tokens/s"
     yield "loss", f"{records[1]['loss']:.3f} -> {last['loss']:.3f} (validation {last['validation_loss']:.3f})"
     redone = f"{undone[0]['step']}-{undone[-1]['step']}"
     verdict = "the same losses to the bit" if same else "OTHER LOSSES"
     yield "resume", f"from step {checkpoint}; steps {redone} done again: {verdict}"
-    yield "model", f"{paths.model}"
     yield "held-out bits per byte", f"{card['bits_per_byte']:.3f} ({card['protocol']})"
     yield "unigram bits per byte", f"{card['unigram_bits_per_byte']:.3f} (same tokenizer, same files)"
     yield "below unigram", f"{below:.1%}"

@@ -93,7 +93,11 @@ def test_a_damaged_checkpoint_is_neither_converted_nor_resumed(
     verified = run("launch/checkpoint.py", "verify", tmp_path / "run")
     assert verified.returncode == 1
     assert f"{path} is damaged" in verified.stdout
-    words = [*Layout(zero=1, settings="paper").options(sharded_text, tmp_path / "run"), "--resume=auto", "--allow-rate-jump"]
+    words = [
+        *Layout(zero=1, settings="paper").options(sharded_text, tmp_path / "run"),
+        "--resume=auto",
+        "--allow-rate-jump",
+    ]
     resumed = run("launch/pretrain_ecp.py", *words)
     assert resumed.returncode == 2
     assert f"error: {path} is damaged" in resumed.stderr
