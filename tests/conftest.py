@@ -1,6 +1,7 @@
 """What many tests need: real text, shards of it, a process group of one, launches of several ranks."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from tests.launching import ROOT
 from tests.parallel.layouts import trained
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Trap: what nohup or a shell's background ignores stays ignored in the programs that tests send signals to.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,9 +40,9 @@ def sharded_text(tmp_path_factory: pytest.TempPathFactory) -> ShardedText:
     return write_sharded_text(tmp_path_factory.mktemp("text"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def groups() -> Iterator[object]:
-    """This process as the only rank; its groups are what models take."""
+    """This process as the only rank; its groups are what models take. Of a module: others train in this process."""
     from ecp_scale.config import ParallelConfig
     from ecp_scale.parallel.groups import process_groups
 
