@@ -216,7 +216,7 @@ def start(words: list[str], variables: dict[str, str]) -> tuple[str, str]:
 def campaign(starts: int, seed: int, folder: Path) -> tuple[Counter[str], list[tuple[list[str], dict[str, str], str]]]:
     """Make some starts; how many ended how, and those that ended wrongly."""
     made = Starts(folder)
-    outside = {path: sorted(Path(path).iterdir()) for path in ("/", ROOT, Path.home())}
+    outside = {path: sorted(Path(path).iterdir()) for path in ("/",)}  # elsewhere other tests may write
     os.chdir(folder)
     counts: Counter[str] = Counter()
     wrong = []
