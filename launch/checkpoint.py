@@ -6,6 +6,7 @@ PATH is a checkpoint, or a run, all of whose checkpoints are read. Exits 1 where
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,13 +19,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     verify = commands.add_parser("verify", help="read every file and compare its hash")
-    verify.add_argument("path", metavar="PATH", type=Path, help="a run folder, or one checkpoint")
+    verify.add_argument("path", metavar="PATH", type=os.path.expanduser, help="a run folder, or one checkpoint")
     options = parser.parse_args()
 
     from ecp_scale.checkpoint.files import damages
     from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, saved_folders
 
-    path = options.path.expanduser()
+    path = Path(options.path)
     folders = [path] if (path / RECORD).exists() else saved_folders(path)
     if not folders:
         raise InputError(f"{path}: expected a checkpoint or a run with checkpoints/step-NNNNNNNN, found none")

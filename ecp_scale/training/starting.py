@@ -55,7 +55,8 @@ def check_view(blend: Blend, validation: Corpus | None) -> None:
     Raises:
         InputError: naming the corpus.
     """
-    if Ranks.from_environment().local_rank != 0:
+    ranks = Ranks.from_environment()
+    if ranks.local_rank != 0 or ranks.rank == 0:  # which has opened them
         return
     for corpus in [*blend.corpora, *([validation] if validation is not None else [])]:
         seen = Corpus(str(corpus.prefix), corpus.sequence_length)
