@@ -4,6 +4,7 @@ The text is what every machine with Python has, the sources of its standard libr
 copies of their files, which like them are written through the page cache.
 """
 
+import itertools
 import json
 import shutil
 import sysconfig
@@ -67,9 +68,11 @@ def checkpoints(config: Config, rounds: int) -> dict[str, Any]:
         folder = Path(name)
         preprocess([str(write_text_of_package(folder))], "byte", f"{folder}/x")
         blend = Blend([(0, {f"{folder}/x": 1.0})], 64, seed=1)
-        saved, model = checkpoints_folder(folder) / tag(1), folder / "model"
+        # Nothing is written over a checkpoint: each save has a run folder of its own.
+        runs, model = (folder / f"run-{number}" for number in itertools.count()), folder / "model"
+        saved = checkpoints_folder(folder / "run-0") / tag(1)
         calls: dict[str, Callable[[], object]] = {
-            "save": lambda: save(engine, config, blend, folder, Progress(1)),
+            "save": lambda: save(engine, config, blend, next(runs), Progress(1)),
             "copy of the checkpoint": lambda: shutil.copytree(saved, folder / "copy", dirs_exist_ok=True),
             "convert": lambda: export(saved, model),
             "copy of the model": lambda: shutil.copyfile(model / "model.safetensors", folder / "copy.safetensors"),
