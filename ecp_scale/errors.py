@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,10 @@ from contextlib import contextmanager
 
 class InputError(ValueError):
     """Bad input: names the file, field or rank, what was found and what was expected."""
+
+
+class AgreedError(InputError):
+    """Bad input that every rank of the launch has been told of, so that the first one alone says it."""
 
 
 class DamagedDataError(InputError):
@@ -32,11 +37,25 @@ def is_first_rank() -> bool:
     return not rank.isdecimal() or int(rank) == 0
 
 
+def is_first_of_host() -> bool:
+    """Whether this process is the first one of its host, or its place there is no number."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0
+
+
+def _say_input_error(error: InputError) -> None:
+    """Once for the launch; once for each host while ranks cannot yet agree, since another host may see other files."""
+    if is_first_rank():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, DamagedDataError) or (is_first_of_host() and not isinstance(error, AgreedError)):
+        where = f"rank {os.environ['RANK']} on host {socket.gethostname()}"
+        print(f"error on {where}: {error}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
     """Print an ``InputError`` as one message and exit with code 2, a ``LostRankError`` with 1, at Ctrl-C with 130.
 
-    Every rank of a launch raises the same ``InputError`` (see ``ecp_scale.parallel.groups.agreed``); rank 0 prints it.
     Anything else is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -45,8 +64,7 @@ def input_errors_exit() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if is_first_rank() or isinstance(error, DamagedDataError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _say_input_error(error)
         sys.exit(2)
     except LostRankError as error:
         if error.speaks:

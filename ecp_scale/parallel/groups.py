@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ecp_scale.config import ParallelConfig
-from ecp_scale.errors import InputError
+from ecp_scale.errors import AgreedError, InputError
 from ecp_scale.parallel.device import backend, local_device
 from ecp_scale.parallel.megatron import parallel_state
 from ecp_scale.parallel.places import Ranks
@@ -99,19 +99,28 @@ def decided(action: Callable[[], T]) -> T:
     For what all ranks must act on alike, and may not see alike: another host may see an older state of a folder.
 
     Raises:
-        InputError: everywhere, if the first rank raised one.
+        AgreedError: everywhere, if the first rank raised an ``InputError``, or an ``OSError`` that names a file.
     """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        try:
-            box[0] = action()
-        except InputError as refused:
-            box[1] = str(refused)
+        box = [*_attempt(action)]
     dist.broadcast_object_list(box)
     result, error = box
     if error is not None:
-        raise InputError(error)
+        raise AgreedError(error)
     return result
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result, or why it was refused."""
+    try:
+        return action(), None
+    except InputError as refused:
+        return None, str(refused)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return None, f"{error.filename}: {error.strerror or error}"
 
 
 def agreed(action: Callable[[], T]) -> T:
@@ -120,18 +129,14 @@ def agreed(action: Callable[[], T]) -> T:
     A rank that leaves alone would keep the others waiting until their timeout.
 
     Raises:
-        InputError: everywhere, if any rank raised one.
+        AgreedError: everywhere, if any rank raised an ``InputError``, or an ``OSError`` that names a file.
     """
-    result, error = None, None
-    try:
-        result = action()
-    except InputError as refused:
-        error = str(refused)
+    result, error = _attempt(action)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     messages = {text: [rank for rank, other in enumerate(errors) if other == text] for text in errors if text}
     if messages:
         everywhere = len(messages) == 1 and None not in errors
         lines = [text if everywhere else f"rank {', '.join(map(str, at))}: {text}" for text, at in messages.items()]
-        raise InputError("\n".join(lines))
+        raise AgreedError("\n".join(lines))
     return result  # type: ignore[return-value]

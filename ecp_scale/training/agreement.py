@@ -18,8 +18,8 @@ import torch.distributed as dist
 import ecp_scale
 from ecp_scale.command_line import Request
 from ecp_scale.console import say
-from ecp_scale.data.locking import Lock
-from ecp_scale.errors import InputError
+from ecp_scale.data.locking import PATIENCE_SECONDS, Lock
+from ecp_scale.errors import AgreedError, InputError
 from ecp_scale.parallel.groups import agreed, decided
 
 SIGHT_SECONDS = 10.0
@@ -64,7 +64,7 @@ def check_same(mine: dict[str, str]) -> None:
     """Refuse a launch whose ranks differ; all of them take part.
 
     Raises:
-        InputError: on all ranks, naming what differs, with ranks and hosts.
+        AgreedError: on all ranks, naming what differs, with ranks and hosts.
     """
     digest = hashlib.sha256(json.dumps(sorted(mine.items())).encode()).hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -86,7 +86,7 @@ def check_same(mine: dict[str, str]) -> None:
             )
             lines.append(f"  - {name} is {found}")
     more = [f"  - and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
-    raise InputError("the ranks of this launch differ:\n" + "\n".join(lines[:MOST_SHOWN] + more))
+    raise AgreedError("the ranks of this launch differ:\n" + "\n".join(lines[:MOST_SHOWN] + more))
 
 
 def _few(items: list[Any]) -> str:
@@ -104,7 +104,7 @@ def only_launch(run: Path) -> Iterator[None]:
 
     def take() -> str:
         _make(run)
-        gone = lock.take(f"training.output_dir {run}")
+        gone = lock.take(f"training.output_dir {run}", _watching)
         if gone is not None:
             say(f"passed by   the lock of {gone}, which has gone without finishing")
         mark = run / f".launch-{secrets.token_hex(8)}"  # a name that no host can have looked up before
@@ -120,6 +120,10 @@ def only_launch(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _watching(holder: str) -> None:
+    say(f"waiting     up to {PATIENCE_SECONDS:.0f} s to see whether {holder} is at work")
 
 
 def _make(run: Path) -> None:
