@@ -3,7 +3,8 @@
     deepspeed --num_gpus 8 launch/pretrain_ecp.py --config FILE [--section.key value ...] \\
         [--deepspeed_config ds_configs/zero1.json] [--resume auto] [--dry-run]
 
-Under `srun` with a task per rank, the same without a launcher. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and stop.
+Under `srun` with a task per rank, the same without a launcher. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and stop, and
+so does a file `stop` in the run folder.
 """
 
 import os
@@ -15,6 +16,7 @@ from ecp_scale.command_line import Request, parse, to_yaml
 from ecp_scale.console import quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 from ecp_scale.parallel.places import adopt_launcher
+from ecp_scale.training.stopping import StopRequest
 
 
 def describe(request: Request) -> str:
@@ -49,6 +51,7 @@ def main() -> None:
             print(describe(request))
         return
     with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
         if not request.verbose:
             stack.enter_context(_library_log(request))
         with waiting(f"starting    {request.world_size} ranks, loading libraries", is_first_rank()):
@@ -58,7 +61,7 @@ def main() -> None:
             from ecp_scale.training.step import DivergedError
 
         try:
-            train(request)
+            train(request, stop)
         except (DivergedError, SaveFailedError) as error:
             if is_first_rank():
                 say(f"stopped: {error}")

@@ -10,7 +10,16 @@ import deepspeed
 import torch.distributed as dist
 
 from ecp_scale import deepspeed_json
-from ecp_scale.checkpoint.saving import Progress, SaveFailedError, Start, check_start, find_start, load, save
+from ecp_scale.checkpoint.saving import (
+    Progress,
+    SaveFailedError,
+    Start,
+    check_sight,
+    check_start,
+    find_start,
+    load,
+    save,
+)
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
@@ -38,8 +47,12 @@ from ecp_scale.training.stopping import StopRequest, write_stopped
 from ecp_scale.training.trackers import check_trackers, start_trackers
 
 
-def train(request: Request) -> None:
+def train(request: Request, stop: StopRequest | None = None) -> None:
     """Run ``request.config`` on the ranks of this launch.
+
+    Args:
+        request: what the command line asks for.
+        stop: hears requests to stop, where they may have come already.
 
     Raises:
         InputError: on all ranks, if they differ, or if data, folders or checkpoint cannot be used.
@@ -51,11 +64,14 @@ def train(request: Request) -> None:
     run = Path(request.config.training.output_dir)
     mine = facts(request)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         groups = stack.enter_context(process_groups(request.config.parallel, lambda: check_same(mine)))
         agreed(lambda: check_trackers(request.config))
         stack.enter_context(only_launch(run))
         start = decided(lambda: find_start(run, request.resume))
+        agreed(lambda: check_sight(run, start))
+        if dist.get_rank() == 0:
+            stop.watch(run)
         config, blend, validation = decided(lambda: open_data(request.config))
         agreed(lambda: check_view(blend, validation))
         done = start.progress

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal, or a launcher that is gone. The step in progress is finished and saved first."""
+"""Requests to stop: a signal, a launcher that is gone, or a file. The step in progress is finished and saved first."""
 
 import json
 import os
@@ -16,6 +16,8 @@ from ecp_scale.parallel.places import Process
 
 STOPPED = "stopped.json"
 """In the run folder after a stop that was asked for: where the run stands. A crash leaves none."""
+STOP = "stop"
+"""A file of this name in the run folder stops the run: touch RUN/stop, on any host that sees the folder."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 """A terminal, Slurm and a launcher may each pass a request on: the same signal within this time is the same one."""
@@ -32,6 +34,7 @@ class StopRequest:
         self._received: dict[int, float] = {}
         self._before: dict[int, Any] = {}
         self._launchers = _launchers()
+        self._file: Path | None = None
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
@@ -47,6 +50,11 @@ class StopRequest:
             for number, before in self._before.items():
                 signal.signal(number, before)
 
+    def watch(self, run: Path) -> None:
+        """Look for ``STOP`` in a run folder from now on; for one rank."""
+        self._file = run / STOP
+        self._file.unlink(missing_ok=True)
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         first = self._received.setdefault(number, now)
@@ -59,6 +67,8 @@ class StopRequest:
         """Why this rank wants to stop; None where it does not."""
         if self._received:
             return signal.Signals(next(iter(self._received))).name
+        if self._file is not None and self._file.exists():
+            return f"the file {self._file.name}"
         gone = next((launcher for launcher in self._launchers if not launcher.is_seen()), None)
         return None if gone is None else f"the launcher (process {gone.pid}) is gone"
 

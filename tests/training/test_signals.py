@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ecp_scale.checkpoint.folder import find_checkpoint
-from ecp_scale.training.stopping import ECHO_SECONDS, STOPPED, StopRequest
+from ecp_scale.training.stopping import ECHO_SECONDS, STOP, STOPPED, StopRequest
 from tests.corpus import ShardedText
 from tests.launching import ROOT, command, environment, free_port
 from tests.parallel.layouts import Layout
@@ -99,6 +99,40 @@ def test_a_stop_during_a_save_trains_no_further_step(
     loop.train(parse([*options(sharded_text, output, ranks=1), "--checkpoint.every_steps=3"], ""))
     assert steps_done(output) == 3
     assert json.loads((output / STOPPED).read_text())["step"] == 3
+
+
+def test_a_file_in_the_run_folder_stops_the_run(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ecp_scale.command_line import parse
+    from ecp_scale.training import loop
+
+    save, output = loop.save, tmp_path / "run"
+
+    def touched(*arguments: object) -> Path:
+        (output / STOP).touch()
+        return save(*arguments)
+
+    monkeypatch.setattr(loop, "save", touched)
+    words = [*options(sharded_text, output, ranks=1), "--checkpoint.every_steps=3"]
+    loop.train(parse(words, ""))
+    assert steps_done(output) == 3
+    assert json.loads((output / STOPPED).read_text())["reason"] == "the file stop"
+    loop.train(parse(words, ""))  # an old file does not stop the next launch
+    assert steps_done(output) == 6
+
+
+def test_a_signal_while_libraries_are_loaded_is_a_stop(sharded_text: ShardedText, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = command(SCRIPT, 1, options(sharded_text, output, ranks=1))
+    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "loading libraries" in process.stderr.readline()
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert json.loads((output / STOPPED).read_text())["step"] == 0
+    assert steps_done(output) == 0
 
 
 def test_a_stop_before_the_first_step_is_heard(sharded_text: ShardedText, tmp_path: Path) -> None:
