@@ -140,6 +140,19 @@ def checkpoints_folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def check_writable(run: Path, name: str) -> None:
+    """Make the folder of checkpoints if it is missing, and write a file ``name`` to it that goes at once.
+
+    Raises:
+        OSError: naming what cannot be made or written.
+    """
+    folder = checkpoints_folder(run)
+    folder.mkdir(exist_ok=True)
+    probe = folder / name
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
 def tag(step: int) -> str:
     """Name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
@@ -234,15 +247,15 @@ def publish(partial: Path) -> None:
     sync_folder(folder.parent)
 
 
-def remove_old(run: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints, and what cut saves before the newest have left."""
-    complete = [folder for folder in complete_checkpoints(run) if not folder.is_symlink()]
-    if not complete:
+def remove_old(newest: Path, keep: int | None) -> None:
+    """Remove what cut saves up to the newest checkpoint have left, and all but the newest ``keep`` complete ones."""
+    for partial in newest.parent.glob(f"step-*{PARTIAL}"):
+        name = partial.name.removesuffix(PARTIAL)
+        if TAG.fullmatch(name) and name <= newest.name and not partial.is_symlink():
+            shutil.rmtree(partial)
+    if keep is None:  # No record is read: a run may have hundreds of checkpoints, each with a file per rank.
         return
-    for folder in complete[:-keep] if keep is not None else []:
+    complete = [folder for folder in complete_checkpoints(newest.parent.parent) if not folder.is_symlink()]
+    for folder in complete[:-keep]:
         # Renamed first: what a kill leaves behind is then no checkpoint.
         shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
-    for partial in checkpoints_folder(run).glob(f"step-*{PARTIAL}"):
-        name = partial.name.removesuffix(PARTIAL)
-        if TAG.fullmatch(name) and name <= complete[-1].name and not partial.is_symlink():
-            shutil.rmtree(partial)

@@ -20,6 +20,7 @@ from ecp_scale.checkpoint.folder import (
     RECORD,
     CheckpointRecord,
     begin,
+    check_writable,
     checkpoints_folder,
     newest_complete,
     publish,
@@ -159,7 +160,7 @@ def _finish(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     try:
-        remove_old(partial.parent.parent, config.checkpoint.keep)
+        remove_old(partial.with_name(tag(done.step)), config.checkpoint.keep)
     except OSError as error:  # The new checkpoint stands.
         say(f"older checkpoints cannot be removed: {error.filename}: {error.strerror}")
     return None
@@ -186,6 +187,24 @@ def find_start(run: Path, resuming: bool) -> Start:
     return Start(folder, CheckpointRecord.read(folder), tuple(passed))
 
 
+def check_sight(run: Path, start: Start) -> None:
+    """Refuse a rank that cannot write checkpoints, or sees a newer one than the first rank, which chose ``start``.
+
+    Raises:
+        InputError: naming the folder.
+        OSError: naming what cannot be written.
+    """
+    check_writable(run, f".probe-{dist.get_rank()}")
+    known = "\n".join(start.passed_by)
+    for folder in saved_folders(run):
+        newer = start.folder is None or folder.name > start.folder.name
+        if newer and folder.name not in known:
+            raise InputError(
+                f"{folder} is seen on host {socket.gethostname()}, but not by the first rank, which would go on from "
+                f"{start.folder or 'nothing'}; start again when the file system shows it on all hosts"
+            )
+
+
 def check_start(start: Start, config: Config, blend: Blend) -> None:
     """Refuse to go on from the checkpoint of another run, see ``check_continues``; for one rank to ask.
 
@@ -199,7 +218,8 @@ def check_start(start: Start, config: Config, blend: Blend) -> None:
 def load(engine: deepspeed.DeepSpeedEngine, config: Config, start: Start) -> None:
     """Fill a new engine with what a checkpoint of any layout holds; all ranks take part.
 
-    Every file is read from front to end first, each by one rank, and compared with its hash.
+    Every file is read from front to end first and compared with its hash: in the same layout by the ranks that go on to
+    load it, whose host may have another copy in its cache; else each by one rank.
 
     Raises:
         InputError: on all ranks, if a file is damaged.
@@ -207,18 +227,35 @@ def load(engine: deepspeed.DeepSpeedEngine, config: Config, start: Start) -> Non
     folder, record = start.folder, start.record
     if folder is None or record is None:
         return
-    agreed(lambda: _check_files(folder, record))
     layout = _layout(engine, config)
-    if layout == {key: getattr(record, key) for key in layout}:
+    same = layout == {key: getattr(record, key) for key in layout}
+    agreed(lambda: _check_files(folder, record, _own_files(engine, record) if same else _share(record)))
+    if same:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
         agreed(lambda: load_reshaped(engine, folder, record))
 
 
-def _check_files(folder: Path, record: CheckpointRecord) -> None:
-    """Compare this rank's share of the files with their hashes."""
-    share = sorted(record.files)[dist.get_rank() :: dist.get_world_size()]
-    found = damages(folder, {name: record.files[name] for name in share})
+def _own_files(engine: deepspeed.DeepSpeedEngine, record: CheckpointRecord) -> list[str]:
+    """Names of the files that DeepSpeed loads on this rank; the first one looks at those that no rank loads, too."""
+    names = [engine._get_ckpt_name("", "")]
+    if engine.zero_optimization():
+        names.append(engine._get_zero_ckpt_name("", ""))
+    missing = [name for name in names if name not in record.files]
+    if missing:
+        raise InputError(f"the checkpoint lists no file {missing[0]} of rank {dist.get_rank()}")
+    others = [name for name in record.files if not name.endswith("_states.pt")] if dist.get_rank() == 0 else []
+    return names + others
+
+
+def _share(record: CheckpointRecord) -> list[str]:
+    """A part of the files, so that those of all ranks make up the whole."""
+    return sorted(record.files)[dist.get_rank() :: dist.get_world_size()]
+
+
+def _check_files(folder: Path, record: CheckpointRecord, names: list[str]) -> None:
+    """Compare some of the files with their hashes."""
+    found = damages(folder, {name: record.files[name] for name in names})
     if found:
         raise InputError("\n".join(found))
 

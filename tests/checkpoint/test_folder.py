@@ -12,6 +12,7 @@ from ecp_scale.checkpoint.folder import (
     CheckpointRecord,
     begin,
     checkpoints_folder,
+    complete_checkpoints,
     find_checkpoint,
     newest_complete,
     publish,
@@ -102,7 +103,7 @@ def test_old_checkpoints_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     (folder / "step-00000005").write_text("a file of the user's")
     (folder / "step-00000000.partial").symlink_to(checkpoints_folder(archive) / "step-00000002")
     foreign = {path.name for path in folder.iterdir()} - {f"step-0000000{step}" for step in (1, 2)}
-    remove_old(tmp_path, keep=2)
+    remove_old(complete_checkpoints(tmp_path)[-1], keep=2)
     assert {path.name for path in folder.iterdir()} == foreign - {"step-00000001.partial"}
     assert CheckpointRecord.read(checkpoints_folder(archive) / "step-00000002").step == 20 // 10
     found, passed = newest_complete(tmp_path)
@@ -111,6 +112,15 @@ def test_old_checkpoints_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert len(passed) == 2
     assert "step-00000009: not a complete checkpoint" in passed[0]
     assert "step-00000009.partial: its save was cut short" in passed[1]
+
+
+def test_where_all_checkpoints_stay_none_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = [write_checkpoint(tmp_path, step) for step in (1, 2)][-1]
+    partial = checkpoints_folder(tmp_path) / "step-00000001.partial"
+    partial.mkdir()
+    monkeypatch.setattr(CheckpointRecord, "read", pytest.fail)
+    remove_old(newest, keep=None)
+    assert not partial.exists()
 
 
 def test_nothing_is_written_over_a_checkpoint(tmp_path: Path) -> None:

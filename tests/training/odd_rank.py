@@ -1,7 +1,8 @@
 """A launch of which a rank (1, or ODD_RANK) is odd, as another host may be: tests/training/odd_rank.py WHAT [options].
 
-``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder is
-another one there. ``stale``: it does not see the newest checkpoint. ``shards``: it sees other shards under the prefix.
+``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder
+is another. ``stale``: it does not see the newest checkpoint. ``hidden``: it cannot read the files of checkpoints.
+``cache``: it reads other bytes of its own file of the optimizer. ``shards``: it sees other shards under the prefix.
 ``full``: it cannot write its share of a checkpoint, as where its disk is full.
 """
 
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ecp_scale import errors
-from ecp_scale.checkpoint import deepspeed_files, folder
+from ecp_scale.checkpoint import deepspeed_files, folder, saving
 from ecp_scale.checkpoint.files import FileRecord
 from ecp_scale.command_line import parse
 from ecp_scale.training import agreement, loop, starting
@@ -27,7 +28,16 @@ def make_odd(what: str, options: list[str]) -> None:
         os.chdir(os.environ["OTHER_FOLDER"])
     elif what == "stale":
         seen = folder.saved_folders
-        folder.saved_folders = lambda run: seen(run)[:-1]
+        folder.saved_folders = saving.saved_folders = lambda run: seen(run)[:-1]
+    elif what in ("hidden", "cache"):
+        problem = FileRecord.problem
+        reason = "cannot be read (No such file or directory)" if what == "hidden" else "is damaged"
+        is_odd = "" if what == "hidden" else "zero_pp_rank_1_"
+
+        def other(record: FileRecord, path: Path) -> str | None:
+            return reason if is_odd in path.name else problem(record, path)
+
+        FileRecord.problem = other  # type: ignore[assignment, method-assign]
     elif what == "shards":
         opened = starting.Corpus.__init__
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, complete_checkpoints
+from ecp_scale.command_line import parse
 from ecp_scale.data.locking import Lock
+from ecp_scale.errors import InputError
 from ecp_scale.parallel.places import adopt_launcher, first_host
 from ecp_scale.planning.rehearsal import torchrun
+from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
 from tests.launching import ROOT, command, environment, free_port, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
@@ -86,6 +89,54 @@ def test_a_stale_view_of_one_rank_changes_no_decision(sharded_text: ShardedText,
     record = CheckpointRecord.read(complete_checkpoints(tmp_path / "run")[-1])
     assert record.step == 6
     assert sum(name.endswith("_optim_states.pt") for name in record.files) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "rank", "expected"),
+    [
+        # Neither may resume from an older state, nor train on without a word.
+        ("stale", "0", "step-00000004 is seen on host"),
+        ("hidden", "1", "rank 1: "),
+        ("cache", "1", "zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged"),
+    ],
+)
+def test_a_checkpoint_that_a_rank_does_not_see_as_it_is_ends_the_resume_on_all(
+    what: str, rank: str, expected: str, sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    words = options(sharded_text, tmp_path / "run")
+    run_successfully(SCRIPT, *words, ranks=2)
+    done = odd_launch(what, *words, "--resume=auto", "--training.steps=6", extra={"ODD_RANK": rank})
+    assert done.returncode != 0
+    assert expected in done.stderr, done.stderr[-3000:]
+    assert 'odd_rank.py", line' not in done.stderr
+    assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_a_rank_that_refuses_before_it_can_tell_the_others_says_so_once_per_host(tmp_path: Path) -> None:
+    said = {}
+    for local_rank in ("0", "1"):
+        place = {"RANK": "9", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+        words = [sys.executable, str(ROOT / SCRIPT), "--config", str(tmp_path / "missing.yaml")]
+        done = subprocess.run(words, env={**environment(), **place}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        said[local_rank] = done.stderr
+    assert said["0"].startswith(f"error on rank 9 on host {socket.gethostname()}: config file {tmp_path}/missing.yaml")
+    assert said["1"] == ""
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nowhere"])
+def test_a_folder_of_checkpoints_that_cannot_be_written_is_found_before_the_first_step(
+    what: str, sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run" / "checkpoints"
+    if what == "a file":
+        place.write_text("")
+    else:
+        place.symlink_to("/nowhere/at/all")
+    with pytest.raises(InputError, match=str(place)):
+        train(parse([*options(sharded_text, tmp_path / "run"), "--training.micro_batch_size=1"], ""))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(("reaction", "rank"), [("stop", 1), ("continue", 1), ("stop", 0)])
