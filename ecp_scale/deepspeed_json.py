@@ -167,7 +167,7 @@ def _key_problem(key: str, value: Any) -> str | None:
         return None if value in taken else f"{key} is {value!r}: {REFUSED[key]}"
     if key not in KNOWN:
         if key in sections:
-            return None if value in ({}, None) else f"{key} is {value!r}, expected an object"
+            return None if value == {} else f"{key} is {value!r}, expected an object"
         close = difflib.get_close_matches(key, [*KNOWN, *sections], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"{key} is not among the keys that are known to work (docs/training.md){hint}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ecp_scale.config.model import GEOMETRY_FIELDS
-from ecp_scale.errors import input_errors_exit
+from ecp_scale.errors import InputError, input_errors_exit
 
 
 def main() -> None:
@@ -30,6 +30,9 @@ def main() -> None:
         parser.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
     parser.add_argument("--json", type=home, metavar="FILE", help="write the card here too")
     options = parser.parse_args()
+    if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
+        raise InputError(f"--json {options.json}: expected a file in a folder that exists")
+
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.config import ParallelConfig
     from ecp_scale.data.tokenizer import gives_texts_back
@@ -74,7 +77,10 @@ def main() -> None:
     if not gives_texts_back(tokenizer):
         print("this tokenizer does not give texts back as they were: what it loses (case, white space) is not scored")
     if options.json:
-        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
+        try:
+            Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {options.json}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

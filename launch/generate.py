@@ -31,6 +31,8 @@ def main() -> None:
         )
     if options.max_new_tokens < 1 or (options.top_k is not None and options.top_k < 1):
         raise InputError("expected --max-new-tokens >= 1 and --top-k >= 1")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed is {options.seed}, expected a number from 0 to 2^63 - 1")
 
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.config import ParallelConfig

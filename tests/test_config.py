@@ -363,6 +363,8 @@ def test_a_preset_sits_under_a_file_that_names_it(tmp_path: Path) -> None:
         ({"compute_grad_norm": False}, "compute_grad_norm is False"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True, expected 0"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 0}}, "expected an even number from 2"),
+        ({"zero_optimization": None}, "zero_optimization is None, expected an object"),
+        ({"bf16": None, "data_types": None}, "data_types is None, expected an object"),
         ({"steps_per_print": 0}, "steps_per_print is 0, expected null"),
     ],
 )

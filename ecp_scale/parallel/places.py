@@ -112,7 +112,7 @@ def adopt_launcher() -> None:
         raise InputError(f"the environment says SLURM_JOB_ID={job!r}, expected a number")
     os.environ |= {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": tasks}
     os.environ.setdefault("MASTER_ADDR", first_host(nodes))
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(job) % 12000))
     Ranks.from_environment()
 
 

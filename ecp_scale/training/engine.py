@@ -1,5 +1,8 @@
 """The model under DeepSpeed: weights, optimizer, and the gradient norm that every ZeRO stage must agree on."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -37,12 +40,13 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
     model = LanguageModel(config.model, shard, config.attention)
     initialize(model, config.model, shard, config.training.seed)
     model.to(groups.device)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(model, config.optimizer),
-        config=deepspeed_config,
-        mpu=ModelParallelUnit(),
-    )
+    with _local_rank_of(groups.device):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, config.optimizer),
+            config=deepspeed_config,
+            mpu=ModelParallelUnit(),
+        )
     engine.checkpoint_engine = CheckpointFiles()
     # It would write scripts of its own beside the checkpoints, where a full disk is an error on the first rank alone.
     engine._copy_recovery_script = lambda folder: None
@@ -51,6 +55,22 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
         # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.
         engine.enable_backward_allreduce = False
     return engine
+
+
+@contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of this rank's GPU, as DeepSpeed takes it.
+
+    Under Slurm's --gpus-per-task=1 each task sees a GPU of its own as number 0, whatever its local rank.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def check_zero_section(deepspeed_config: dict[str, Any]) -> None:

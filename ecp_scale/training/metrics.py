@@ -17,6 +17,8 @@ FILE = "metrics.jsonl"
 class MetricsFile:
     """Writes a record per step; on a resume the records of steps that are done again are dropped.
 
+    Where a run starts afresh, the file of an earlier one is kept under another name.
+
     A file that cannot be written (a full disk) is said once, and the run goes on without it.
     """
 
@@ -27,17 +29,21 @@ class MetricsFile:
         try:
             records, unreadable = _read(self._path)
             if unreadable:
-                kept = next(path for path in self._copies() if not path.exists())
+                kept = next(path for path in self._copies("damaged") if not path.exists())
                 kept.write_bytes(self._path.read_bytes())
                 say(f"{self._path}: {unreadable} lines cannot be read and are left out; they are kept in {kept.name}")
+            if records and first_step == 0:
+                kept = next(path for path in self._copies("before") if not path.exists())
+                self._path.rename(kept)
+                say(f"{self._path}: {len(records)} records of an earlier run are kept in {kept.name}")
             lines = [json.dumps(record) + "\n" for record in records if record["step"] <= first_step]
             write_text(self._path, "".join(lines))
             self._file = self._path.open("a")
         except OSError as error:
             self._give_up(error)
 
-    def _copies(self) -> Iterator[Path]:
-        return (self._path.with_name(f"{FILE}.damaged-{number}") for number in itertools.count(1))
+    def _copies(self, why: str) -> Iterator[Path]:
+        return (self._path.with_name(f"{FILE}.{why}-{number}") for number in itertools.count(1))
 
     def _give_up(self, error: OSError) -> None:
         say(f"{error.filename or self._path}: cannot be written ({error.strerror}); the run goes on without it")
@@ -89,6 +95,6 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
             record = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
             if type(record["step"]) is type(record["tokens"]) is int and isinstance(record["ledger"], str):
                 records.append(record)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return records, len(lines) - len(records)

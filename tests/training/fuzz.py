@@ -124,7 +124,8 @@ class Starts:
     def _json_file(self, draw: random.Random) -> str:
         content: Any = {"zero_optimization": {"stage": draw.choice([0, 1, 2, 3])}}
         for _ in range(draw.choice([0, 1, 1, 2])):
-            key = draw.choice([*KNOWN, *REFUSED, *OWNED_BY_RUN_CONFIG, "amp", "elasticity", "curriculum_learning"])
+            sections = {key.rpartition(".")[0] for key in KNOWN} - {""}
+            key = draw.choice([*KNOWN, *REFUSED, *OWNED_BY_RUN_CONFIG, *sorted(sections), "amp", "elasticity"])
             section = content
             *parents, last = (edited(key, draw) if draw.random() < 0.2 else key).split(".")
             for parent in parents:
@@ -143,7 +144,9 @@ class Starts:
         """A run folder that may be there already, in some state."""
         run = self.folder / "run"
         checkpoints = checkpoints_folder(run)
-        state = draw.choice(["new"] * 6 + ["file", "torn", "partial", "record", "metrics", "foreign", "link"])
+        state = draw.choice(
+            ["new"] * 6 + ["file", "torn", "partial", "record", "metrics", "foreign", "link", "no folder"]
+        )
         if state == "file":
             run.write_text("not a folder")
         elif state != "new":
@@ -159,11 +162,14 @@ class Starts:
             (checkpoints / "step-00000002.partial").mkdir()
         elif state == "metrics":
             (run / "metrics.jsonl").write_bytes(
-                draw.choice([b"", b"\x00\n", b"{}\n", b"NaN\n[]\n\n\xff\n", b'{"step": 1'])
+                draw.choice([b"[" * 100_000 + b"\n", b"", b"\x00\n", b"{}\n", b"NaN\n[]\n\n\xff\n", b'{"step": 1'])
             )
         elif state == "foreign":
             (checkpoints / "step-00000005-best").mkdir()
             (checkpoints / "step-00000007").write_text("")
+        elif state == "no folder":
+            checkpoints.rmdir()
+            checkpoints.write_text("")
         elif state == "link":
             (checkpoints / "step-00000002").symlink_to("/nowhere")
         try:

@@ -27,7 +27,7 @@ from tests.parallel.layouts import Layout
 
 ODD = (
     b'{"step": 1, "tokens": 1, "ledger": "0"}\n\n\x00\x00\n{"step": 2, "tokens": 2, "ledger": "1", "loss": NaN}\n'
-    b'\xff\xfe\n[3]\n{"step": 9}\n{"step": 3, "tokens": 3, "ledger": "2"}\n{"st'
+    b"[" * 100_000 + b'\n\xff\xfe\n[3]\n{"step": 9}\n{"step": 3, "tokens": 3, "ledger": "2"}\n{"st'
 )
 
 
@@ -36,15 +36,28 @@ def test_records_that_cannot_be_read_are_counted_and_kept(tmp_path: Path, capsys
     records = read_metrics(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3]
     assert records[1]["loss"] is None
-    assert unreadable_metrics(tmp_path) == 5
+    assert unreadable_metrics(tmp_path) == 6
     with MetricsFile(tmp_path, first_step=2) as file:
         file.write({"step": 3, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1})
-    assert "5 lines cannot be read" in capsys.readouterr().err
+    assert "6 lines cannot be read" in capsys.readouterr().err
     assert (tmp_path / f"{FILE}.damaged-1").read_bytes() == ODD
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / FILE).read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[2] == {"step": 3, "loss": None, "grad_norm": None, "lr": 0.1}
     assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_the_record_of_an_earlier_run_is_kept_when_another_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = '{"step": 1, "tokens": 1, "ledger": "0"}\n'
+    for number in (1, 2):
+        (tmp_path / FILE).write_text(line * number)
+        with MetricsFile(tmp_path, first_step=0):
+            pass
+        assert read_metrics(tmp_path) == []
+        assert (tmp_path / f"{FILE}.before-{number}").read_text() == line * number
+        assert f"{number} records of an earlier run are kept" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
