@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ecp_scale.command_line import parse
-from ecp_scale.data.files import write_text
+from ecp_scale.files import write_text
 from ecp_scale.training.metrics import read_metrics
 
 INITIALIZATIONS = ("depth_scaled", "normal")

@@ -23,10 +23,10 @@ from ecp_scale.checkpoint.folder import checkpoints_folder, tag
 from ecp_scale.checkpoint.saving import Progress, save
 from ecp_scale.config import Config
 from ecp_scale.data.blend import Blend
-from ecp_scale.data.preprocessing import preprocess
-from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.parallel.groups import process_groups
 from ecp_scale.planning.rehearsal import write_text_of_package
+from ecp_scale.preparation.preprocessing import preprocess
+from ecp_scale.preparation.tokenizer_training import train_tokenizer
 
 COPIES = 3
 VOCABULARY = 8000
@@ -76,7 +76,7 @@ def checkpoints(config: Config, rounds: int) -> dict[str, Any]:
             "copy of the checkpoint": lambda: shutil.copytree(saved, folder / "copy", dirs_exist_ok=True),
             "convert": lambda: export(saved, model),
             "copy of the model": lambda: shutil.copyfile(model / "model.safetensors", folder / "copy.safetensors"),
-            "load": lambda: ExportedModel.open(model).load(groups),
+            "load": lambda: ExportedModel.open(model).load(),
         }
         seconds = alternate(calls, rounds)
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in (saved, model)}

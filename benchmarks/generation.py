@@ -17,8 +17,8 @@ from benchmarks.timing import alternate, medians, ratio
 from ecp_scale.config import Config
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
-from ecp_scale.models.rows import Stream
+from ecp_scale.models.positions import Stream
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import process_groups
 from ecp_scale.precision import weight_type
 
@@ -31,9 +31,9 @@ def compare(config: Config, contexts: tuple[int, ...], tokens: int, rounds: int)
     """
     with process_groups(config.parallel) as groups:
         dtype = weight_type(config)
-        shard = Shard(groups.tensor, dtype)
-        model = LanguageModel(config.model, shard)
-        initialize(model, config.model, shard, seed=1)
+        parallel = ParallelContext(groups.tensor, dtype)
+        model = LanguageModel(config.model, parallel)
+        initialize(model, config.model, parallel, seed=1)
         model.to(groups.device).eval()
         longer = dataclasses.replace(config.model, sequence_length=max(contexts) + tokens)
         theirs = hugging_face("llama", longer).to(groups.device, dtype).eval()

@@ -17,8 +17,8 @@ import ecp_scale
 from benchmarks.timing import alternate, medians
 from ecp_scale.command_line import to_yaml
 from ecp_scale.config import Config
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.planning.rehearsal import torchrun, write_text_of_package
+from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.training.metrics import read_metrics
 
 ROOT = Path(ecp_scale.__file__).parent.parent

@@ -1,6 +1,6 @@
 """How fast one process reads batches from the page cache: python -m benchmarks.loader --prefix demo/shards/train.
 
-Prints millions of tokens per second for several sequence lengths, ledger included; and, given a run, the share of its
+Prints millions of tokens per second for several sequence lengths, digest included; and, given a run, the share of its
 median step time that reading the tokens of one of its steps would take.
 """
 

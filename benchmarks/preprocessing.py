@@ -20,11 +20,11 @@ from typing import Any
 
 import psutil
 
-from ecp_scale.data.documents import read_documents
-from ecp_scale.data.finding import find_sources
-from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.tokenizer import load_tokenizer
+from ecp_scale.preparation.documents import read_documents
+from ecp_scale.preparation.finding import find_sources
+from ecp_scale.preparation.parsing import Parsing
+from ecp_scale.preparation.preprocessing import preprocess
 
 WORKERS = 2
 BATCH = 256

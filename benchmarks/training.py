@@ -24,14 +24,14 @@ from benchmarks.timing import (
     ratio,
     side_by_side,
 )
-from ecp_scale import deepspeed_json
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
 from ecp_scale.parallel.device import local_device
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.precision import weight_type
-from ecp_scale.training.engine import build_engine
 from ecp_scale.training.step import optimizer_step
+from ecp_scale.zero import json_config
+from ecp_scale.zero.engine import build_engine
 
 OURS = "ours"
 PRODUCTS = 7
@@ -41,7 +41,7 @@ PRODUCTS = 7
 def preset(name: str, precision: Literal["fp32", "bf16"], **changes: Any) -> Config:
     """A preset without dropout and with changes of the model, one sequence per step."""
     config = load_preset(name)
-    model = dataclasses.replace(config.model, dropout=0.0, allow_short_reach=True, **changes)
+    model = dataclasses.replace(config.model, dropout=0.0, allow_short_receptive_field=True, **changes)
     training = dataclasses.replace(
         config.training, micro_batch_size=1, global_batch_size=1, precision=precision, output_dir=None
     )
@@ -59,7 +59,7 @@ def our_engine(config: Config, groups: Groups) -> Iterator[Any]:
     """A model under DeepSpeed."""
     stage = 1 if config.training.precision == "bf16" else 0
     content = {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": stage}}
-    engine = build_engine(config, deepspeed_json.resolve(content, config, 1), groups)
+    engine = build_engine(config, json_config.resolve(content, config, 1), groups)
     try:
         yield engine
     finally:

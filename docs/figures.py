@@ -11,8 +11,8 @@ from matplotlib.colors import ListedColormap
 from ecp_scale.attention import KeyValue
 from ecp_scale.config import ModelConfig, ParallelConfig
 from ecp_scale.models.architectures import ARCHITECTURES
-from ecp_scale.models.linear import Shard
 from ecp_scale.models.patterns import CompressingContext, LatentsAndContext
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import process_groups
 
 SEGMENTS, LENGTH = 5, 4
@@ -33,27 +33,27 @@ PANELS = [
 """Architecture, layer and title of each drawing."""
 
 
-def seen(config: ModelConfig, layer: int, shard: Shard) -> np.ndarray:
+def seen(config: ModelConfig, layer: int, parallel: ParallelContext) -> np.ndarray:
     """Who sees whom in a layer, by head: (heads, queries, keys), asked of the pattern itself.
 
     With equal scores and one-hot values, what comes out of a query is not 0 where it sees.
     """
-    pattern = ARCHITECTURES[config.architecture](config, layer, shard)
+    pattern = ARCHITECTURES[config.architecture](config, layer, parallel)
     keys, heads = config.geometry.key_rows(layer), config.heads
     values = torch.eye(keys).expand(1, heads, keys, keys)
-    queries = torch.zeros(1, heads, pattern.asking(keys), keys)
+    queries = torch.zeros(1, heads, pattern.query_rows(keys), keys)
     # The pattern before the compression.
     attend = LatentsAndContext.attend if isinstance(pattern, CompressingContext) else type(pattern).attend
     return attend(pattern, queries, KeyValue(torch.zeros_like(values), values), 0.0)[0].numpy() > 0
 
 
-def ecp_pattern(shard: Shard, layers: int) -> tuple[np.ndarray, np.ndarray]:
+def ecp_pattern(parallel: ParallelContext, layers: int) -> tuple[np.ndarray, np.ndarray]:
     """ECP with segments of LENGTH: who sees whom in a layer (1 the segment to the left, 2 the own one), and what the
     last token depends on, layer by layer.
     """
     n = SEGMENTS * LENGTH
     config = ModelConfig(heads=2, width=8, sequence_length=n, segment_length=LENGTH)
-    sees = seen(config, 0, shard)[0]
+    sees = seen(config, 0, parallel)[0]
     segment = np.arange(n) // LENGTH
     rows = [np.arange(n) == n - 1]
     for _ in range(layers):
@@ -61,9 +61,9 @@ def ecp_pattern(shard: Shard, layers: int) -> tuple[np.ndarray, np.ndarray]:
     return sees * (1 + (segment[:, None] == segment[None, :])), np.array(rows)
 
 
-def draw_ecp(shard: Shard, file: Path) -> None:
+def draw_ecp(parallel: ParallelContext, file: Path) -> None:
     """The README's figure."""
-    pattern, reach = ecp_pattern(shard, layers=3)
+    pattern, reach = ecp_pattern(parallel, layers=3)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     left.imshow(pattern, cmap=ListedColormap(["white", LIGHT, DARK]), vmin=0, vmax=2)
     right.imshow(reach, cmap=ListedColormap(["white", OTHER]), aspect=2.6, origin="lower")
@@ -80,7 +80,7 @@ def draw_ecp(shard: Shard, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def draw_architectures(shard: Shard, file: Path) -> None:
+def draw_architectures(parallel: ParallelContext, file: Path) -> None:
     """Every architecture: n 24, m 4, l 12, c 6, w 6, g 8."""
     figure, panels = pyplot.subplots(2, 5, figsize=(13, 5.6), layout="constrained")
     for axes, (architecture, layer, title) in zip(panels.flat, PANELS, strict=True):
@@ -96,7 +96,7 @@ def draw_architectures(shard: Shard, file: Path) -> None:
             window=6,
             group_length=8,
         )
-        sees = seen(config, layer, shard)
+        sees = seen(config, layer, parallel)
         draw_panel(axes, sees, sees.shape[2] - 12 if not config.geometry.streams else 0)
         axes.set_title(title, fontsize=10)
     figure.savefig(file, metadata={"Date": None})
@@ -124,9 +124,9 @@ def main() -> None:
     rcParams["svg.hashsalt"] = "ecp-scale"
     folder = Path(__file__).parent
     with process_groups(ParallelConfig()) as groups:
-        shard = Shard(groups.tensor)
-        draw_ecp(shard, folder / "attention_pattern.svg")
-        draw_architectures(shard, folder / "architectures.svg")
+        parallel = ParallelContext(groups.tensor)
+        draw_ecp(parallel, folder / "attention_pattern.svg")
+        draw_architectures(parallel, folder / "architectures.svg")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ecp_scale import deepspeed_json
 from ecp_scale.config import Config
+from ecp_scale.config.options import SECTIONS, Setting, at_home, build, section_parser
+from ecp_scale.config.renames import RENAMED_FIELDS
 from ecp_scale.errors import InputError
-from ecp_scale.options import SECTIONS, Setting, at_home, build, section_parser
+from ecp_scale.zero import json_config
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def parse(
     settings = _file_settings(known.config, problems) if known.config else []
     settings += _command_line_settings(rest, problems)
     config = build(parser, _above_presets(settings, problems), problems)
-    content = deepspeed_json.read(known.deepspeed_config)
+    content = json_config.read(known.deepspeed_config)
     # A dry run without a launcher has no world size to check against.
     problems += config.problems(None if known.dry_run and not launched else world_size)
-    problems += deepspeed_json.problems(content, known.deepspeed_config, config, world_size)
+    problems += json_config.problems(content, known.deepspeed_config, config, world_size)
     if not known.dry_run:
         for key in required:
             if all(_value(config, choice) is None for choice in key.split("|")):
@@ -100,7 +101,7 @@ def _moved(path: str | None, config: Config, rest: Sequence[str]) -> list[str]:
 
 def preset_names() -> list[str]:
     """Names that model.preset takes."""
-    folder = resources.files("ecp_scale") / "presets"
+    folder = resources.files("ecp_scale") / "config" / "presets"
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -112,7 +113,7 @@ def preset_path(name: str) -> Path:
     """
     if name not in preset_names():
         raise InputError(f"model.preset is {name!r}, expected one of {', '.join(preset_names())}")
-    return Path(str(resources.files("ecp_scale") / "presets" / f"{name}.yaml"))
+    return Path(str(resources.files("ecp_scale") / "config" / "presets" / f"{name}.yaml"))
 
 
 def load_preset(name: str) -> Config:
@@ -216,7 +217,10 @@ def _is_known(key: str, source: str, problems: list[str]) -> bool:
     names = [f"{name}.{item.name}" for name, section in SECTIONS.items() for item in dataclasses.fields(section)]
     if key in names:
         return True
-    problems.append(f"{source}: unknown key {key!r}{_did_you_mean(key, names)}")
+    if key in RENAMED_FIELDS:
+        problems.append(f"{source}: {key} is now {RENAMED_FIELDS[key]}")
+    else:
+        problems.append(f"{source}: unknown key {key!r}{_did_you_mean(key, names)}")
     return False
 
 

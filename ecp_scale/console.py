@@ -36,9 +36,9 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def waiting(text: str, speaks: bool = True) -> Iterator[None]:
-    """Say what the block does, and every few seconds that it still does; nothing where another rank speaks."""
-    if not speaks:
+def waiting(text: str, prints: bool = True) -> Iterator[None]:
+    """Say what the block does, and every few seconds that it still does; nothing where another rank does."""
+    if not prints:
         yield
         return
     say(text)

@@ -1,4 +1,4 @@
-"""The errors that are not bugs: bad input, which is the user's to mend, and a rank that is lost."""
+"""The errors that are not bugs: bad input, which the user can correct, and a rank that is lost."""
 
 import io
 import os
@@ -23,16 +23,16 @@ class DamagedDataError(InputError):
 class LostRankError(RuntimeError):
     """A rank of the launch did not come, or died: names it and its host.
 
-    ``speaks``: whether this rank says so; on every host one does, since nobody knows who else is left.
+    ``reports``: whether this rank says so; on every host one does, since nobody knows who else is left.
     """
 
-    def __init__(self, message: str, speaks: bool) -> None:
+    def __init__(self, message: str, reports: bool) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.reports = reports
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for the launch: rank 0, the only process, or one whose rank is no number."""
+    """Whether this process reports for the launch: rank 0, the only process, or one whose rank is no number."""
     rank = os.environ.get("RANK", "0")
     return not rank.isdecimal() or int(rank) == 0
 
@@ -67,7 +67,7 @@ def input_errors_exit() -> Iterator[None]:
         _say_input_error(error)
         sys.exit(2)
     except LostRankError as error:
-        if error.speaks:
+        if error.reports:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt as error:

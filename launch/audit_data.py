@@ -1,60 +1,8 @@
-"""Say up to which step a run has read what its config says: recompute the ledger of its metrics.
+"""Say up to which step a run has read what its config says: recompute the data digest of its metrics."""
 
-    python launch/audit_data.py runs/first
-
-The ledger of a step stands for every (sample, corpus, window) up to it, whatever the number of ranks, micro-batches and
-resumes. It is recomputed from config.yaml and the sizes and hashes in the manifests; no token is read. Exits 1 at the
-first step that disagrees.
-"""
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-from ecp_scale.command_line import parse
-from ecp_scale.errors import InputError, input_errors_exit
-
-
-def main() -> int:
-    """Read the command line, recompute, and say where the two part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=os.path.expanduser, metavar="RUN", help="run folder")
-    options = parser.parse_args()
-    run = Path(options.run)
-    config = parse(["--config", str(run / "config.yaml"), "--dry-run"], "").config
-
-    from ecp_scale.data.blend import Blend
-    from ecp_scale.data.ledger import ledger_entry
-    from ecp_scale.training.metrics import read_metrics, unreadable_metrics
-
-    records = read_metrics(run)
-    if not records:
-        raise InputError(f"{run}: expected metrics.jsonl with the record of each step, found none that can be read")
-    unreadable = unreadable_metrics(run)
-    if unreadable:
-        print(f"{run}: {unreadable} lines of metrics.jsonl cannot be read; the steps after them are held to all before")
-    n = config.model.sequence_length
-    blend = Blend(config.data.phases, n, config.training.seed)
-    ledger = unhashed = done = 0
-    for record in records:
-        places = [(sample, *blend.locate(sample)) for sample in range(done, record["tokens"] // n)]
-        done = record["tokens"] // n
-        before, ledger = ledger, (ledger + sum(blend.entry(*place) for place in places)) % 2**64
-        # Runs of earlier versions hold windows to their numbers alone, up to the step where this version went on.
-        older = (before + sum(ledger_entry(*place) for place in places)) % 2**64
-        if f"{older:016x}" == record["ledger"]:
-            ledger, unhashed = older, record["step"]
-        if f"{ledger:016x}" != record["ledger"]:
-            agreed = f"agrees up to step {record['step'] - 1}, then not"
-            print(f"{run}: {agreed}: step {record['step']} says {record['ledger']}, its config {ledger:016x}")
-            return 1
-    if unhashed:
-        print(f"{run}: up to step {unhashed} the ledger knows the windows by number, not by their tokens")
-    print(f"{run}: agrees up to step {records[-1]['step']} ({records[-1]['tokens']:,} tokens, ledger {ledger:016x})")
-    return 0
-
+from ecp_scale.commands.audit import main
 
 if __name__ == "__main__":
-    with input_errors_exit():
-        sys.exit(main())
+    sys.exit(main())

@@ -162,10 +162,10 @@ def rows(
 ) -> Iterator[tuple[str, str]]:
     """What was done and where it is."""
     records = {record["step"]: record for record in read_metrics(paths.run)}
-    card = json.loads((paths.report / "card.json").read_text())
+    result = json.loads((paths.report / "evaluation.json").read_text())
     last = records[max(records)]
     same = all(records[record["step"]]["loss"] == record["loss"] for record in undone)
-    below = 1 - card["bits_per_byte"] / card["unigram_bits_per_byte"]
+    below = 1 - result["bits_per_byte"] / result["unigram_bits_per_byte"]
     files = ", ".join(f"{count} {part}" for part, count in documents.items())
     yield "text", f"files of the standard library: {files}, in {paths.text}"
     yield "training", f"{last['step']} steps, {last['tokens']:,} tokens, {last['tokens_per_second']:.0f} tokens/s"
@@ -173,10 +173,10 @@ def rows(
     redone = f"{undone[0]['step']}-{undone[-1]['step']}"
     verdict = "the same losses to the bit" if same else "OTHER LOSSES"
     yield "resume", f"from step {checkpoint}; steps {redone} done again: {verdict}"
-    yield "held-out bits per byte", f"{card['bits_per_byte']:.3f} ({card['protocol']})"
-    yield "unigram bits per byte", f"{card['unigram_bits_per_byte']:.3f} (same tokenizer, same files)"
+    yield "held-out bits per byte", f"{result['bits_per_byte']:.3f} ({result['protocol']})"
+    yield "unigram bits per byte", f"{result['unigram_bits_per_byte']:.3f} (same tokenizer, same files)"
     yield "below unigram", f"{below:.1%}"
-    yield "report", f"{paths.report} (curves.png, card.json, sample.txt, report.md)"
+    yield "report", f"{paths.report} (curves.png, evaluation.json, sample.txt, report.md)"
     yield "wall time", f"{seconds:.0f} s without installation"
     if not same:
         raise RuntimeError("the resumed run did not repeat the killed one")
@@ -210,8 +210,8 @@ def main() -> None:
     checkpoint, undone = train_with_one_kill(paths, ranks, training_options)
     call("launch/convert_checkpoint.py", "--checkpoint", paths.run, "--output", paths.model)
     paths.report.mkdir()
-    card = ("--unigram", paths.shards("train"), "--json", paths.report / "card.json")
-    call("launch/evaluate.py", "--model", paths.model, "--data", paths.shards("test"), *card)
+    result = ("--unigram", paths.shards("train"), "--json", paths.report / "evaluation.json")
+    call("launch/evaluate.py", "--model", paths.model, "--data", paths.shards("test"), *result)
     prompt = ("--prompt", "def read_file(path):\n", "--max-new-tokens", 120)
     sample = shell(sys.executable, ROOT / "launch/generate.py", "--model", paths.model, *prompt)
     text = subprocess.run(sample, check=True, stdout=subprocess.PIPE, text=True).stdout

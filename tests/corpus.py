@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.preprocessing import preprocess
-from ecp_scale.data.tokenizer_training import train_tokenizer
 from ecp_scale.evaluation.texts import count_tokens
+from ecp_scale.preparation.preprocessing import preprocess
+from ecp_scale.preparation.tokenizer_training import train_tokenizer
 
 MODULES: tuple[ModuleType, ...] = (argparse, ast, inspect, json, textwrap)
 

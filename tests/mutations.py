@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tests.launching import ROOT, environment
 
-ATTENTION = "tests/attention/test_segment.py tests/attention/test_attend.py tests/attention/test_rotary.py"
+ATTENTION = "tests/attention/test_segment.py tests/attention/test_sdpa.py tests/attention/test_rotary.py"
 SEQUENCES = "tests/parallel/test_sequences.py -k 2"
 RANDOMNESS = "tests/models/test_randomness.py"
 STEP = "tests/training/test_step.py"
@@ -34,22 +34,22 @@ class Bug(NamedTuple):
 
 
 BUGS = (
-    Bug("attention/attend.py", "visible.tril(behind)", "visible.tril(behind + 1)", ATTENTION),
-    Bug("attention/attend.py", "triu(behind - window + 1)", "triu(behind - window)", ATTENTION),
-    Bug("attention/attend.py", "documents[:, behind:, None] ==", "documents[:, behind:, None] >=", ATTENTION),
+    Bug("attention/sdpa.py", "visible.tril(behind)", "visible.tril(behind + 1)", ATTENTION),
+    Bug("attention/sdpa.py", "triu(behind - window + 1)", "triu(behind - window)", ATTENTION),
+    Bug("attention/sdpa.py", "documents[:, behind:, None] ==", "documents[:, behind:, None] >=", ATTENTION),
     Bug("attention/segment.py", "if number and look_back", "if number > 1 and look_back", ATTENTION),
     Bug("attention/segment.py", "segments[number - 1], segments[number])", "segments[0], segments[number])", ATTENTION),
     Bug("attention/rotary.py", "theta**-exponents", "theta**-(exponents / 2)", ATTENTION),
     Bug("attention/rotary.py", "even * sin + odd * cos", "even * sin - odd * cos", ATTENTION),
     Bug("attention/cache.py", "border - self.segment_length, border)", "border - 1, border)", ATTENTION),
     Bug(
-        "models/output.py",
+        "models/loss.py",
         "one.mul_(factor).to(ctx.dtype)",
         "one.mul_(factor.bfloat16()).to(ctx.dtype)",
-        "tests/models/test_output.py",
+        "tests/models/test_loss.py",
     ),
-    Bug("models/output.py", "scores *= counts[:, None]", "pass", "tests/models/test_output.py"),
-    Bug("models/output.py", "scores[..., rows:] = -torch.inf", "pass", "tests/models/test_output.py"),
+    Bug("models/loss.py", "scores *= counts[:, None]", "pass", "tests/models/test_loss.py"),
+    Bug("models/loss.py", "scores[..., rows:] = -torch.inf", "pass", "tests/models/test_loss.py"),
     Bug(
         "models/blocks.py",
         "        if self.dropout and self.training:\n            with tensor_parallel_random():",
@@ -65,14 +65,14 @@ BUGS = (
     ),
     Bug("models/language_model.py", "random=self.config.dropout > 0", "random=False", RANDOMNESS),
     Bug(
-        "models/linear.py",
+        "parallel/linear.py",
         "return parameter if group is None else copy",
         "return parameter if True else copy",
         SEQUENCES,
     ),
     Bug(
-        "models/linear.py",
-        "return copy_to_tensor_model_parallel_region(x, group=shard.group)",
+        "parallel/linear.py",
+        "return copy_to_tensor_model_parallel_region(x, group=parallel.tp_group)",
         "return x",
         "tests/parallel/test_parity.py",
     ),
@@ -93,9 +93,9 @@ BUGS = (
         STEP,
     ),
     Bug("training/step.py", "if not math.isfinite(loss_value):", "if False:", STEP),
-    Bug("training/engine.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', STEP),
-    Bug("training/engine.py", 'group["weight_decay"] = weight_decay', "pass", RESUME),
-    Bug("training/engine.py", "engine.optimizer.clip_grad = config.gradient_clipping", "pass", RESUME),
+    Bug("zero/engine.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', STEP),
+    Bug("zero/engine.py", 'group["weight_decay"] = weight_decay', "pass", RESUME),
+    Bug("zero/engine.py", "engine.optimizer.clip_grad = config.gradient_clipping", "pass", RESUME),
     Bug("training/loop.py", "set_batch(self.engine, sequences * self.config.parallel.context)", "pass", RESUME),
     Bug(
         "training/schedule.py",
@@ -116,9 +116,9 @@ BUGS = (
         '"")',
         "tests/data/test_blend.py tests/data/test_order.py tests/training/test_runs.py::test_another_text_of_equal_size_is_not_continued_and_the_audit_disagrees",
     ),
-    Bug("data/ledger.py", "(entry >> (16 * lane)) & 0xFFFF", "(entry >> (8 * lane)) & 0xFFFF", ORDER),
-    Bug("checkpoint/files.py", "if self.xxh3 and (found", "if False and (found", "tests/checkpoint/test_damage.py"),
-    Bug("checkpoint/files.py", "self._hash.update(block)", "self._hash.update(b'')", "tests/checkpoint/test_damage.py"),
+    Bug("data/digest.py", "(digest >> (16 * part)) & 0xFFFF", "(digest >> (8 * part)) & 0xFFFF", ORDER),
+    Bug("zero/state_files.py", "if self.xxh3 and (found", "if False and (found", "tests/checkpoint/test_damage.py"),
+    Bug("zero/state_files.py", "self._hash.update(block)", "self._hash.update(b'')", "tests/checkpoint/test_damage.py"),
 )
 """Files are of ``ecp_scale``."""
 

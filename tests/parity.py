@@ -19,14 +19,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ecp_scale.cluster.ranks import Ranks
 from ecp_scale.config import ModelConfig, ParallelConfig
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
-from ecp_scale.models.sharding import Layout, load_whole
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, agreed, process_groups
 from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region
-from ecp_scale.parallel.places import Ranks
+from ecp_scale.parallel.partition import Partition, load_full
 from ecp_scale.planning.rehearsal import torchrun
 
 LOGITS_TOLERANCE = 1e-5
@@ -119,9 +119,9 @@ def compare(path: str, groups: Groups) -> dict[str, float]:
         for name in (key.removeprefix("param/") for key in golden if key.startswith("param/"))
         if name not in unused
     }
-    shard = Shard(groups.tensor)
-    model = LanguageModel(config, shard)
-    load_whole(model, shard, {ours: golden[f"param/{name}"] for name, ours in names.items()}, path)
+    parallel = ParallelContext(groups.tensor)
+    model = LanguageModel(config, parallel)
+    load_full(model, parallel, {ours: golden[f"param/{name}"] for name, ours in names.items()}, path)
     model.to(groups.device).eval()
 
     tokens = golden["tokens"].to(groups.device)
@@ -134,20 +134,22 @@ def compare(path: str, groups: Groups) -> dict[str, float]:
     worst = 0.0
     for name, ours in names.items():
         expected = golden[f"grad/{name}"]
-        got = _whole_gradient(parameters[ours], shard).cpu()
+        got = _whole_gradient(parameters[ours], parallel).cpu()
         worst = max(worst, ((got - expected).abs().max() / expected.abs().max()).item())
     errors["gradients"] = worst
     return errors
 
 
-def _whole_gradient(parameter: torch.nn.Parameter, shard: Shard) -> Tensor:
-    layout, gradient = Layout.of(parameter), parameter.grad
+def _whole_gradient(parameter: torch.nn.Parameter, parallel: ParallelContext) -> Tensor:
+    partition, gradient = Partition.of(parameter), parameter.grad
     assert gradient is not None
-    if layout.partition_dim is None:
+    if partition.partition_dim is None:
         return gradient
-    moved = gradient.movedim(layout.partition_dim, -1).contiguous()
-    shares = gather_from_tensor_model_parallel_region(moved, group=shard.group).movedim(-1, layout.partition_dim)
-    return layout.merge([shares])
+    moved = gradient.movedim(partition.partition_dim, -1).contiguous()
+    shares = gather_from_tensor_model_parallel_region(moved, group=parallel.tp_group).movedim(
+        -1, partition.partition_dim
+    )
+    return partition.merge([shares])
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from benchmarks.timing import alternate, peak_bytes, ratio, workers
 from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from tests.launching import ROOT
 from tests.models.settings import PAPER
@@ -37,9 +37,9 @@ NAMES = {
 @pytest.mark.parametrize("by_segment", [True, False])
 def test_the_materialised_implementation_is_the_same_model(by_segment: bool, groups: Groups) -> None:
     config = dataclasses.replace(PAPER, dropout=0.0, vocab_multiple=1)
-    shard = Shard(groups.tensor)
-    ours = LanguageModel(config, shard)
-    initialize(ours, config, shard, seed=1)
+    parallel = ParallelContext(groups.tensor)
+    ours = LanguageModel(config, parallel)
+    initialize(ours, config, parallel, seed=1)
     theirs = MaterialisedLanguageModel(config, by_segment)
     weights = {}
     for name, weight in ours.state_dict().items():

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ecp_scale import deepspeed_json, options
 from ecp_scale.command_line import load_preset, parse, preset_names, to_yaml
-from ecp_scale.config import Config, ModelConfig
+from ecp_scale.config import Config, ModelConfig, options
 from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.errors import InputError
+from ecp_scale.zero import json_config
 from tests.launching import ROOT
 
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -40,17 +40,17 @@ def test_presets_have_the_size_of_their_names() -> None:
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=[path.stem for path in DS_CONFIGS])
 def test_every_deepspeed_json_fits_every_preset(path: Path) -> None:
-    content = deepspeed_json.read(str(path))
+    content = json_config.read(str(path))
     for name in preset_names():
         config = load_preset(name)
         if path.stem == "zero0":
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="fp32"))
-        assert deepspeed_json.problems(content, str(path), config, 1) == []
-        resolved = deepspeed_json.resolve(content, config, 1)
+        assert json_config.problems(content, str(path), config, 1) == []
+        resolved = json_config.resolve(content, config, 1)
         assert "auto" not in json.dumps(resolved)
         assert resolved["bf16"]["enabled"] == (config.training.precision == "bf16")
         assert resolved["gradient_accumulation_steps"] == config.accumulation_steps(1)
-        assert deepspeed_json.zero_stage(resolved) == int(path.stem.removeprefix("zero")[0])
+        assert json_config.zero_stage(resolved) == int(path.stem.removeprefix("zero")[0])
         assert ("offload_optimizer" in resolved["zero_optimization"]) == path.stem.endswith("offload")
 
 
@@ -243,7 +243,7 @@ def test_weights_of_a_compression_keep_its_sizes() -> None:
 
 
 def test_a_short_reach_can_be_accepted() -> None:
-    config = ModelConfig(layers=2, segment_length=128, allow_short_reach=True)
+    config = ModelConfig(layers=2, segment_length=128, allow_short_receptive_field=True)
     assert config.problems() == []
 
 
@@ -306,7 +306,7 @@ def test_bf16_without_master_weights_is_refused() -> None:
 
 def test_without_a_json_a_run_uses_that_of_zero1() -> None:
     written = parse(["--config", "demo", "--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")], "")
-    assert deepspeed_json.resolve(deepspeed_json.read(None), written.config, 2) == deepspeed_json.resolve(
+    assert json_config.resolve(json_config.read(None), written.config, 2) == json_config.resolve(
         written.deepspeed, written.config, 2
     )
 
@@ -378,7 +378,7 @@ def test_a_json_says_what_is_known_to_work_or_is_refused_by_name(
 
 def test_without_data_types_gradients_are_added_up_in_fp32() -> None:
     config = parse(["--config", "demo"], "").config
-    assert deepspeed_json.resolve({}, config, 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert json_config.resolve({}, config, 1)["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 @pytest.mark.parametrize(

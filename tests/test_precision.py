@@ -57,13 +57,13 @@ def test_operands_that_are_widened_are_kept_narrow(monkeypatch: pytest.MonkeyPat
     assert [one.dtype for one in kept_for_the_backward_pass(linear, x, weight)] == [torch.bfloat16] * 2
 
     q, k, v = (torch.randn(1, 2, 24, 8).bfloat16().requires_grad_() for _ in range(3))
-    kept = kept_for_the_backward_pass(partial(segment_attention, segment_length=8, backend="merged"), q, k, v)
+    kept = kept_for_the_backward_pass(partial(segment_attention, segment_length=8, backend="flash"), q, k, v)
     # Each row's normaliser is a sum of many, and one number beside a head's width of others.
     assert [one.dtype for one in kept if one.numel() == q.numel()] == [torch.bfloat16] * 4
     assert [one.numel() for one in kept if one.dtype == torch.float32] == [2 * 24]
 
 
-@pytest.mark.parametrize("backend", ["segments", "merged"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
 def test_segment_attention_in_bf16_is_near_float64(backend: str, widened: bool) -> None:
     generator = torch.Generator().manual_seed(6)
     exact = [torch.randn(1, 2, 24, 8, generator=generator).bfloat16().double().requires_grad_() for _ in range(3)]

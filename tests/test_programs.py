@@ -158,19 +158,19 @@ def test_generation(model: Path) -> None:
 
 
 def test_evaluation_of_text_and_of_its_shards_agree(model: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
-    cards = []
+    results = []
     for number, data in enumerate((sharded_text.text, sharded_text.prefix)):
         output = tmp_path / f"{number}.json"
         options = ("--model", model, "--data", data, "--json", output, "--unigram", sharded_text.prefix)
         out = run_successfully("launch/evaluate.py", *options)
         assert "bits_per_byte" in out
-        cards.append(json.loads(output.read_text()))
-        assert f"{cards[-1]['word_perplexity']:.4f}" in out
+        results.append(json.loads(output.read_text()))
+        assert f"{results[-1]['word_perplexity']:.4f}" in out
         assert "WikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity" in out
         assert "NOT COMPARABLE" not in out
-    assert cards[0]["line_ends"] == sum(text.count("\n") for text in sharded_text.documents)
-    assert {**cards[0], "data": ""} == {**cards[1], "data": ""}
-    assert cards[0]["protocol"] == "stream"
+    assert results[0]["line_ends"] == sum(text.count("\n") for text in sharded_text.documents)
+    assert {**results[0], "data": ""} == {**results[1], "data": ""}
+    assert results[0]["protocol"] == "stream"
 
 
 def test_evaluation_refuses_shards_of_another_tokenizer(model: Path, tmp_path: Path) -> None:

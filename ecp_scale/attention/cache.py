@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ecp_scale.attention.attend import KeyValue, join
+from ecp_scale.attention.sdpa import KeyValue, join
 from ecp_scale.attention.segment import segment_attention
 
 

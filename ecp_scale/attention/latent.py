@@ -7,8 +7,7 @@ without a causal mask, which is legal because no loss is taken there and every l
 import torch
 from torch import Tensor
 
-from ecp_scale.attention.attend import KeyValue, attend
-from ecp_scale.attention.segment import segment_lengths
+from ecp_scale.attention.sdpa import KeyValue, attend, segment_lengths
 
 
 def latent_attention(
@@ -35,11 +34,11 @@ def latent_attention(
     """
     context = q.shape[-2] - latents
     lengths = segment_lengths(context, context_segment_length or context) if context else []
-    *asking, latent_queries = q.split([*lengths, latents], dim=-2)
+    *context_queries, latent_queries = q.split([*lengths, latents], dim=-2)
     *seen, _ = key_value.split([*lengths, latents])
     outputs = [
         attend(queries, segment, causal=False, dropout=context_dropout)
-        for queries, segment in zip(asking, seen, strict=True)
+        for queries, segment in zip(context_queries, seen, strict=True)
     ]
     outputs.append(attend(latent_queries, key_value, dropout=dropout))
     return torch.cat(outputs, dim=-2)

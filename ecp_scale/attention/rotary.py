@@ -12,7 +12,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def rows(self, index: Tensor | slice) -> "Rotation":
+    def at(self, index: Tensor | slice) -> "Rotation":
         """The rotations of some positions."""
         return Rotation(self.cos[..., index, :], self.sin[..., index, :])
 

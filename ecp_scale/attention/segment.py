@@ -8,16 +8,15 @@ a sliding window of w tokens is segments of w with all but the last w keys hidde
 look back.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ecp_scale.attention.attend import KeyValue, attend, join
-from ecp_scale.attention.flexible import flexible_attention
-from ecp_scale.attention.merged import merged_attention
+from ecp_scale.attention.flash import flash_segments
+from ecp_scale.attention.flex import flex_segments
+from ecp_scale.attention.sdpa import KeyValue, attend, join, sdpa_segments, segment_lengths
 from ecp_scale.config import AttentionBackend
 
 Exchange: TypeAlias = Callable[[KeyValue], Callable[[], KeyValue]]
@@ -78,49 +77,21 @@ def segment_attention(
     outputs = []
     first, rest = q.split([waiting, q.shape[-2] - waiting], dim=-2) if waiting else (None, q)
     if rest.shape[-2]:
-        compute = _backend(backend, rest, chunk, lengths, segment_length, window, dropout)
-        if compute == "flex":
-            outputs = [flexible_attention(rest, chunk, lengths[0], segment_length, look_back, window)]
-        elif compute == "merged":
-            outputs = _merged_and_tail(rest, chunk, segments, segment_length, look_back)
+        kernel = _kernel(backend, rest, chunk, lengths, segment_length, window, dropout)
+        if kernel == "flex":
+            outputs = [flex_segments(rest, chunk, lengths[0], segment_length, look_back, window)]
+        elif kernel == "flash":
+            outputs = [flash_segments(rest, chunk, segment_length, look_back)]
         else:
-            outputs = _by_segment(rest, segments, look_back, window, dropout)
+            outputs = sdpa_segments(rest, segments, look_back, window, dropout)
     if first is not None:
         seen = _behind(promise(), before, segments[0])
         outputs.insert(0, attend(first, seen, window=window, dropout=dropout))
     return torch.cat(outputs, dim=-2) if len(outputs) > 1 else outputs[0], segments[-1]
 
 
-def _by_segment(
-    q: Tensor, segments: list[KeyValue], look_back: bool, window: int | None, dropout: float
-) -> list[Tensor]:
-    """Attended values of the last Nq positions, one tensor for each segment that has queries."""
-    ends = list(itertools.accumulate(segment.positions for segment in segments))
-    answered = ends[-1] - q.shape[-2]
-    asking = [min(segment.positions, max(0, end - answered)) for segment, end in zip(segments, ends, strict=True)]
-    outputs = []
-    for number, queries in enumerate(q.split(asking, dim=-2)):
-        if queries.shape[-2]:
-            seen = join(segments[number - 1], segments[number]) if number and look_back else segments[number]
-            outputs.append(attend(queries, seen, window=window, dropout=dropout))
-    return outputs
-
-
-def _merged_and_tail(
-    q: Tensor, chunk: KeyValue, segments: list[KeyValue], segment_length: int, look_back: bool
-) -> list[Tensor]:
-    """Attended values of the full segments together, and of a shorter last one."""
-    tail = chunk.positions % segment_length
-    if not tail:
-        return [merged_attention(q, chunk.keys, chunk.values, segment_length, look_back)]
-    full, last = q.split([q.shape[-2] - tail, tail], dim=-2)
-    whole = chunk.split([chunk.positions - tail, tail])[0]
-    out = merged_attention(full, whole.keys, whole.values, segment_length, look_back)
-    return [out, *_by_segment(last, segments[-2:], look_back, None, 0.0)]
-
-
-def _backend(
-    asked: AttentionBackend,
+def _kernel(
+    backend: AttentionBackend,
     q: Tensor,
     chunk: KeyValue,
     lengths: list[int],
@@ -128,17 +99,17 @@ def _backend(
     window: int | None,
     dropout: float,
 ) -> AttentionBackend:
-    """The backend that computes these shapes."""
-    wanted = ("flex" if q.is_cuda else "merged") if asked == "auto" else asked
+    """The kernel that computes these shapes."""
+    wanted = ("flex" if q.is_cuda else "flash") if backend == "auto" else backend
     if wanted == "flex" and not dropout and q.shape[-2] > 1:
         return "flex"
     plain = window is None and chunk.documents is None and not dropout
     # Whole segments, with or without the queries of the first one; a single one is a plain call anyway.
     answered = chunk.positions - q.shape[-2]
     several = lengths[:2] == [segment_length, segment_length]
-    if wanted == "merged" and plain and several and answered in (0, segment_length) and q.device.type == "cpu":
-        return "merged"
-    return "segments"
+    if wanted == "flash" and plain and several and answered in (0, segment_length) and q.device.type == "cpu":
+        return "flash"
+    return "sdpa"
 
 
 def _behind(left: KeyValue | None, documents: Tensor | None, segment: KeyValue) -> KeyValue:
@@ -146,13 +117,6 @@ def _behind(left: KeyValue | None, documents: Tensor | None, segment: KeyValue) 
     if left is None:
         return segment
     return join(left._replace(documents=documents) if left.documents is None else left, segment)
-
-
-def segment_lengths(positions: int, segment_length: int, first_length: int | None = None) -> list[int]:
-    """Lengths of the segments that ``positions`` fall into; the last may be shorter, and so may the first."""
-    first = min(positions, first_length or segment_length)
-    full, tail = divmod(positions - first, segment_length)
-    return [first] + [segment_length] * full + [tail] * (tail > 0)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | Exchange | None) -> None:

@@ -14,21 +14,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ecp_scale.checkpoint.files import damages, free_bytes, write_error
 from ecp_scale.checkpoint.folder import CheckpointRecord
-from ecp_scale.checkpoint.merging import whole_weights
+from ecp_scale.checkpoint.merging import full_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
-from ecp_scale.data.files import sync_folder, write_text
+from ecp_scale.config.renames import renamed_fields
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
+from ecp_scale.files import sync_folder, write_text
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
-from ecp_scale.models.sharding import load_whole
-from ecp_scale.parallel.groups import Groups
+from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.partition import load_full
+from ecp_scale.zero.state_files import damages, free_bytes, write_error
 
 FORMAT = "ecp-scale"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)
+"""Version 2 has former names of some fields (``ecp_scale.config.renames``)."""
 OURS = re.compile(r"config\.json|model\.safetensors|tokenizer(\.\w+)?")
 """Names of the files of an exported model."""
 
@@ -55,11 +57,11 @@ class ExportedModel:
         path = folder / "config.json"
         try:
             content = json.loads(path.read_text())
-            if (content["format"], content["format_version"]) != (FORMAT, FORMAT_VERSION):
+            if content["format"] != FORMAT or content["format_version"] not in READABLE:
                 found = f"{content['format']} {content['format_version']}"
                 raise InputError(f"{path}: format {found}, expected {FORMAT} {FORMAT_VERSION}")
-            config = ModelConfig(**content["model"])
-            attention = AttentionConfig(**content["attention"])
+            config = ModelConfig(**renamed_fields("model", content["model"]))
+            attention = AttentionConfig(**renamed_fields("attention", content["attention"]))
             record = TokenizerRecord(**content["tokenizer"])
             step, tokens = int(content["step"]), int(content["tokens"])
         except OSError as error:
@@ -71,19 +73,29 @@ class ExportedModel:
         return cls(folder, config, attention, record.load(folder, "the model was trained with"), step, tokens)
 
     def with_geometry(self, **changes: Any) -> "ExportedModel":
-        """The same weights with another sequence length, segment length, latents, window or group length.
+        """The model with another sequence length, segment length, latents, window or group length.
 
         Raises:
             InputError: if the weights do not allow it, or the numbers do not fit together.
         """
-        config = dataclasses.replace(self.config, **changes, allow_short_reach=True)
+        config = dataclasses.replace(self.config, **changes, allow_short_receptive_field=True)
         problems = config.problems() + config.weights_problems(self.config)
         if problems:
             raise InputError(f"{self.folder}: the model cannot be used so:\n" + "\n".join(f"  - {x}" for x in problems))
         return dataclasses.replace(self, config=config)
 
-    def load(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
-        """Build the model on this rank's device, in evaluation mode.
+    def load(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        parallel: ParallelContext | None = None,
+    ) -> LanguageModel:
+        """Build the model, in evaluation mode.
+
+        Args:
+            dtype: type of its weights.
+            device: where it goes; None takes the GPU if there is one.
+            parallel: of ranks that share the model; None means that this process holds all of it.
 
         Raises:
             InputError: if the weights are missing, damaged or do not fit config.json.
@@ -93,10 +105,11 @@ class ExportedModel:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read ({error})") from error
-        shard = Shard(groups.tensor, dtype)
-        model = LanguageModel(self.config, shard, self.attention)
-        load_whole(model, shard, tensors, str(path))
-        return model.to(groups.device).eval()
+        parallel = parallel or ParallelContext.single(dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = LanguageModel(self.config, parallel, self.attention)
+        load_full(model, parallel, tensors, str(path))
+        return model.to(device).eval()
 
 
 def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -> CheckpointRecord:
@@ -143,7 +156,7 @@ def _check_output(output: Path, record: CheckpointRecord) -> None:
     try:
         earlier = json.loads((output / "config.json").read_text())
         is_ours = earlier["format"] == FORMAT and all(OURS.fullmatch(name) for name in found)
-        step, tokens, model = earlier["step"], earlier["tokens"], earlier["model"]
+        step, tokens, model = earlier["step"], earlier["tokens"], renamed_fields("model", earlier["model"])
     except (OSError, ValueError, KeyError, TypeError):
         is_ours = False
     if not is_ours:
@@ -153,7 +166,7 @@ def _check_output(output: Path, record: CheckpointRecord) -> None:
 
 
 def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, dtype: torch.dtype) -> None:
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in whole_weights(checkpoint, record)}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in full_weights(checkpoint, record)}
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     # Trap: safetensors makes its file for the owner alone.

@@ -20,18 +20,22 @@ from typing import Any
 
 import xxhash
 
-from ecp_scale.checkpoint.files import FileRecord
-from ecp_scale.data.files import sync_folder, write_text
+from ecp_scale.config.renames import renamed_fields
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
-from ecp_scale.models.sharding import Layout
+from ecp_scale.files import sync_folder, write_text
+from ecp_scale.parallel.partition import Partition
+from ecp_scale.zero.state_files import FileRecord
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 5
-READABLE = (3, 4, 5)
-"""Version 3 does not say which tokens the corpora hold, only how many; 3 and 4 have no hashes of files."""
+FORMAT_VERSION = 6
+READABLE = (3, 4, 5, 6)
+"""Version 3 does not say which tokens the corpora hold, only how many; 3 and 4 have no hashes of files; up to 5 some
+fields have other names (``ecp_scale.config.renames``)."""
 HASHED = 5
 """Format version from which on files and the record itself have hashes."""
+RENAMED = 6
+"""Format version from which on fields have their present names."""
 TAG = re.compile(r"step-(\d{8})")
 PARTIAL = ".partial"
 
@@ -42,7 +46,7 @@ class CheckpointRecord:
 
     step: int
     tokens: int
-    ledger: str
+    data_digest: str
     skipped_steps: int
     world_size: int
     tensor_parallel: int
@@ -53,7 +57,7 @@ class CheckpointRecord:
     data: dict[str, Any]
     tokenizer: TokenizerRecord
     tokenizer_file: str
-    layouts: dict[str, Layout]
+    partitions: dict[str, Partition]
     files: dict[str, FileRecord]
     optimizer: dict[str, Any] = field(default_factory=dict)
     """The section of the config; empty where an earlier version wrote it."""
@@ -97,8 +101,9 @@ class CheckpointRecord:
         found = content.pop("xxh3", "none")
         if version >= HASHED and found != signed({"format_version": version, **content})["xxh3"]:
             raise InputError(f"{path}: is damaged: it is not what was written, by its hash")
+        content = with_present_names(content, version)
         content["tokenizer"] = TokenizerRecord(**content["tokenizer"])
-        content["layouts"] = {name: Layout(**layout) for name, layout in content["layouts"].items()}
+        content["partitions"] = {name: Partition(**partition) for name, partition in content["partitions"].items()}
         content["files"] = {
             name: FileRecord(**entry) if isinstance(entry, dict) else FileRecord(entry)
             for name, entry in content["files"].items()
@@ -127,6 +132,16 @@ class CheckpointRecord:
                     f"ZeRO-{self.zero_stage}, tensor parallel {self.tensor_parallel}"
                 )
         return None
+
+
+def with_present_names(content: dict[str, Any], version: int) -> dict[str, Any]:
+    """A record of an earlier version under the names of this one."""
+    if version >= RENAMED:
+        return content
+    names = {"ledger": "data_digest", "layouts": "partitions"}
+    renamed = {names.get(name, name): value for name, value in content.items()}
+    sections = ("model", "attention", "optimizer")
+    return renamed | {name: renamed_fields(name, renamed[name]) for name in sections if name in renamed}
 
 
 def signed(content: dict[str, Any]) -> dict[str, Any]:

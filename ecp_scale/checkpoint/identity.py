@@ -27,7 +27,7 @@ SECTION_RULES: dict[str, Rule] = {
 }
 FIELD_RULES: dict[str, Rule] = {
     "model.preset": NEVER_MATTERS,
-    "model.allow_short_reach": NEVER_MATTERS,
+    "model.allow_short_receptive_field": NEVER_MATTERS,
     "model.dropout": MAY_CHANGE,
     # If the weights allow it, see ModelConfig.weights_problems.
     **{f"model.{name}": MAY_CHANGE for name in GEOMETRY_FIELDS},

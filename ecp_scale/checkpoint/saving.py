@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.deepspeed_files import CheckpointFiles
-from ecp_scale.checkpoint.files import FileRecord, copy_hashed, damages, write_error
 from ecp_scale.checkpoint.folder import (
     RECORD,
     CheckpointRecord,
@@ -29,13 +26,17 @@ from ecp_scale.checkpoint.folder import (
     tag,
 )
 from ecp_scale.checkpoint.identity import check_continues, identity
-from ecp_scale.checkpoint.reshaping import load_reshaped
+from ecp_scale.checkpoint.merging import full_states
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
-from ecp_scale.models.sharding import layouts
 from ecp_scale.parallel.groups import agreed, decided
+from ecp_scale.parallel.partition import partitions
+from ecp_scale.zero.checkpoint_engine import CheckpointFiles
+from ecp_scale.zero.engine import Engine
+from ecp_scale.zero.filling import fill, optimizer_order
+from ecp_scale.zero.state_files import FileRecord, copy_hashed, damages, write_error
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    ledger: int = 0
-    """Sum modulo 2^64 of the entries of all samples that were consumed, see ``ecp_scale.data.blend``."""
+    data_digest: int = 0
+    """Of all samples that were consumed, see ``ecp_scale.data.digest``."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,14 @@ class Start:
         """How far the run is."""
         if self.record is None:
             return Progress()
-        return Progress(self.record.step, self.record.tokens, int(self.record.ledger, 16))
+        return Progress(self.record.step, self.record.tokens, int(self.record.data_digest, 16))
 
 
 class SaveFailedError(RuntimeError):
     """A checkpoint could not be written; what was written of it is gone. Raised on all ranks."""
 
 
-def save(
-    engine: deepspeed.DeepSpeedEngine, config: Config, blend: Blend, run: Path, done: Progress, run_tokens: int = 0
-) -> Path:
+def save(engine: Engine, config: Config, blend: Blend, run: Path, done: Progress, run_tokens: int = 0) -> Path:
     """Write the checkpoint of what is done; all ranks take part.
 
     Args:
@@ -114,7 +113,7 @@ def _attempt(action: Any, path: Path) -> Any:
 
 
 def _finish(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     config: Config,
     blend: Blend,
     partial: Path,
@@ -144,9 +143,9 @@ def _finish(
             tokens=done.tokens,
             tokenizer=blend.corpora[0].manifest.tokenizer,
             tokenizer_file=tokenizer.path.name if tokenizer.path else "",
-            layouts=layouts(engine.module),
+            partitions=partitions(engine.module),
             files=dict(sorted(files.items())),
-            ledger=f"{done.ledger:016x}",
+            data_digest=f"{done.data_digest:016x}",
             skipped_steps=engine.skipped_steps,
             run_tokens=run_tokens,
             **_layout(engine, config),
@@ -178,8 +177,8 @@ def find_start(run: Path, resuming: bool) -> Start:
         if any((path / RECORD).exists() for path in saved_folders(run)):
             # Not the first save that was cut short: work that something else has damaged, or that cannot be seen now.
             raise InputError(
-                "none of the run's checkpoints can be read; mend them, move them away to start over, or choose another "
-                "folder:\n" + "\n".join(f"  - {text}" for text in passed)
+                "none of the run's checkpoints can be read; restore them, move them away to start over, or choose "
+                "another folder:\n" + "\n".join(f"  - {text}" for text in passed)
             )
         return Start(passed_by=tuple(passed))
     if not resuming:
@@ -215,7 +214,7 @@ def check_start(start: Start, config: Config, blend: Blend) -> None:
         check_continues(start.record, start.folder, identity(config, blend, start.record.tokens))
 
 
-def load(engine: deepspeed.DeepSpeedEngine, config: Config, start: Start) -> None:
+def load(engine: Engine, config: Config, start: Start) -> None:
     """Fill a new engine with what a checkpoint of any layout holds; all ranks take part.
 
     Every file is read from front to end first and compared with its hash: in the same layout by the ranks that go on to
@@ -233,10 +232,11 @@ def load(engine: deepspeed.DeepSpeedEngine, config: Config, start: Start) -> Non
     if same:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
-        agreed(lambda: load_reshaped(engine, folder, record))
+        agreed(lambda: fill(engine, full_states(folder, record, optimizer_order(engine))))
+        engine.global_steps, engine.skipped_steps = record.step, record.skipped_steps
 
 
-def _own_files(engine: deepspeed.DeepSpeedEngine, record: CheckpointRecord) -> list[str]:
+def _own_files(engine: Engine, record: CheckpointRecord) -> list[str]:
     """Names of the files that DeepSpeed loads on this rank; the first one looks at those that no rank loads, too."""
     names = [engine._get_ckpt_name("", "")]
     if engine.zero_optimization():
@@ -260,7 +260,7 @@ def _check_files(folder: Path, record: CheckpointRecord, names: list[str]) -> No
         raise InputError("\n".join(found))
 
 
-def _layout(engine: deepspeed.DeepSpeedEngine, config: Config) -> dict[str, Any]:
+def _layout(engine: Engine, config: Config) -> dict[str, Any]:
     """What decides the form of DeepSpeed's files."""
     return {
         "world_size": dist.get_world_size(),

@@ -48,26 +48,26 @@ class Geometry:
         return self.sequence_length
 
     @property
-    def reach_tokens(self) -> int:
+    def receptive_field_tokens(self) -> int:
         """Farthest position, counted from 1 at itself, that any position can depend on (within any sequence)."""
         return self.sequence_length
 
     @property
-    def reach_formula(self) -> str:
-        """How ``reach_tokens`` comes about."""
+    def receptive_field_formula(self) -> str:
+        """How ``receptive_field_tokens`` comes about."""
         return f"sequence_length = {self.sequence_length}"
 
     def key_rows(self, layer: int) -> int:
         """Rows that enter a layer; keys and values are computed for all of them."""
-        return self.query_rows(layer - 1) if layer else self.sequence_length
+        return self.output_rows(layer - 1) if layer else self.sequence_length
 
-    def query_rows(self, layer: int) -> int:
+    def output_rows(self, layer: int) -> int:
         """Rows that leave a layer's attention, and pass its output projection and feed-forward network."""
         return self.sequence_length
 
-    def asking_rows(self, layer: int) -> int:
+    def query_rows(self, layer: int) -> int:
         """Rows whose queries are computed."""
-        return self.query_rows(layer)
+        return self.output_rows(layer)
 
     def score_pairs(self, layer: int) -> float:
         """Visible query-key pairs of a layer, mean over its heads."""
@@ -98,14 +98,15 @@ class Ecp(Geometry):
         return self.segment_length
 
     @property
-    def reach_tokens(self) -> int:
+    def receptive_field_tokens(self) -> int:
         """(L+1)*m: the segment's own tokens and one more segment per layer."""
         return (self.layers + 1) * self.segment_length
 
     @property
-    def reach_formula(self) -> str:
-        """The same with numbers."""
-        return f"(layers + 1) * segment_length = ({self.layers} + 1) * {self.segment_length} = {self.reach_tokens}"
+    def receptive_field_formula(self) -> str:
+        """How ``receptive_field_tokens`` comes about, in numbers."""
+        product = f"({self.layers} + 1) * {self.segment_length}"
+        return f"(layers + 1) * segment_length = {product} = {self.receptive_field_tokens}"
 
     def score_pairs(self, layer: int) -> float:
         """1.5 m per token, less the missing left of segment 0."""
@@ -130,14 +131,14 @@ class SlidingWindow(Geometry):
         return self.window
 
     @property
-    def reach_tokens(self) -> int:
+    def receptive_field_tokens(self) -> int:
         """L*(w-1)+1."""
         return self.layers * (self.window - 1) + 1
 
     @property
-    def reach_formula(self) -> str:
-        """The same with numbers."""
-        return f"layers * (window - 1) + 1 = {self.layers} * ({self.window} - 1) + 1 = {self.reach_tokens}"
+    def receptive_field_formula(self) -> str:
+        """How ``receptive_field_tokens`` comes about, in numbers."""
+        return f"layers * (window - 1) + 1 = {self.layers} * ({self.window} - 1) + 1 = {self.receptive_field_tokens}"
 
     def score_pairs(self, layer: int) -> float:
         """w per token, less at the beginning."""
@@ -151,14 +152,15 @@ class LongLora(Geometry):
     bounded_cache = True
 
     @property
-    def reach_tokens(self) -> int:
+    def receptive_field_tokens(self) -> int:
         """(L+1)*g/2: the own group, and half a group more with every further layer."""
         return (self.layers + 1) * self.group_length // 2
 
     @property
-    def reach_formula(self) -> str:
-        """The same with numbers."""
-        return f"(layers + 1) * group_length / 2 = ({self.layers} + 1) * {self.group_length} / 2 = {self.reach_tokens}"
+    def receptive_field_formula(self) -> str:
+        """How ``receptive_field_tokens`` comes about, in numbers."""
+        product = f"({self.layers} + 1) * {self.group_length} / 2"
+        return f"(layers + 1) * group_length / 2 = {product} = {self.receptive_field_tokens}"
 
     def score_pairs(self, layer: int) -> float:
         """Mean of the plain and of the shifted heads."""
@@ -186,7 +188,7 @@ class LatentModel(Geometry):
 class PerceiverAr(LatentModel):
     """Layer 0 reads all positions into the latents; the others are causal among the latents."""
 
-    def query_rows(self, layer: int) -> int:
+    def output_rows(self, layer: int) -> int:
         """The latents, from layer 0 on."""
         return self.latents
 
@@ -198,7 +200,7 @@ class PerceiverAr(LatentModel):
 class DoubleAttention(LatentModel):
     """The context sees itself in both directions, latents see everything; the last layer computes latents only."""
 
-    def query_rows(self, layer: int) -> int:
+    def output_rows(self, layer: int) -> int:
         """All positions but in the last layer."""
         return self.latents if layer == self.layers - 1 else self.sequence_length
 
@@ -239,13 +241,13 @@ class SplitAttention(DoubleAttention):
 class CompressedDoubleAttention(DoubleAttention):
     """Layer 0 is double attention whose context output is compressed to c rows, which the other layers keep."""
 
-    def query_rows(self, layer: int) -> int:
+    def output_rows(self, layer: int) -> int:
         """c + l, and l in the last layer."""
         return self.latents if layer == self.layers - 1 else self.compressed_context + self.latents
 
-    def asking_rows(self, layer: int) -> int:
+    def query_rows(self, layer: int) -> int:
         """Layer 0 asks at all n positions and compresses the answers."""
-        return self.sequence_length if layer == 0 else self.query_rows(layer)
+        return self.sequence_length if layer == 0 else self.output_rows(layer)
 
     def score_pairs(self, layer: int) -> float:
         """Double attention over n positions, then over c + l."""

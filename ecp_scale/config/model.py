@@ -20,7 +20,7 @@ class ModelConfig:
     """What the model is: its size, its attention pattern and the switches between `paper` and `scaled`."""
 
     preset: str | None = None
-    """Preset whose values are the defaults of this run (the YAML files in ecp_scale/presets)."""
+    """Preset whose values are the defaults of this run (the YAML files in ecp_scale/config/presets)."""
     architecture: Literal[
         "ecp",
         "perceiver_ar",
@@ -82,8 +82,8 @@ class ModelConfig:
     """Dropout on attention weights and on the feed-forward hidden layer."""
     initialization: Literal["pytorch", "normal", "depth_scaled"] = "depth_scaled"
     """PyTorch's defaults, normal with std 0.02, or the same with 0.02 / sqrt(2L) at the end of residual branches."""
-    allow_short_reach: bool = False
-    """Permit a reach below sequence_length."""
+    allow_short_receptive_field: bool = False
+    """Permit a receptive field below sequence_length."""
 
     @property
     def head_width(self) -> int:
@@ -116,9 +116,9 @@ class ModelConfig:
         )
 
     @property
-    def reach_tokens(self) -> int:
+    def receptive_field_tokens(self) -> int:
         """Farthest position, counted from 1 at itself, that any position depends on."""
-        return self.geometry.reach_tokens
+        return self.geometry.receptive_field_tokens
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of the stored embedding: V rounded up to a multiple of vocab_multiple * tensor_parallel."""
@@ -170,9 +170,9 @@ class ModelConfig:
         geometry = self.geometry
         entries = geometry.trained_positions * self.known_vocab_size * self.width
         for layer in range(self.layers):
-            entries += geometry.asking_rows(layer) * self.width**2
+            entries += geometry.query_rows(layer) * self.width**2
             entries += geometry.key_rows(layer) * self.key_value_matrix_parameters
-            entries += geometry.query_rows(layer) * (self.width**2 + self.feed_forward_matrix_parameters)
+            entries += geometry.output_rows(layer) * (self.width**2 + self.feed_forward_matrix_parameters)
         if geometry.compression_parameters:
             entries += geometry.compressed_context * geometry.context * self.width
         return 3 * (2 * entries + 4 * self.width * self.score_pairs) / self.sequence_length
@@ -222,10 +222,10 @@ class ModelConfig:
             )
         if geometry.latents <= n:
             found += geometry.problems()
-        if self.reach_tokens < n and not self.allow_short_reach:
+        if self.receptive_field_tokens < n and not self.allow_short_receptive_field:
             found.append(
-                f"the reach {geometry.reach_formula} is shorter than model.sequence_length {n}; "
-                "set model.allow_short_reach to accept that"
+                f"the receptive field {geometry.receptive_field_formula} is shorter than model.sequence_length {n}; "
+                "set model.allow_short_receptive_field to accept that"
             )
         if self.has_first_projection and n <= self.segment_length:
             found.append(

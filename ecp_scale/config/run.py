@@ -12,7 +12,7 @@ from ecp_scale.config.checks import not_positive, unusable
 from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.parallel import ParallelConfig
 
-AttentionBackend: TypeAlias = Literal["auto", "segments", "merged", "flex"]
+AttentionBackend: TypeAlias = Literal["auto", "sdpa", "flash", "flex"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class AttentionConfig:
     """What attention does at the borders of documents, and what computes it."""
 
     backend: AttentionBackend = "auto"
-    """How segments are computed: one call each (segments), two calls for all (merged, on a CPU), FlexAttention (flex,
-    on a GPU), or the fastest for the device (auto). All compute the same; where merged or flex cannot (dropout; on a
-    CPU also windows and documents), segments does."""
+    """Kernel of segment attention: torch's scaled_dot_product_attention for each segment (sdpa), two flash calls for
+    all (flash, on a CPU), FlexAttention (flex, on a GPU), or the fastest for the device (auto). All compute the same;
+    where flash or flex cannot (dropout; on a CPU also windows and documents), sdpa does."""
     document_mask: bool = False
     """Attention never crosses the border of a document, in any architecture."""
     restart_positions: bool = False
@@ -63,7 +63,7 @@ class DataConfig:
     shard prefix, as {0: {a: 0.7, b: 0.3}}. A run may add a later entry and go on."""
     validation_prefix: str | None = None
     """Prefix of the validation shards; null trains without validation."""
-    untrained_targets: list[int] = field(default_factory=list)
+    loss_ignore_ids: list[int] = field(default_factory=list)
     """Token ids that are read but whose prediction has no loss, such as padding or the end of documents."""
 
     @property
@@ -112,7 +112,7 @@ class OptimizerConfig:
     """Tokens over which the rate rises linearly from 0."""
     decay_tokens: int | None = None
     """Tokens at which cosine reaches its minimum; null means the whole run."""
-    minimum_ratio: float = 0.1
+    min_lr_ratio: float = 0.1
     """Final rate of cosine as a share of the peak."""
     halving_tokens: int | None = None
     """Tokens between two halvings of the rate (schedule halving)."""
@@ -120,7 +120,7 @@ class OptimizerConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with the optimizer."""
         found = not_positive("optimizer", self, ("learning_rate", "epsilon"))
-        for name in ("weight_decay", "gradient_clipping", "warmup_tokens", "minimum_ratio"):
+        for name in ("weight_decay", "gradient_clipping", "warmup_tokens", "min_lr_ratio"):
             if getattr(self, name) < 0:
                 found.append(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")
         for name in ("beta1", "beta2"):

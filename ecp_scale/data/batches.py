@@ -9,7 +9,7 @@ from torch import Tensor
 from ecp_scale.config import TrainingConfig
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.ledger import LANES, to_lanes
+from ecp_scale.data.digest import PARTS, to_parts
 
 
 class TrainingBatches:
@@ -21,8 +21,8 @@ class TrainingBatches:
 
     def __init__(self, blend: Blend, config: TrainingConfig, ranks: int, rank: int) -> None:
         self.blend = blend
-        # What this rank has read of the step that ``after`` was last asked for, see ``ledger_entry``.
-        self.lanes = [0] * LANES
+        # The digest of what this rank has read of the step that ``after`` was last asked for.
+        self.digest_parts = [0] * PARTS
         self.micro = config.micro_batch_size
         self.ranks = ranks
         self.rank = rank
@@ -31,14 +31,14 @@ class TrainingBatches:
         """Micro-batches (micro, n + 1) of the step of ``sequences`` samples that follows ``tokens`` tokens."""
         stride = self.micro * self.ranks
         first = tokens // self.blend.sequence_length + self.rank * self.micro
-        self.lanes = [0] * LANES
+        self.digest_parts = [0] * PARTS
         for start in range(first, first + sequences, stride):
             rows = []
             for sample in range(start, start + self.micro):
                 corpus, window = self.blend.locate(sample)
                 rows.append(self.blend.read(corpus, window))
-                parts = to_lanes(self.blend.entry(sample, corpus, window))
-                self.lanes = [total + part for total, part in zip(self.lanes, parts, strict=True)]
+                parts = to_parts(self.blend.digest(sample, corpus, window))
+                self.digest_parts = [total + part for total, part in zip(self.digest_parts, parts, strict=True)]
             yield torch.from_numpy(np.stack(rows))
 
 

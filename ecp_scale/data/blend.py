@@ -8,7 +8,7 @@ it.
 from collections.abc import Iterator, Mapping, Sequence
 
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.ledger import ledger_entry
+from ecp_scale.data.digest import sample_digest
 from ecp_scale.data.mixture import VERSION, Mixture
 from ecp_scale.data.order import SampleOrder
 from ecp_scale.data.shards import Tokens
@@ -50,9 +50,9 @@ class Blend:
         """The n + 1 tokens of a window, as int64."""
         return self.corpora[corpus].window(window)
 
-    def entry(self, sample: int, corpus: int, window: int) -> int:
-        """What the ledger adds for a sample, see ``ledger_entry``."""
-        return ledger_entry(sample, corpus, window, self.corpora[corpus].digest)
+    def digest(self, sample: int, corpus: int, window: int) -> int:
+        """What a sample adds to the data digest of a run, see ``sample_digest``."""
+        return sample_digest(sample, corpus, window, self.corpora[corpus].digest)
 
     def epochs(self, tokens: int) -> Iterator[tuple[Corpus, float]]:
         """How often the first ``tokens`` tokens of the run show each corpus."""

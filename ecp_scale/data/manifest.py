@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ecp_scale.data.files import sha256_of, write_text
 from ecp_scale.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
+from ecp_scale.files import sha256_of, write_text
 
 FORMAT_VERSION = 3
 READABLE = (2, 3)

@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
     end_of_document: int
     """Id of the token that ends a document."""
     end_reason: str
-    """Its name, and why it was taken."""
+    """Name of the token that ends a document, and why it was chosen."""
     unknown: int | None
     """Id that stands for what the vocabulary cannot write; None where there is none."""
     is_local: bool
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         """Ids of a text, without any begin or end."""
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
-        """The same for many texts, in this thread; ``control``: names of control tokens in them become the tokens."""
+        """Ids of many texts, in this thread; ``control``: names of control tokens in them become the tokens."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""

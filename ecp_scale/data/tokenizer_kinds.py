@@ -17,8 +17,8 @@ import numpy.typing as npt
 import sentencepiece
 
 from ecp_scale.data.end_tokens import End, choose_end
-from ecp_scale.data.files import sha256_of
 from ecp_scale.errors import InputError
+from ecp_scale.files import sha256_of
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 SPACE_SYMBOL = "\u2581"
@@ -89,7 +89,7 @@ class SentencePieceTokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
-        """The same for many texts, in this thread; ``control`` changes nothing, pieces of control have no text."""
+        """Ids of many texts, in this thread; ``control`` changes nothing, pieces of control have no text."""
         encode = self._processor.encode
         # Trap: a list starts a thread, which takes as long as ten short texts.
         encoded: list[Ids] = (
@@ -168,7 +168,7 @@ class HuggingFaceTokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
-        """The same for many texts; in this thread where TOKENIZERS_PARALLELISM is false."""
+        """Ids of many texts; in this thread where TOKENIZERS_PARALLELISM is false."""
         self._tokenizer.encode_special_tokens = not control  # i.e. encode their names as text
         encoded = [
             self._plain(text) for text in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -247,7 +247,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
-        """The same for many texts; ``control`` changes nothing, the end has no text."""
+        """Ids of many texts; ``control`` changes nothing, the end has no text."""
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:

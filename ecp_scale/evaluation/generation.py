@@ -57,7 +57,7 @@ def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:
 
 
 def _windowed(model: LanguageModel, padding: int) -> Callable[[list[int]], Tensor]:
-    """The same for models whose context is not causal: each call reads the last n ids anew, ``padding`` before them."""
+    """Scores of the next token without a causal context: each call reads the last n ids, after ``padding``."""
     seen = [padding] * model.config.sequence_length
     device = next(model.parameters()).device
 

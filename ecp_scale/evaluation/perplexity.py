@@ -24,7 +24,7 @@ from ecp_scale.config import ModelConfig
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Protocol
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.rows import Stream
+from ecp_scale.models.positions import Stream
 
 Ids = npt.NDArray[np.int64]
 STREAM_CHUNK_TOKENS = 4096
@@ -47,7 +47,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Card:
+class EvaluationResult:
     """The figures of one evaluation. NLL in nats; the ends of documents are scored and counted as tokens."""
 
     protocol: str
@@ -60,7 +60,7 @@ class Card:
     unknown: int = 0
 
     @classmethod
-    def of(cls, protocol: str, nll: float, tokens_scored: int, text: Text) -> "Card":
+    def of(cls, protocol: str, nll: float, tokens_scored: int, text: Text) -> "EvaluationResult":
         """The figures of a text."""
         return cls(protocol, nll, tokens_scored, len(text.ids), text.bytes, text.words, text.lines, text.unknown)
 
@@ -81,7 +81,7 @@ class Card:
 
     @property
     def word_and_line_end_perplexity(self) -> float:
-        """The same with a word more for each line end: the unit of the literature for WikiText."""
+        """exp(total NLL / (words + line ends)), the unit of the literature for WikiText."""
         return _exp(self.nll_per_token * self.tokens / (self.words + self.lines))
 
     @property
@@ -120,7 +120,7 @@ def default_protocol(config: ModelConfig) -> Protocol:
 
 def evaluate(
     model: LanguageModel, text: Text, end_of_document: int, protocol: Protocol, progress: bool = False
-) -> Card:
+) -> EvaluationResult:
     """Score a text.
 
     An end of document is put before the first token, so that the first one is predicted too.
@@ -143,7 +143,7 @@ def evaluate(
             nll += losses.double().sum().item()
             scored += losses.numel()
             bar.update(losses.numel())
-    return Card.of(protocol, nll, scored, text)
+    return EvaluationResult.of(protocol, nll, scored, text)
 
 
 def _stream(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
@@ -179,7 +179,7 @@ def _losses(model: LanguageModel, ids: Ids, stream: Stream | None = None) -> Ten
     return cross_entropy(logits.float(), tokens[0, -len(logits) :], reduction="none")
 
 
-def unigram_card(text: Text, training_counts: Ids) -> Card:
+def unigram_result(text: Text, training_counts: Ids) -> EvaluationResult:
     """The yardstick: each token by its frequency in the training shards, add-one smoothed.
 
     Args:
@@ -188,4 +188,4 @@ def unigram_card(text: Text, training_counts: Ids) -> Card:
     """
     probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
     nll = float(-np.log(probabilities[text.ids]).sum())
-    return Card.of("unigram", nll, len(text.ids), text)
+    return EvaluationResult.of("unigram", nll, len(text.ids), text)

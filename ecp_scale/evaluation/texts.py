@@ -1,21 +1,22 @@
 """Texts to evaluate: raw files through the model's tokenizer, or shards that were made with it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.cutting import Cutter
-from ecp_scale.data.documents import read_documents
-from ecp_scale.data.encoding import measure
-from ecp_scale.data.finding import find_sources
 from ecp_scale.data.manifest import manifest_path
-from ecp_scale.data.parsing import Parsing
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.data.tokenizer_kinds import UnencodableError
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Text
+from ecp_scale.preparation.cutting import Cutter
+from ecp_scale.preparation.documents import read_documents
+from ecp_scale.preparation.encoding import measure
+from ecp_scale.preparation.finding import find_sources
+from ecp_scale.preparation.parsing import Parsing
 
 
 def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
@@ -28,14 +29,28 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
         corpus = open_shards(data, tokenizer)
         totals = corpus.manifest.totals
         return Text(corpus.read(0, corpus.tokens), totals.bytes, totals.words, totals.lines, totals.unknown)
+    return measure_text(read_documents(find_sources([data]).sources, Parsing(text_key)), tokenizer, data)
+
+
+def measure_text(documents: Iterable[str], tokenizer: Tokenizer, name: str = "text") -> Text:
+    """Ids and sizes of some documents.
+
+    Args:
+        documents: in order.
+        tokenizer: of the model that scores them.
+        name: of the text, for an error.
+
+    Raises:
+        InputError: if the tokenizer cannot encode a document.
+    """
     ids: list[npt.NDArray[np.int32]] = []
     size = words = lines = 0
     cutter = Cutter(tokenizer)
-    for document in read_documents(find_sources([data]).sources, Parsing(text_key)):
+    for document in documents:
         try:
             ids += [tokenizer.encode_batch([piece.encoded])[0] for piece in cutter.pieces([document])]
         except UnencodableError as error:
-            raise InputError(f"{data}: a document cannot be encoded: {error}") from error
+            raise InputError(f"{name}: a document cannot be encoded: {error}") from error
         ids.append(np.array([tokenizer.end_of_document], dtype=np.int32))
         counts = measure(document)
         size, words, lines = size + counts[0], words + counts[1], lines + counts[2]

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 
 from ecp_scale.config import ModelConfig
-from ecp_scale.models.linear import Shard
 from ecp_scale.models.patterns import (
     CausalSegments,
     CompressingContext,
@@ -19,28 +18,29 @@ from ecp_scale.models.patterns import (
     Pattern,
     ShiftedGroups,
 )
+from ecp_scale.parallel.context import ParallelContext
 
 WHOLE = sys.maxsize
 """Segment length that makes any sequence one segment."""
 
 
-def ecp(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def ecp(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Segments that see themselves and their left neighbour, in every layer."""
-    return CausalSegments(config.geometry.segment_length, context=shard.context)
+    return CausalSegments(config.geometry.segment_length, context=parallel.cp_group)
 
 
-def perceiver_ar(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def perceiver_ar(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Layer 0 reads everything into the latents; after that, a transformer over the latents."""
     return LatentQueries(config.geometry.latents) if layer == 0 else CausalSegments(WHOLE)
 
 
-def double_attention(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def double_attention(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """All positions in every layer; the last one need not compute a context that nobody reads."""
     latents = config.geometry.latents
     return LatentQueries(latents) if layer == config.layers - 1 else LatentsAndContext(latents)
 
 
-def split_attention(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def split_attention(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Double attention whose context is cut into segments."""
     geometry = config.geometry
     if layer == config.layers - 1:
@@ -48,12 +48,12 @@ def split_attention(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
     return LatentsAndContext(geometry.latents, geometry.segment_length)
 
 
-def compressed_double_attention(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def compressed_double_attention(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Layer 0 compresses the context; after that, double attention over c + l rows."""
     geometry = config.geometry
     if layer == 0:
         sizes = (geometry.latents, geometry.context, geometry.compressed_context)
-        return CompressingContext(*sizes, config.compression_residual, shard)
+        return CompressingContext(*sizes, config.compression_residual, parallel)
     return (
         LatentQueries(geometry.latents)
         if layer == config.layers - 1
@@ -61,22 +61,22 @@ def compressed_double_attention(config: ModelConfig, layer: int, shard: Shard) -
     )
 
 
-def transformer(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def transformer(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Full causal attention: one segment, whatever its length."""
     return CausalSegments(WHOLE)
 
 
-def sliding_window(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def sliding_window(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Segments of w, of whose left neighbour the last tokens that make up w are in view."""
-    return CausalSegments(config.geometry.window, window=config.geometry.window, context=shard.context)
+    return CausalSegments(config.geometry.window, window=config.geometry.window, context=parallel.cp_group)
 
 
-def longlora(config: ModelConfig, layer: int, shard: Shard) -> Pattern:
+def longlora(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:
     """Groups, shifted for half of the heads."""
-    return ShiftedGroups(config.geometry.group_length, config.key_value_heads or config.heads, shard)
+    return ShiftedGroups(config.geometry.group_length, config.key_value_heads or config.heads, parallel)
 
 
-ARCHITECTURES: dict[str, Callable[[ModelConfig, int, Shard], Pattern]] = {
+ARCHITECTURES: dict[str, Callable[[ModelConfig, int, ParallelContext], Pattern]] = {
     architecture.__name__: architecture
     for architecture in (
         ecp,

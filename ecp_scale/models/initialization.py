@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ecp_scale.config import ModelConfig
-from ecp_scale.models.linear import ColumnLinear, Embedding, RowLinear, Shard
-from ecp_scale.models.sharding import Layout, whole_shape
+from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.linear import ColumnLinear, Embedding, RowLinear
+from ecp_scale.parallel.partition import Partition, full_shape
 
 RESIDUAL_BRANCH_ENDS = ("attention.output", "attention.first_output", "feed_forward.down")
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -> None:
+def initialize(model: nn.Module, config: ModelConfig, parallel: ParallelContext, seed: int) -> None:
     """Fill every parameter in place, by ``config.initialization``; norms start as the identity.
 
     ``pytorch``: what nn.Linear and nn.Embedding do by default. ``normal``: normal with std 0.02, biases 0.
@@ -28,7 +29,7 @@ def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -
             full_name = f"{module_name}.{name}"
             digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-            whole = torch.empty(whole_shape(parameter, shard.size))
+            whole = torch.empty(full_shape(parameter, parallel.tp_size))
             if config.initialization == "pytorch":
                 _pytorch_default(whole, module, generator)
             elif name == "bias":
@@ -38,7 +39,9 @@ def initialize(model: nn.Module, config: ModelConfig, shard: Shard, seed: int) -
                 scaled = ends_branch and config.initialization == "depth_scaled"
                 std = 0.02 / math.sqrt(2 * config.layers) if scaled else 0.02
                 whole.normal_(0.0, std, generator=generator)
-            share = Layout.of(parameter).split(whole, shard.size, shard.rank, parameter.shape[0] * shard.size)
+            share = Partition.of(parameter).split(
+                whole, parallel.tp_size, parallel.tp_rank, parameter.shape[0] * parallel.tp_size
+            )
             parameter.copy_(share)
 
 

@@ -1,6 +1,6 @@
 """The autoregressive language model: embedding, blocks, norm, output layer."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,16 @@ from torch import Tensor, nn
 from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.models.blocks import Block
-from ecp_scale.models.linear import Embedding, Shard, enter
+from ecp_scale.models.loss import OutputLayer
 from ecp_scale.models.norms import norm
-from ecp_scale.models.output import VocabularyOutput
 from ecp_scale.models.patterns import Pattern
-from ecp_scale.models.rows import Documents, Rows, Stream
-from ecp_scale.parallel.megatron import gather_from_tensor_model_parallel_region
+from ecp_scale.models.positions import DocumentIds, Positions, Stream
+from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.linear import (
+    Embedding,
+    gather_from_tensor_parallel_region,
+    gather_to_tensor_parallel_region,
+)
 from ecp_scale.parallel.recompute import recomputed
 
 
@@ -25,64 +29,77 @@ class LanguageModel(nn.Module):
     shows outside.
     """
 
-    def __init__(self, config: ModelConfig, shard: Shard, attention: AttentionConfig | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, parallel: ParallelContext, attention: AttentionConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.attention = attention or AttentionConfig()
-        self.shard = shard
-        padded = config.padded_vocab_size(shard.size)
-        self.embedding = Embedding(padded, config.width, shard)
-        self.layers = nn.ModuleList(Block(config, layer, shard) for layer in range(config.layers))
+        self.parallel = parallel
+        padded = config.padded_vocab_size(parallel.tp_size)
+        self.embedding = Embedding(padded, config.width, parallel)
+        self.layers = nn.ModuleList(Block(config, layer, parallel) for layer in range(config.layers))
         for pattern in self._patterns():
             pattern.backend = self.attention.backend
-        self.norm = norm(config.norm, config.width, shard)
-        self.output = VocabularyOutput(config.width, padded, config.known_vocab_size, config.bias, shard)
+        self.norm = norm(config.norm, config.width, parallel)
+        self.output = OutputLayer(config.width, padded, config.known_vocab_size, config.bias, parallel)
         self.embedding.weight.vocabulary_rows = config.known_vocab_size
 
-    def forward(self, tokens: Tensor, targets: Tensor, trained: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of the targets of every trained position of this rank's run of the sequence.
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        counted: Tensor | None = None,
+        stream: Stream | None = None,
+        last: int | None = None,
+    ) -> Any:
+        """Losses of the targets or, without targets, scores of the next token.
 
         Args:
             tokens: token ids (B, N) of the whole sequence, also where ranks share it.
             targets: the token that follows each of them (B, N).
-            trained: which of ``trained_targets`` (B, R) count; None means all.
+            counted: which of ``trained_targets`` (B, R) count; None means all.
+            stream: without targets, what came before, from ``new_stream``; it moves on.
+            last: without targets, how many of the last trained positions are asked for; None means all.
 
         Returns:
-            The sum of the losses that count, in nats, to train on; and all losses (B, R), without gradients. At least
-            float32.
+            With targets, of this rank's run of the sequence: the sum of the negative log-likelihoods that count, in
+            nats, to train on; and all of them (B, R), without gradients; at least float32. Without targets, logits
+            (B, R, V) over the true vocabulary, complete on every rank of the tensor-parallel group.
         """
-        wanted = self.trained_targets(targets).t()
-        counted = None if trained is None else trained.t()
-        total, losses = self.output(self._outgoing(tokens, None), wanted, counted)
-        return total, losses.t()
+        positions = self._positions(tokens, stream)
+        x_NBD = self.embedding(tokens[:, self._run(tokens.shape[1])])
+        for number, (block, pattern) in enumerate(zip(self.layers, self._patterns(), strict=True)):
+            cache = stream.caches[number] if stream else None
+            if self.training and self.parallel.recompute == "full":
+                x_NBD = recomputed(block, x_NBD, positions, cache, random=self.config.dropout > 0)
+            else:
+                x_NBD = block(x_NBD, positions, cache)
+            positions = pattern.output_positions(positions)
+        x_RBD = gather_to_tensor_parallel_region(self.norm(x_NBD), self.parallel)
+        if targets is not None:
+            wanted_RB = self.trained_targets(targets).t()
+            total, losses_RB = self.output(x_RBD, wanted_RB, None if counted is None else counted.t())
+            return total, losses_RB.t()
+        local_RBV = self.output(x_RBD if last is None else x_RBD[-last:])
+        logits_RBV = gather_from_tensor_parallel_region(local_RBV, self.parallel)
+        return logits_RBV[..., : self.config.known_vocab_size].transpose(0, 1)
+
+    def logits(self, tokens: Tensor, stream: Stream | None = None, last: int | None = None) -> Tensor:
+        """Scores of the next token: ids (B, N) -> logits (B, R, V) of the trained positions; see ``forward``."""
+        return self(tokens, stream=stream, last=last)
 
     def trained_targets(self, targets: Tensor) -> Tensor:
-        """Those targets (B, R) of a sequence (B, N) whose loss this rank computes."""
+        """The targets (B, R) of a sequence (B, N) whose loss this rank computes."""
         return targets[:, self._run(targets.shape[1])][:, -self.config.geometry.trained_positions :]
 
     def _run(self, positions: int) -> slice:
         """Positions of a sequence that this rank holds."""
-        context = self.shard.context
+        context = self.parallel.cp_group
         if context is None:
             return slice(0, positions)
         length = positions // context.size()
         return slice(context.rank() * length, (context.rank() + 1) * length)
-
-    def logits(self, tokens: Tensor, stream: Stream | None = None, last: int | None = None) -> Tensor:
-        """Scores of the next token, over the true vocabulary, complete on every rank.
-
-        Args:
-            tokens: token ids (B, N); where ranks share the sequence, each returns the scores of its run.
-            stream: from ``new_stream``; the tokens then continue what it has seen.
-            last: how many of the last trained positions are asked for; None means all.
-
-        Returns:
-            Logits (B, R, V) of the trained positions.
-        """
-        outgoing = self._outgoing(tokens, stream)
-        local = self.output(outgoing if last is None else outgoing[-last:])
-        gathered = gather_from_tensor_model_parallel_region(local, group=self.shard.group)
-        return gathered[..., : self.config.known_vocab_size].transpose(0, 1)
 
     def new_stream(self) -> Stream:
         """An empty stream. Its memory is bounded where ``config.geometry.bounded_cache`` says so.
@@ -92,23 +109,10 @@ class LanguageModel(nn.Module):
         """
         return Stream([pattern.new_cache() for pattern in self._patterns()])
 
-    def _outgoing(self, tokens: Tensor, stream: Stream | None) -> Tensor:
-        """What the output layer reads (R, B, D)."""
-        rows = self._rows(tokens, stream)
-        x = self.embedding(tokens[:, self._run(tokens.shape[1])])
-        for number, (block, pattern) in enumerate(zip(self.layers, self._patterns(), strict=True)):
-            cache = stream.caches[number] if stream else None
-            if self.training and self.shard.recompute == "full":
-                x = recomputed(block, x, rows, cache, random=self.config.dropout > 0)
-            else:
-                x = block(x, rows, cache)
-            rows = pattern.outgoing(rows)
-        return enter(self.norm(x), self.shard)
-
     def _patterns(self) -> list[Pattern]:
         return [cast(Block, block).attention.pattern for block in self.layers]
 
-    def _rows(self, tokens: Tensor, stream: Stream | None) -> Rows:
+    def _positions(self, tokens: Tensor, stream: Stream | None) -> Positions:
         """Positions and documents of tokens (B, N); the stream moves on."""
         start = stream.position if stream else 0
         run = self._run(tokens.shape[1])
@@ -117,7 +121,7 @@ class LanguageModel(nn.Module):
         if self.attention.document_mask:
             end = self.attention.end_of_document
             assert end is not None, "end_of_document is read from the tokenizer before the model is built"
-            found = Documents.of(tokens, end, stream.documents if stream else None)
+            found = DocumentIds.of(tokens, end, stream.documents if stream else None)
             # Those of the segment to the left are known here; they need not travel with its keys and values.
             documents = found.ids[:, max(0, run.start - self.config.geometry.halo_positions) : run.stop]
             positions = found.positions if self.attention.restart_positions else positions
@@ -125,6 +129,6 @@ class LanguageModel(nn.Module):
                 stream.documents = found.next_token(tokens, end)
         if stream:
             stream.position += tokens.shape[1]
-        at_least_float32 = torch.promote_types(self.shard.dtype, torch.float32)
+        at_least_float32 = torch.promote_types(self.parallel.dtype, torch.float32)
         turns = rotation(positions[..., run], self.config.head_width, self.config.rotary_theta, at_least_float32)
-        return Rows(turns, documents, start + run.start)
+        return Positions(turns, documents, start + run.start)

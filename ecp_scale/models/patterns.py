@@ -13,9 +13,10 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
 from ecp_scale.config import AttentionBackend
-from ecp_scale.models.linear import Shard, summed_gradient
-from ecp_scale.models.rows import LayerCache, Rows
+from ecp_scale.models.positions import LayerCache, Positions
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.halo import Halo
+from ecp_scale.parallel.linear import with_summed_gradient
 from ecp_scale.precision import linear
 
 
@@ -25,21 +26,21 @@ class Pattern(nn.Module):
     backend: AttentionBackend = "auto"
     """How segments are computed."""
 
-    def asking(self, positions: int) -> int:
-        """How many of the last ``positions`` rows have a query."""
+    def query_rows(self, positions: int) -> int:
+        """How many of the last of so many positions have a query."""
         return positions
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
-        """Queries (B, H, Nq, E) to attended values (B, H, N', E), one for each row that leaves the layer."""
+        """Queries (B, H, Nq, E) to attended values (B, H, N', E), one for each position that leaves the layer."""
         raise NotImplementedError
 
-    def residual(self, x: Tensor, rows: Rows) -> Tensor:
-        """The rows (N', B, D) to which the layer's output is added, from those that it received (N, B, D)."""
+    def residual(self, x: Tensor, positions: Positions) -> Tensor:
+        """What the layer's output is added to: (N, B, D) -> (N', B, D)."""
         return x
 
-    def outgoing(self, rows: Rows) -> Rows:
-        """What is known of the rows that leave the layer."""
-        return rows
+    def output_positions(self, positions: Positions) -> Positions:
+        """The positions that leave the layer."""
+        return positions
 
     def new_cache(self) -> LayerCache:
         """Empty caches of the layer, for streaming."""
@@ -104,11 +105,11 @@ class ShiftedGroups(Pattern):
     a group instead.
     """
 
-    def __init__(self, group_length: int, key_value_heads: int, shard: Shard) -> None:
+    def __init__(self, group_length: int, key_value_heads: int, parallel: ParallelContext) -> None:
         super().__init__()
         self.group_length = group_length
-        local = key_value_heads // shard.size
-        plain = min(max(key_value_heads // 2 - shard.rank * local, 0), local)
+        local = key_value_heads // parallel.tp_size
+        plain = min(max(key_value_heads // 2 - parallel.tp_rank * local, 0), local)
         kinds = ((plain, group_length), (local - plain, group_length // 2))
         self.kinds = [(heads, first_length) for heads, first_length in kinds if heads]
         """Key/value heads (local) of each kind, and the length of their first group."""
@@ -156,7 +157,7 @@ class LatentQueries(Pattern):
         super().__init__()
         self.latents = latents
 
-    def asking(self, positions: int) -> int:
+    def query_rows(self, positions: int) -> int:
         """The latents alone."""
         return min(self.latents, positions)
 
@@ -164,13 +165,13 @@ class LatentQueries(Pattern):
         """A causal mask aligned to the end."""
         return attend(q, key_value, dropout=dropout)
 
-    def residual(self, x: Tensor, rows: Rows) -> Tensor:
-        """The latents' rows."""
+    def residual(self, x: Tensor, positions: Positions) -> Tensor:
+        """The latents alone."""
         return x[-self.latents :]
 
-    def outgoing(self, rows: Rows) -> Rows:
-        """The latents' rows."""
-        return rows.last(self.asking(rows.rotation.cos.shape[-2]))
+    def output_positions(self, positions: Positions) -> Positions:
+        """The latents alone."""
+        return positions.last(self.query_rows(positions.rotation.cos.shape[-2]))
 
 
 class LatentsAndContext(Pattern):
@@ -195,13 +196,13 @@ class LatentsAndContext(Pattern):
 class Compression(nn.Linear):
     """One Linear(n - l -> c) along the sequence, shared by all channels: (B, H, n - l, E) -> (B, H, c, E)."""
 
-    def __init__(self, context: int, compressed: int, shard: Shard) -> None:
-        super().__init__(context, compressed, dtype=shard.dtype)
-        self.group = shard.group
+    def __init__(self, context: int, compressed: int, parallel: ParallelContext) -> None:
+        super().__init__(context, compressed, dtype=parallel.dtype)
+        self.group = parallel.tp_group
 
     def forward(self, x: Tensor) -> Tensor:
         """Compress the positions."""
-        weight, bias = (summed_gradient(parameter, self.group) for parameter in (self.weight, self.bias))
+        weight, bias = (with_summed_gradient(parameter, self.group) for parameter in (self.weight, self.bias))
         return linear(x.transpose(-1, -2), weight, bias).transpose(-1, -2)
 
 
@@ -212,10 +213,10 @@ class CompressingContext(LatentsAndContext):
     only one that has positions on both sides; positions of other documents count as zeros.
     """
 
-    def __init__(self, latents: int, context: int, compressed: int, residual: str, shard: Shard) -> None:
+    def __init__(self, latents: int, context: int, compressed: int, residual: str, parallel: ParallelContext) -> None:
         super().__init__(latents, drop_context=False)
         self.context, self.compressed, self.aligned = context, compressed, residual == "aligned"
-        self.compression = Compression(context, compressed, shard)
+        self.compression = Compression(context, compressed, parallel)
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
         """Attend, then compress the context's part."""
@@ -224,28 +225,28 @@ class CompressingContext(LatentsAndContext):
             context = context * self._of_border_document(key_value.documents)[:, None, :, None]
         return torch.cat((self.compression(context), latents), dim=-2)
 
-    def residual(self, x: Tensor, rows: Rows) -> Tensor:
+    def residual(self, x: Tensor, positions: Positions) -> Tensor:
         """Context rows averaged over the share that each compressed row stands for, and the latents' own rows."""
         context, latents = self._parts(x, dim=0)
         if not self.aligned:
             return x[: self.compressed + self.latents]
-        if rows.documents is None:
+        if positions.documents is None:
             return torch.cat((self._pool(context), latents))
-        counts = self._of_border_document(rows.documents).t()[..., None].to(x.dtype)
+        counts = self._of_border_document(positions.documents).t()[..., None].to(x.dtype)
         pooled, share = self._pool(context * counts), self._pool(counts)
         return torch.cat((pooled / share.clamp(min=1 / self.context), latents))
 
-    def outgoing(self, rows: Rows) -> Rows:
+    def output_positions(self, positions: Positions) -> Positions:
         """A compressed row stands at the last position of its share."""
-        device = rows.rotation.cos.device
+        device = positions.rotation.cos.device
         shares = torch.arange(1, self.compressed + 1, device=device)
         last = (shares * self.context + self.compressed - 1) // self.compressed - 1
-        positions = torch.cat((last, torch.arange(self.context, self.context + self.latents, device=device)))
-        documents = rows.documents
+        kept = torch.cat((last, torch.arange(self.context, self.context + self.latents, device=device)))
+        documents = positions.documents
         if documents is not None:
             border = documents[:, self.context - 1 : self.context]
             documents = torch.cat((border.expand(-1, self.compressed), documents[:, self.context :]), dim=1)
-        return Rows(rows.rotation.rows(positions), documents, rows.start)
+        return Positions(positions.rotation.at(kept), documents, positions.start)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Context and latents."""

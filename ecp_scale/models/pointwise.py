@@ -16,7 +16,7 @@ NORM_EPSILON = 1e-5
 Function = Callable[..., Any]
 
 
-def fused(function: Function, compiled: bool) -> Function:
+def maybe_compile(function: Function, compiled: bool) -> Function:
     """The function, or the kernel that is compiled for it at its first call; one for all layers."""
     return _compiled(function) if compiled else function
 
@@ -36,13 +36,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
 
 
-def add_and_rms_norm(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """x + branch, and its RMSNorm."""
     total = x + branch
     return total, rms_norm(total, weight)
 
 
-def add_and_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """x + branch, and its LayerNorm."""
     total = x + branch
     return total, layer_norm(total, weight, bias)

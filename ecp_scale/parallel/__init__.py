@@ -1,1 +1,1 @@
-"""The only room that touches Megatron's global state, DeepSpeed's mpu, CPU/GPU differences and messages."""
+"""How ranks share a model: groups, tensor-parallel layers, halo, recomputation, random state, devices."""

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ecp_scale.cluster.heartbeat import rendezvous
+from ecp_scale.cluster.ranks import Ranks
 from ecp_scale.config import ParallelConfig
 from ecp_scale.errors import AgreedError, InputError
 from ecp_scale.parallel.device import backend, local_device
 from ecp_scale.parallel.megatron import parallel_state
-from ecp_scale.parallel.places import Ranks
-from ecp_scale.parallel.roll_call import joined_launch
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Groups:
 def process_groups(config: ParallelConfig, joined: Callable[[], None] = lambda: None) -> Iterator[Groups]:
     """Join the launch, build Megatron's groups, and leave both in order.
 
-    One program, whatever the number of ranks: see ``joined_launch``. Where torch.distributed is up already, its world
+    One program, whatever the number of ranks: see ``rendezvous``. Where torch.distributed is up already, its world
     is used and left as it is.
 
     Args:
@@ -66,7 +66,7 @@ def process_groups(config: ParallelConfig, joined: Callable[[], None] = lambda: 
         if dist.is_initialized():
             stack.callback(_end_groups)
         else:
-            stack.enter_context(joined_launch(backend(device), config.timeout_seconds))
+            stack.enter_context(rendezvous(backend(device), config.timeout_seconds))
             stack.callback(parallel_state.destroy_model_parallel)
         joined()
         parallel_state.initialize_model_parallel(

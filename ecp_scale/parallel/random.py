@@ -1,36 +1,64 @@
 """Random state as arithmetic: dropout is a function of (seed, step, rank), so no generator is ever saved.
 
-Two streams, as in Megatron: the default one is equal on all ranks that share a matrix, the forked one differs.
-DeepSpeed tracks them, and is imported only when there is something to draw: evaluation starts without it.
+Two streams, as in Megatron: torch's default generator draws the same on all ranks of a tensor-parallel group, the
+tensor-parallel stream differs between them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from ecp_scale.parallel.groups import Groups
 
-_TENSOR_PARALLEL_STREAM = "model-parallel-rng"
+
+class RandomStream:
+    """A second stream of random numbers on the current device; ``state`` is that of torch's generator."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+
+    def seed(self, seed: int) -> None:
+        """Start the stream anew; torch's default generator stays where it is."""
+        present = _state()
+        torch.manual_seed(seed)
+        self.state = _state()
+        _set_state(present)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Let torch draw from this stream, which moves on."""
+        assert self.state is not None, "seed_step comes before the first number"
+        present = _state()
+        _set_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = _state()
+            _set_state(present)
+
+
+TENSOR_PARALLEL = RandomStream()
+"""The stream that differs between the ranks of a tensor-parallel group."""
 
 
 def seed_step(seed: int, step: int, groups: Groups) -> None:
     """Start both streams of one optimizer step; a resumed run draws what the uninterrupted one draws."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
-
     replica = (seed * 1_000_003 + step) * 65_536 + groups.data_rank
-    tracker = get_cuda_rng_tracker()
-    tracker.reset()
-    get_accelerator().manual_seed(_mix(replica))
-    tracker.add(_TENSOR_PARALLEL_STREAM, _mix(replica * 65_536 + groups.tensor_rank + 1))
+    torch.manual_seed(_mix(replica))
+    TENSOR_PARALLEL.seed(_mix(replica * 65_536 + groups.tensor_rank + 1))
 
 
-@contextmanager
-def tensor_parallel_random() -> Iterator[None]:
-    """Draw from the stream that differs between the ranks of a tensor group (dropout on sharded activations)."""
-    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+def _state() -> Tensor:
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
 
-    with get_cuda_rng_tracker().fork(_TENSOR_PARALLEL_STREAM):
-        yield
+
+def _set_state(state: Tensor) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)
 
 
 def _mix(value: int) -> int:

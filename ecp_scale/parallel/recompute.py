@@ -10,6 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ecp_scale.parallel.random import TENSOR_PARALLEL
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -33,44 +35,30 @@ def recomputed(function: Callable[..., Tensor], *arguments: Any, random: bool) -
     """
 
     def contexts() -> tuple[Any, Any]:
-        streams: dict[str, Tensor] = {}
         received: deque[Tensor] = deque()  # of this call alone: others may lie between it and its backward pass
-        return _first(streams, random, Pass("first", received)), _again(streams, random, Pass("again", received))
+        state = TENSOR_PARALLEL.state
+        return _in(Pass("first", received)), _again(state if random else None, Pass("again", received))
 
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=random, context_fn=contexts)
 
 
 @contextmanager
-def _first(streams: dict[str, Tensor], random: bool, this: Pass) -> Iterator[None]:
-    if random:
-        streams.update(_tracker().get_states())
-    with _passing(this):
-        yield
-
-
-@contextmanager
-def _again(streams: dict[str, Tensor], random: bool, this: Pass) -> Iterator[None]:
-    present = _tracker().get_states() if random else {}
-    if random:
-        _tracker().set_states(streams)
+def _again(state: Tensor | None, this: Pass) -> Iterator[None]:
+    """A second pass, which draws from ``state`` of the tensor-parallel stream on; None where it draws nothing."""
+    present = TENSOR_PARALLEL.state
+    if state is not None:
+        TENSOR_PARALLEL.state = state
     try:
-        with _passing(this):
+        with _in(this):
             yield
     finally:
-        if random:
-            _tracker().set_states(present)
+        TENSOR_PARALLEL.state = present
 
 
 @contextmanager
-def _passing(this: Pass) -> Iterator[None]:
+def _in(this: Pass) -> Iterator[None]:
     token = PASS.set(this)
     try:
         yield
     finally:
         PASS.reset(token)
-
-
-def _tracker() -> Any:
-    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
-
-    return get_cuda_rng_tracker()

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-from ecp_scale import deepspeed_json
 from ecp_scale.config import Config
-from ecp_scale.planning.memory import FP32, States, persistent, states
 from ecp_scale.planning.tracing import Trace, trace
 from ecp_scale.precision import weight_type
+from ecp_scale.zero import json_config
+from ecp_scale.zero.memory import FP32, EngineStates, ZeroConfig, persistent, states
 
 GIB = 1 << 30
 
@@ -22,7 +20,7 @@ class Plan:
     world_size: int
     stage: int
     trace: Trace
-    states: States
+    states: EngineStates
     messages: dict[str, int]
     checkpoint_bytes: int
     flops_per_step: float
@@ -59,7 +57,7 @@ class Plan:
             f"{self.config.accumulation_steps(self.world_size)} micro-batches per rank",
             "bytes of a rank",
             *(f"  {name:20s}{size / GIB:10.3f} GiB" for name, size in sizes.items()),
-            "bytes that a rank hands over per step",
+            "bytes that a rank sends per step",
             *(f"  {name:36s}{size / GIB:10.3f} GiB" for name, size in self.messages.items()),
             f"checkpoint          {self.checkpoint_bytes / GIB:.1f} GiB",
         ]
@@ -68,8 +66,8 @@ class Plan:
 
 def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Trace | None = None) -> Plan:
     """Plan a launch; config and JSON must fit each other and ``world_size``. ``traced`` is its trace, where known."""
-    section = deepspeed_json.resolve(deepspeed, config, world_size).get("zero_optimization", {})
-    zero = DeepSpeedZeroConfig(**section)
+    section = json_config.resolve(deepspeed, config, world_size).get("zero_optimization", {})
+    zero = ZeroConfig(**section)
     parallel = config.parallel
     data_ranks = world_size // parallel.tensor
     traced = traced or trace_busiest(config, world_size)
@@ -103,9 +101,9 @@ def _embedding(config: Config) -> int:
 
 
 def zero_messages(
-    traced: Trace, config: Config, zero: DeepSpeedZeroConfig, data_ranks: int, micro_batches: int
+    traced: Trace, config: Config, zero: ZeroConfig, data_ranks: int, micro_batches: int
 ) -> dict[str, int]:
-    """Bytes that ZeRO hands over per step, by what they are: gradients, and this rank's own part of the weights.
+    """Bytes that ZeRO sends per step, by what they are: gradients, and this rank's own part of the weights.
 
     Exact, but for ZeRO-3 where not all large parameters may stay whole from the forward to the backward pass
     (stage3_max_live_parameters, stage3_max_reuse_distance): then it is the most, as if none did.

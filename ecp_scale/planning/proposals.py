@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import get_args
 
 from ecp_scale.config import Config, ParallelConfig, Recompute
-from ecp_scale.planning.memory import FP32
 from ecp_scale.planning.plan import Plan, plan, trace_busiest
 from ecp_scale.precision import weight_type
+from ecp_scale.zero.memory import FP32
 
 SUGGESTED = {
     "scaled-125m": (8, 1),
@@ -52,7 +52,7 @@ def _candidates(world_size: int) -> Iterator[tuple[int, int, Recompute]]:
 
 
 def _with_batch(config: Config, world_size: int) -> Config:
-    """The same with a global batch that every replica can share, the next above the one that was asked for."""
+    """The config with a global batch that every replica can share, the next above the one that was asked for."""
     together = config.training.micro_batch_size * config.parallel.data_parallel_size(world_size)
     batch = -(-config.training.global_batch_size // together) * together
     return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=batch))

@@ -11,8 +11,8 @@ from typing import Any
 import ecp_scale
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.errors import InputError
+from ecp_scale.preparation.preprocessing import preprocess
 
 HEAD_WIDTH = 4
 SEGMENT = 8
@@ -39,7 +39,7 @@ def narrow(config: Config, world_size: int) -> tuple[Config, int]:
         "group_length": None,
         "vocab_size": None,
         "vocab_multiple": 1,
-        "allow_short_reach": True,
+        "allow_short_receptive_field": True,
     }
     batch = config.training.micro_batch_size * replicas * min(2, config.accumulation_steps(world_size))
     training = dataclasses.replace(config.training, global_batch_size=batch, steps=STEPS)
@@ -62,8 +62,7 @@ def rehearse(request: Request) -> str:
         training = dataclasses.replace(copy.training, output_dir=str(folder / "run"))
         (folder / "run.yaml").write_text(to_yaml(dataclasses.replace(copy, data=data, training=training)))
         (folder / "deepspeed.json").write_text(json.dumps(request.deepspeed))
-        script = Path(ecp_scale.__file__).parent.parent / "launch" / "pretrain_ecp.py"
-        words = [*torchrun(ranks), str(script), "--config", str(folder / "run.yaml")]
+        words = [*torchrun(ranks), "--module", "ecp_scale.commands.pretrain", "--config", str(folder / "run.yaml")]
         words += ["--deepspeed_config", str(folder / "deepspeed.json")]
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
         if done.returncode:

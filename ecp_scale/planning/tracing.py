@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ecp_scale.config import Config
-from ecp_scale.models.decay import decayed_and_other
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
+from ecp_scale.models.parameter_groups import weight_decay_groups
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.precision import as_on_a_gpu, weight_type
 
@@ -38,7 +38,7 @@ class Trace:
     """One rank's share of the model, and one micro-batch of it.
 
     ``decayed`` and ``other`` are the elements of every parameter (local) of the optimizer's two groups; ``activations``
-    the largest number of bytes alive at once beside the parameters; ``sent`` the bytes that the rank hands over in
+    the largest number of bytes alive at once beside the parameters; ``sent`` the bytes that the rank sends in
     forward and backward, by (group, operation): what goes into an all-reduce, a gather or a reduce-scatter, or to a
     neighbour.
     """
@@ -60,7 +60,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
         found = _deepened(config, groups)
         with FakeTensorMode():
             whole = LanguageModel(config.model, _shard(config, groups), config.attention)
-            elements = [[parameter.numel() for parameter in group.values()] for group in decayed_and_other(whole)]
+            elements = [[parameter.numel() for parameter in group.values()] for group in weight_decay_groups(whole)]
         return Trace(tuple(elements[0]), tuple(elements[1]), found.peak, dict(found.sent))
 
 
@@ -90,7 +90,7 @@ def _deepened(config: Config, groups: Groups) -> _MicroBatch:
 
 def _micro_batch(config: Config, layers: int, groups: Groups) -> _MicroBatch:
     """One forward and backward pass of a model of so many layers."""
-    model_config = dataclasses.replace(config.model, layers=layers, allow_short_reach=True, dropout=0.0)
+    model_config = dataclasses.replace(config.model, layers=layers, allow_short_receptive_field=True, dropout=0.0)
     names: dict[str, str] = {groups.tensor.group_name: "tensor", groups.context.group_name: "context"}
     with FakeTensorMode(), _Messages(names) as messages:
         model = LanguageModel(model_config, _shard(config, groups), config.attention).train()
@@ -110,13 +110,13 @@ def _activations(tracker: MemTracker, when: Literal["current", "peak"]) -> int:
     return sum(value for kind, value in found.items() if "ACT" in str(kind) or "TEMP" in str(kind))
 
 
-def _shard(config: Config, groups: Groups) -> Shard:
-    shard = Shard.of(config, groups, weight_type(config))
-    return dataclasses.replace(shard, compiled=False)  # there is nothing to compile for
+def _shard(config: Config, groups: Groups) -> ParallelContext:
+    parallel = ParallelContext.of(config, groups, weight_type(config))
+    return dataclasses.replace(parallel, compiled=False)  # there is nothing to compile for
 
 
 class _Messages(TorchDispatchMode):
-    """Counts the bytes that collectives and sends hand over."""
+    """Counts the bytes of collectives and sends."""
 
     def __init__(self, names: dict[str, str]) -> None:
         super().__init__()

@@ -16,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 import ecp_scale
+from ecp_scale.cluster.lock import PATIENCE_SECONDS, Lock
 from ecp_scale.command_line import Request
 from ecp_scale.console import say
-from ecp_scale.data.locking import PATIENCE_SECONDS, Lock
 from ecp_scale.errors import AgreedError, InputError
 from ecp_scale.parallel.groups import agreed, decided
 
@@ -72,9 +72,9 @@ def check_same(mine: dict[str, str]) -> None:
     if len({other for other, _ in everyone}) == 1:
         return
     ranks = {other: [rank for rank, (found, _) in enumerate(everyone) if found == other] for other, _ in everyone}
-    speaks = ranks[digest][0] == dist.get_rank()
+    reports = ranks[digest][0] == dist.get_rank()
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine if speaks else None)
+    dist.all_gather_object(told, mine if reports else None)
     groups = [(told[at[0]], at, sorted({everyone[rank][1] for rank in at})) for at in ranks.values()]
     names = dict.fromkeys(name for values, _, _ in groups for name in values)
     lines = []

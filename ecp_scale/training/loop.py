@@ -6,10 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 
-from ecp_scale import deepspeed_json
 from ecp_scale.checkpoint.saving import (
     Progress,
     SaveFailedError,
@@ -20,31 +18,33 @@ from ecp_scale.checkpoint.saving import (
     load,
     save,
 )
+from ecp_scale.cluster.signals import StopRequest, write_stopped
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
 from ecp_scale.data.batches import TrainingBatches, validation_batches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.ledger import from_lanes
+from ecp_scale.data.digest import from_parts
 from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
-from ecp_scale.training.engine import (
+from ecp_scale.training.metrics import MetricsFile
+from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
+from ecp_scale.training.schedule import learning_rate
+from ecp_scale.training.starting import check_rate, check_view, open_data, write_settings
+from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
+from ecp_scale.training.trackers import check_trackers, start_trackers
+from ecp_scale.zero import json_config
+from ecp_scale.zero.engine import (
+    Engine,
     apply_optimizer_config,
     build_engine,
     check_zero_section,
     set_batch,
     set_learning_rate,
 )
-from ecp_scale.training.metrics import MetricsFile
-from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
-from ecp_scale.training.schedule import learning_rate
-from ecp_scale.training.starting import check_rate, check_view, open_data, write_settings
-from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
-from ecp_scale.training.stopping import StopRequest, write_stopped
-from ecp_scale.training.trackers import check_trackers, start_trackers
 
 
 def train(request: Request, stop: StopRequest | None = None) -> None:
@@ -81,11 +81,11 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
                 say(line)
         decided(lambda: check_start(start, config, blend))
         decided(lambda: check_rate(start, config, run_tokens, request.allow_rate_jump))
-        settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+        settings = json_config.resolve(request.deepspeed, config, request.world_size)
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
-            say(describe_run(config, blend, hosts, deepspeed_json.zero_stage(settings), run_tokens))
+            say(describe_run(config, blend, hosts, json_config.zero_stage(settings), run_tokens))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
             engine = build_engine(config, settings, groups)
         if start.record is not None:
@@ -106,7 +106,7 @@ class _Run:
         self,
         config: Config,
         groups: Groups,
-        engine: deepspeed.DeepSpeedEngine,
+        engine: Engine,
         blend: Blend,
         validation: Corpus | None,
         folder: Path,
@@ -141,8 +141,8 @@ class _Run:
                 tokens = done.tokens + sequences * config.model.sequence_length
                 rate = learning_rate(config.optimizer, tokens, self.run_tokens)
                 result = self._step(done.step + 1, rate, batches, done.tokens, sequences)
-                lanes = sum_over(batches.lanes, replicas, self.groups.device)
-                done = Progress(done.step + 1, tokens, (done.ledger + from_lanes(lanes)) % 2**64)
+                parts = sum_over(batches.digest_parts, replicas, self.groups.device)
+                done = Progress(done.step + 1, tokens, (done.data_digest + from_parts(parts)) % 2**64)
                 loss = result.loss
                 numbers = self._numbers(done, result, rate, time.perf_counter() - began, sequences)
                 if self._is_due(done.step, config.training.validation_every_steps) and self.validation is not None:
@@ -191,7 +191,7 @@ class _Run:
                 batches.after(tokens, sequences),
                 self.groups,
                 self.stop.reason is not None,
-                self.config.data.untrained_targets,
+                self.config.data.loss_ignore_ids,
             )
         except DivergedError as error:
             raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint or 'none'}") from None
@@ -199,7 +199,7 @@ class _Run:
     def _validation_loss(self, corpus: Corpus) -> float:
         replicas = self.groups.replicas
         shares = validation_batches(corpus, self.config.training, replicas.size(), replicas.rank())
-        return mean_loss(self.engine, shares, self.groups, self.config.data.untrained_targets)
+        return mean_loss(self.engine, shares, self.groups, self.config.data.loss_ignore_ids)
 
     def _check_skipped(self, step: int, in_a_row: int, result: StepResult) -> None:
         if result.skipped and self.is_first:
@@ -264,5 +264,5 @@ class _Run:
             "mfu": utilisation,
             "peak_memory_bytes": peak_memory_bytes(self.groups.device),
             "skipped_steps": self.engine.skipped_steps,
-            "ledger": f"{done.ledger:016x}",
+            "data_digest": f"{done.data_digest:016x}",
         }

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ecp_scale.console import say
-from ecp_scale.data.files import naming, write_text
+from ecp_scale.files import naming, write_text
 
 FILE = "metrics.jsonl"
 
@@ -93,8 +93,13 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in lines:
         try:
             record = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
-            if type(record["step"]) is type(record["tokens"]) is int and isinstance(record["ledger"], str):
+            if type(record["step"]) is type(record["tokens"]) is int and isinstance(digest_of(record), str):
                 records.append(record)
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return records, len(lines) - len(records)
+
+
+def digest_of(record: dict[str, Any]) -> Any:
+    """The data digest of a record, which earlier versions called its ledger."""
+    return record["data_digest"] if "data_digest" in record else record["ledger"]

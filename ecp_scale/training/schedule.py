@@ -23,5 +23,5 @@ def learning_rate(config: OptimizerConfig, tokens: int, run_tokens: int) -> floa
         return peak * 0.5 ** (tokens // config.halving_tokens)
     end = config.decay_tokens or run_tokens
     progress = min(1.0, (tokens - config.warmup_tokens) / max(1, end - config.warmup_tokens))
-    floor = peak * config.minimum_ratio
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    lowest = peak * config.min_lr_ratio
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ecp_scale.checkpoint.saving import Start
+from ecp_scale.cluster.ranks import Ranks
+from ecp_scale.cluster.signals import STOPPED
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend, check_same_tokenizer
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.files import write_text
 from ecp_scale.errors import InputError
-from ecp_scale.parallel.places import Ranks
+from ecp_scale.files import write_text
 from ecp_scale.training.schedule import learning_rate
-from ecp_scale.training.stopping import STOPPED
 
 LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
@@ -99,11 +99,11 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
         InputError: if its own is too small.
     """
     entries = corpus.tokenizer.vocab_size
-    untrained = set(config.data.untrained_targets)
+    untrained = set(config.data.loss_ignore_ids)
     beyond = sorted(token for token in untrained if not 0 <= token < entries)
     if beyond or len(untrained) == entries:
         raise InputError(
-            f"data.untrained_targets holds {f'the ids {beyond[:10]}' if beyond else 'every id'}, but the tokenizer of "
+            f"data.loss_ignore_ids holds {f'the ids {beyond[:10]}' if beyond else 'every id'}, but the tokenizer of "
             f"{corpus.prefix} has the {entries} entries 0 to {entries - 1}, of which some must be trained"
         )
     if (config.attention.end_of_document or 0) >= entries:

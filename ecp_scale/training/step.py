@@ -4,18 +4,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ecp_scale.parallel.groups import Groups
-from ecp_scale.training.engine import plain_gradient_norm
+from ecp_scale.zero.engine import Engine, plain_gradient_norm
 
 
 class DivergedError(RuntimeError):
-    """The run produced numbers that no further step can mend."""
+    """The run produced numbers from which no further step recovers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class StepResult:
 
 
 def optimizer_step(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     micro_batches: Iterable[Tensor],
     groups: Groups,
     stop_requested: bool,
@@ -102,7 +101,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 @torch.no_grad()
 def mean_loss(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     batches: Iterable[tuple[Tensor, int]],
     groups: Groups,
     untrained: Sequence[int] = (),

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from ecp_scale.config import Config
 from ecp_scale.console import say
-from ecp_scale.data.files import write_text
 from ecp_scale.errors import InputError
+from ecp_scale.files import write_text
 
 PATIENCE_SECONDS = 10.0
 """How long the end of a run waits for a tracker."""
@@ -119,7 +119,7 @@ class TensorBoard:
 
 
 def start_trackers(config: Config, folder: Path) -> list[Tracker]:
-    """Those that the config asks for."""
+    """The trackers that the config asks for."""
     found: list[Tracker] = []
     if config.logging.wandb != "disabled":
         found.append(Background("wandb", lambda: Wandb(config, folder)))

@@ -30,9 +30,7 @@ def attended_and_gradients(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("device", "backend"), [("cpu", "segments"), ("cpu", "merged"), ("cuda", "segments"), ("cuda", "flex")]
-)
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "sdpa"), ("cpu", "flash"), ("cuda", "sdpa"), ("cuda", "flex")])
 def test_bf16_is_near_float64_forward_and_backward(device: str, backend: AttentionBackend, case: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch finds none")
@@ -42,9 +40,7 @@ def test_bf16_is_near_float64_forward_and_backward(device: str, backend: Attenti
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     left = [torch.randn((2, 2, SEGMENT, 64), generator=generator).bfloat16() for _ in range(2)] if with_left else None
     documents = random_documents(2, positions, seed=2) if with_documents else None
-    exact = attended_and_gradients(
-        [x.double() for x in inputs], left and [x.double() for x in left], documents, "segments"
-    )
+    exact = attended_and_gradients([x.double() for x in inputs], left and [x.double() for x in left], documents, "sdpa")
     found = attended_and_gradients(
         [x.to(device) for x in inputs],
         left and [x.to(device) for x in left],

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ecp_scale.attention import KeyValue, SegmentCache, segment, segment_attention
-from ecp_scale.attention.merged import merged_attention
+from ecp_scale.attention.flash import flash_segments
 from ecp_scale.config import AttentionBackend
 from tests.attention.oracle import random_documents, segment_attention_oracle
 
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, m: int, backend: AttentionBackend = 
     return segment_attention(q, k, v, m, backend=backend)[0]
 
 
-@pytest.mark.parametrize("backend", ["segments", "merged"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
 @pytest.mark.parametrize("seed", range(20))
 def test_equals_the_oracle_forward_and_backward(seed: int, backend: AttentionBackend) -> None:
     inputs, m = random_case(seed)
@@ -61,7 +61,7 @@ def test_flex_equals_the_oracle(seed: int) -> None:
     left = KeyValue(*(torch.randn_like(k[:, :, :1]).repeat(1, 1, m, 1) for _ in range(2)))
     for neighbour in (None, left):
         got, _ = segment_attention(q, k, v, m, neighbour, backend="flex")
-        assert_close(got, segment_attention(q, k, v, m, neighbour, backend="segments")[0], rtol=1e-6, atol=1e-6)
+        assert_close(got, segment_attention(q, k, v, m, neighbour, backend="sdpa")[0], rtol=1e-6, atol=1e-6)
     assert_close(attend(q, k, v, m, "flex"), segment_attention_oracle(q, k, v, m), rtol=1e-6, atol=1e-6)
 
 
@@ -71,33 +71,33 @@ def test_every_backend_computes_every_pattern(kind: dict[str, Any], documents: T
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, 4, 22, 8), (2, 2, 22, 8), (2, 2, 22, 8)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    backends: tuple[AttentionBackend, ...] = ("segments", "merged", "flex", "auto")
+    backends: tuple[AttentionBackend, ...] = ("sdpa", "flash", "flex", "auto")
     outputs = [segment_attention(q, k, v, 5, **kind, documents=documents, backend=name)[0] for name in backends]
     for out in outputs[1:]:
         assert_close(out, outputs[0], rtol=1e-6, atol=1e-6)
 
 
-def test_merged_is_chosen_for_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_is_chosen_for_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(segment, "merged_attention", lambda *arguments: calls.append(1) or merged_attention(*arguments))
+    monkeypatch.setattr(segment, "flash_segments", lambda *arguments: calls.append(1) or flash_segments(*arguments))
     q = torch.randn(1, 2, 12, 4)
     for left in (None, KeyValue(q[:, :, :4], q[:, :, :4])):
         segment_attention(q, q, q, 4, left)
         segment_attention(q[:, :, :-1], q[:, :, :-1], q[:, :, :-1], 4, left)
     assert len(calls) == 4
     segment_attention(q, q, q, 4, dropout=0.1)
-    segment_attention(q, q, q, 4, backend="segments")
+    segment_attention(q, q, q, 4, backend="sdpa")
     segment_attention(q[:, :, -1:], q, q, 4)
     assert len(calls) == 4
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_merged_in_bf16_is_as_near_to_float64_as_bf16_is(seed: int) -> None:
+def test_flash_in_bf16_is_as_near_to_float64_as_bf16_is(seed: int) -> None:
     """The bound: a few roundings of 2^-8 on numbers of about 1; the gradients sum over up to 2m of them."""
     inputs, m = random_case(seed)
-    exact = attend(*inputs, m, "segments")
+    exact = attend(*inputs, m, "sdpa")
     rounded = [x.detach().bfloat16().requires_grad_() for x in inputs]
-    got = attend(*rounded, m, "merged")
+    got = attend(*rounded, m, "flash")
     assert_close(got.double(), exact, rtol=0, atol=0.04)
     wanted = torch.autograd.grad(exact.sum(), inputs)
     for found, expected in zip(torch.autograd.grad(got.sum(), rounded), wanted, strict=True):

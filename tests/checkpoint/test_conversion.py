@@ -33,7 +33,7 @@ def test_the_converted_model_has_the_trainers_logits(
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
     exported = ExportedModel.open(output)
     dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
-    model = exported.load(groups, dtype)
+    model = exported.load(dtype)
     with torch.no_grad():
         logits = model.logits(probe_tokens()).float()
     # Ranks that share a sequence hold a run of it each; the first has written its own.
@@ -71,7 +71,7 @@ def test_damaged_model_folders_are_named(model_folder: Path, groups: Groups) -> 
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
-        exported.load(groups)
+        exported.load()
     config = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps({**config, "format": "else"}))
     with pytest.raises(InputError, match="format else"):

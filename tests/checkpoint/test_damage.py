@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 
 from ecp_scale.checkpoint.export import export
-from ecp_scale.checkpoint.files import FileRecord, damages, read_states, write_states
 from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, find_checkpoint, signed
 from ecp_scale.errors import InputError
+from ecp_scale.zero.state_files import FileRecord, damages, read_states, write_states
 from tests.corpus import ShardedText
 from tests.launching import run, run_successfully
 from tests.parallel.layouts import Layout
@@ -58,7 +58,7 @@ def test_a_record_that_is_not_what_was_written_is_named(checkpoint: Path, tmp_pa
     folder = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, folder)
     content = json.loads((folder / RECORD).read_text())
-    for key, value in (("tokens", 90), ("step", 4), ("ledger", "0" * 16), ("run_tokens", 1), ("xxh3", "0" * 32)):
+    for key, value in (("tokens", 90), ("step", 4), ("data_digest", "0" * 16), ("run_tokens", 1), ("xxh3", "0" * 32)):
         (folder / RECORD).write_text(json.dumps({**content, key: value}))
         with pytest.raises(InputError, match=r"checkpoint\.json: is damaged: it is not what was written"):
             CheckpointRecord.read(folder)

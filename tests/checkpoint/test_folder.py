@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from ecp_scale.checkpoint.files import FileRecord
 from ecp_scale.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointRecord,
@@ -23,7 +22,8 @@ from ecp_scale.checkpoint.folder import (
 from ecp_scale.checkpoint.saving import find_start
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
-from ecp_scale.models.sharding import Layout
+from ecp_scale.parallel.partition import Partition
+from ecp_scale.zero.state_files import FileRecord
 
 
 def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
@@ -34,7 +34,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
     record = CheckpointRecord(
         step=step,
         tokens=step * 10,
-        ledger="0" * 16,
+        data_digest="0" * 16,
         skipped_steps=0,
         world_size=1,
         tensor_parallel=1,
@@ -45,7 +45,7 @@ def write_checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
         data={},
         tokenizer=TokenizerRecord("sentencepiece", "tokenizer.model", "0" * 64, 10, 1),
         tokenizer_file="tokenizer.model",
-        layouts={"weight": Layout(0, 7)},
+        partitions={"weight": Partition(0, 7)},
         files={"mp_rank_00_model_states.pt": FileRecord(5, "0" * 32)},
     )
     if complete:

@@ -1,4 +1,4 @@
-"""Blends: exact shares, no window twice or never, whatever the weights become; and the ledger of what was read."""
+"""Blends: exact shares, no window twice or never, whatever the weights become; and the digest of what was read."""
 
 import math
 import random
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import TrainingBatches
 from ecp_scale.data.blend import Blend
-from ecp_scale.data.ledger import from_lanes, ledger_entry, to_lanes
-from ecp_scale.data.mixture import LONGEST_PERIOD, Mixture, whole_weights
-from ecp_scale.data.preprocessing import preprocess
+from ecp_scale.data.digest import from_parts, sample_digest, to_parts
+from ecp_scale.data.mixture import LONGEST_PERIOD, Mixture, full_weights
 from ecp_scale.errors import InputError
+from ecp_scale.preparation.preprocessing import preprocess
 from tests.corpus import ShardedText
 
 WEIGHTS = st.lists(st.integers(0, 100).map(lambda n: n / 10), min_size=3, max_size=3).filter(lambda w: sum(w) > 0.01)
@@ -26,7 +26,7 @@ WEIGHTS = st.lists(st.integers(0, 100).map(lambda n: n / 10), min_size=3, max_si
 @settings(max_examples=100, deadline=None)
 @given(weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(lambda weights: sum(weights) > 1e-3))
 def test_whole_weights_are_the_weights(weights: list[float]) -> None:
-    whole = whole_weights(weights)
+    whole = full_weights(weights)
     assert math.gcd(*whole) == 1
     for weight, parts in zip(weights, whole, strict=True):
         assert parts * sum(map(Fraction, map(repr, weights))) == Fraction(repr(weight)) * sum(whole)
@@ -144,17 +144,17 @@ def test_the_ledger_of_a_step_is_the_same_in_every_layout(two: dict[str, float],
     for rank in range(ranks):
         batches = TrainingBatches(Blend([(0, two)], 64, seed=1), config, ranks, rank)
         assert sum(len(batch) for batch in batches.after(7 * 4 * 64, 4)) == 4 // ranks
-        sums = [total + lane for total, lane in zip(sums, batches.lanes, strict=True)]
+        sums = [total + part for total, part in zip(sums, batches.digest_parts, strict=True)]
     blend = Blend([(0, two)], 64, seed=1)
     entries = [blend.entry(sample, *blend.locate(sample)) for sample in range(28, 32)]
-    assert from_lanes(sums) == sum(entries) % 2**64
+    assert from_parts(sums) == sum(entries) % 2**64
 
 
 def test_the_ledger_notices_a_swap_and_a_repetition() -> None:
-    assert ledger_entry(1, 0, 5) + ledger_entry(2, 0, 6) != ledger_entry(1, 0, 6) + ledger_entry(2, 0, 5)
-    assert ledger_entry(1, 0, 5) != ledger_entry(1, 1, 5)
-    assert ledger_entry(1, 0, 5, "ab") != ledger_entry(1, 0, 5, "cd")
-    assert from_lanes([3 * lane for lane in to_lanes(2**64 - 1)]) == 3 * (2**64 - 1) % 2**64
+    assert sample_digest(1, 0, 5) + sample_digest(2, 0, 6) != sample_digest(1, 0, 6) + sample_digest(2, 0, 5)
+    assert sample_digest(1, 0, 5) != sample_digest(1, 1, 5)
+    assert sample_digest(1, 0, 5, "ab") != sample_digest(1, 0, 5, "cd")
+    assert from_parts([3 * part for part in to_parts(2**64 - 1)]) == 3 * (2**64 - 1) % 2**64
 
 
 def test_history_tells_phases_that_have_begun(two: dict[str, float]) -> None:

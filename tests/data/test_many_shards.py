@@ -13,12 +13,12 @@ from ecp_scale.data import shards
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.manifest import Manifest
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.shards import OpenShards
 from ecp_scale.errors import DamagedDataError, InputError
+from ecp_scale.preparation.preprocessing import preprocess
 from tests.corpus import ShardedText
-from tests.data.writing import byte_level
 from tests.launching import environment
+from tests.preparation.writing import byte_level
 
 READ_ALL = """
 import resource, sys
@@ -41,7 +41,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def shards_of_lines(folder: Path) -> str:
     """A shard per line."""
-    from ecp_scale.data.parsing import Parsing
+    from ecp_scale.preparation.parsing import Parsing
 
     preprocess([str(folder / "a.txt")], "byte", str(folder / "x"), parsing=Parsing(text_unit="line"), shard_tokens=30)
     return str(folder / "x")

@@ -9,12 +9,12 @@ import pytest
 
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.manifest import Manifest
-from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.shards import TokenShard
 from ecp_scale.data.tokenizer import SentencePieceTokenizer
-from ecp_scale.data.verification import verify
 from ecp_scale.errors import InputError
+from ecp_scale.preparation.parsing import Parsing
+from ecp_scale.preparation.preprocessing import preprocess
+from ecp_scale.preparation.verification import verify
 from tests.corpus import ShardedText, write_sharded_text
 
 

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ecp_scale.data.cutting import Cutter
 from ecp_scale.data.manifest import Manifest
-from ecp_scale.data.parsing import Parsing
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.data.tokenizer import Tokenizer, gives_texts_back, load_tokenizer
-from ecp_scale.data.tokenizer_training import MAX_LINE_BYTES, train_tokenizer
-from ecp_scale.data.verification import verify
 from ecp_scale.errors import InputError
+from ecp_scale.preparation.cutting import Cutter
+from ecp_scale.preparation.parsing import Parsing
+from ecp_scale.preparation.preprocessing import preprocess
+from ecp_scale.preparation.tokenizer_training import MAX_LINE_BYTES, train_tokenizer
+from ecp_scale.preparation.verification import verify
 from tests.corpus import ShardedText
-from tests.data.writing import byte_level, stored
 from tests.launching import run, run_successfully
+from tests.preparation.writing import byte_level, stored
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "\u2028", "b", "\x85", "c", "##d", "the"]
 

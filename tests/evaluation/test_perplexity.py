@@ -1,4 +1,4 @@
-"""The card: each protocol against a plain forward, and the units against each other."""
+"""The result: each protocol against a plain forward, and the units against each other."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import torch
 
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation import perplexity
-from ecp_scale.evaluation.perplexity import Card, Text, default_protocol, evaluate, unigram_card
+from ecp_scale.evaluation.perplexity import EvaluationResult, Text, default_protocol, evaluate, unigram_result
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.groups import Groups
 from tests.models.settings import ARCHITECTURES, BOTH, LATENT, NAMES, PAPER, SCALED, build, variant
@@ -35,9 +35,9 @@ def test_stream_equals_one_forward_over_everything(groups: Groups, text: Text, m
     expected = sum(plain_losses(model, [END, *text.ids.tolist()]))
     for chunk in (8, 40, 4096):
         monkeypatch.setattr(perplexity, "STREAM_CHUNK_TOKENS", chunk)
-        card = evaluate(model, text, END, "stream")
-        assert card.tokens_scored == LENGTH
-        assert card.nll == pytest.approx(expected, rel=1e-6)
+        result = evaluate(model, text, END, "stream")
+        assert result.tokens_scored == LENGTH
+        assert result.nll == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("config", BOTH, ids=NAMES)
@@ -53,9 +53,9 @@ def test_sliding_scores_every_token_once_with_half_a_window_of_context(
             range(end - n + 1, end + 1), plain_losses(model, ids[end - n : end + 1]), strict=True
         ):
             expected.setdefault(position, loss)
-    card = evaluate(model, text, END, "sliding")
-    assert card.tokens_scored == len(expected) == LENGTH
-    assert card.nll == pytest.approx(sum(expected.values()), rel=1e-6)
+    result = evaluate(model, text, END, "sliding")
+    assert result.tokens_scored == len(expected) == LENGTH
+    assert result.nll == pytest.approx(sum(expected.values()), rel=1e-6)
 
 
 def test_release_drops_the_tail_and_scores_every_position_of_every_window(groups: Groups, text: Text) -> None:
@@ -64,9 +64,9 @@ def test_release_drops_the_tail_and_scores_every_position_of_every_window(groups
     ids = [END, *text.ids.tolist()]
     windows = [ids[start : start + n + 1] for start in range(0, len(ids) - n, n // 2)]
     means = [np.mean(plain_losses(model, window)) for window in windows]
-    card = evaluate(model, text, END, "release")
-    assert card.tokens_scored == n * len(windows)
-    assert card.nll_per_token == pytest.approx(np.mean(means), rel=1e-6)
+    result = evaluate(model, text, END, "release")
+    assert result.tokens_scored == n * len(windows)
+    assert result.nll_per_token == pytest.approx(np.mean(means), rel=1e-6)
 
 
 @pytest.mark.parametrize("architecture", LATENT)
@@ -84,9 +84,9 @@ def test_latent_models_score_every_token_once_with_a_full_context(
         row = position - (end - n) - 1 - (n - latents)
         logits = model.logits(ids[None, end - n : end])[0, row].float()
         expected -= logits.log_softmax(-1)[ids[position]].item()
-    card = evaluate(model, text, END, "sliding")
-    assert card.tokens_scored == LENGTH
-    assert card.nll == pytest.approx(expected, rel=1e-6)
+    result = evaluate(model, text, END, "sliding")
+    assert result.tokens_scored == LENGTH
+    assert result.nll == pytest.approx(expected, rel=1e-6)
     with pytest.raises(InputError, match=r"the context of .* is not causal; use sliding"):
         evaluate(model, text, END, "stream")
 
@@ -127,38 +127,42 @@ def test_a_text_shorter_than_the_latents_is_scored_without_padding(
 ) -> None:
     model = build(variant(PAPER, architecture, latents=16), groups)
     ids = np.random.default_rng(length).integers(3, 29, length)
-    card = evaluate(model, Text(ids, bytes=99, words=9), END, "sliding")
-    assert card.tokens_scored == length
+    result = evaluate(model, Text(ids, bytes=99, words=9), END, "sliding")
+    assert result.tokens_scored == length
     if length <= 16:
         window = torch.tensor([[END] * (32 - length) + [END, *ids.tolist()]])
         logits = model.logits(window[:, :-1])[0, -length:].float()
         expected = torch.nn.functional.cross_entropy(logits, window[0, -length:], reduction="sum")
-        assert card.nll == pytest.approx(expected.item(), rel=1e-6)
+        assert result.nll == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_units() -> None:
-    card = Card("stream", nll=200.0, tokens_scored=100, tokens=100, bytes=400, words=80)
-    assert card.token_perplexity == pytest.approx(math.exp(2))
-    assert card.word_perplexity == pytest.approx(math.exp(2.5))
-    assert card.bits_per_byte == pytest.approx(0.5 / math.log(2))
-    assert card.tokens_per_word == 1.25
-    with_lines = dataclasses.replace(card, lines=20)
-    assert with_lines.word_perplexity == card.word_perplexity
+    result = EvaluationResult("stream", nll=200.0, tokens_scored=100, tokens=100, bytes=400, words=80)
+    assert result.token_perplexity == pytest.approx(math.exp(2))
+    assert result.word_perplexity == pytest.approx(math.exp(2.5))
+    assert result.bits_per_byte == pytest.approx(0.5 / math.log(2))
+    assert result.tokens_per_word == 1.25
+    with_lines = dataclasses.replace(result, lines=20)
+    assert with_lines.word_perplexity == result.word_perplexity
     assert with_lines.word_and_line_end_perplexity == pytest.approx(math.exp(2))
 
 
 def test_a_perplexity_is_what_it_is_however_large() -> None:
-    assert Card("stream", nll=705.0, tokens_scored=1, tokens=1, bytes=1, words=1).word_perplexity == math.exp(705)
-    assert Card("stream", nll=5000.0, tokens_scored=1, tokens=1, bytes=1, words=1).word_perplexity == math.inf
+    assert EvaluationResult(
+        "stream", nll=705.0, tokens_scored=1, tokens=1, bytes=1, words=1
+    ).word_perplexity == math.exp(705)
+    assert (
+        EvaluationResult("stream", nll=5000.0, tokens_scored=1, tokens=1, bytes=1, words=1).word_perplexity == math.inf
+    )
 
 
 def test_figures_of_what_a_vocabulary_cannot_write_do_not_compare() -> None:
-    card = Card("stream", nll=1.0, tokens_scored=1000, tokens=1000, bytes=10_000, words=900, unknown=1)
-    assert card.is_comparable
-    assert not dataclasses.replace(card, unknown=2).is_comparable
-    assert dataclasses.replace(card, unknown=2).unknown_share == 0.002
+    result = EvaluationResult("stream", nll=1.0, tokens_scored=1000, tokens=1000, bytes=10_000, words=900, unknown=1)
+    assert result.is_comparable
+    assert not dataclasses.replace(result, unknown=2).is_comparable
+    assert dataclasses.replace(result, unknown=2).unknown_share == 0.002
 
 
 def test_unigram_is_the_entropy_of_smoothed_counts() -> None:
-    card = unigram_card(Text(np.array([0, 0, 1]), bytes=3, words=1), np.array([3, 1, 0]))
-    assert card.nll == pytest.approx(-2 * math.log(4 / 7) - math.log(2 / 7))
+    result = unigram_result(Text(np.array([0, 0, 1]), bytes=3, words=1), np.array([3, 1, 0]))
+    assert result.nll == pytest.approx(-2 * math.log(4 / 7) - math.log(2 / 7))

@@ -10,7 +10,7 @@ from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 
 SMALL = {"layers": 3, "width": 24, "heads": 4, "sequence_length": 32, "segment_length": 8, "vocab_size": 29}
@@ -29,9 +29,9 @@ def build(
     attention: AttentionConfig | None = None,
 ) -> LanguageModel:
     """An initialised model in evaluation mode."""
-    shard = Shard(groups.tensor, dtype)
-    model = LanguageModel(config, shard, attention)
-    initialize(model, config, shard, seed=1)
+    parallel = ParallelContext(groups.tensor, dtype)
+    model = LanguageModel(config, parallel, attention)
+    initialize(model, config, parallel, seed=1)
     return model.to(groups.device).eval()
 
 
@@ -48,7 +48,7 @@ LATENT = tuple(name for name, geometry in GEOMETRIES.items() if not geometry.str
 def variant(config: ModelConfig, architecture: str, **changes: object) -> ModelConfig:
     """The same settings with another architecture; the paper's relatives of ecp norm their keys and values."""
     normed = config.tied_key_value and architecture in LATENT
-    changed = {"architecture": architecture, "key_value_norm": normed, "allow_short_reach": True, **changes}
+    changed = {"architecture": architecture, "key_value_norm": normed, "allow_short_receptive_field": True, **changes}
     result = dataclasses.replace(config, **changed)
     assert result.problems() == []
     return result

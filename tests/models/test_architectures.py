@@ -12,8 +12,8 @@ from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.models import architectures
 from ecp_scale.models.architectures import WHOLE
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
 from ecp_scale.models.patterns import CausalSegments, CompressingContext, LatentsAndContext, Pattern
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from tests.attention.oracle import dense_attention, random_documents, same_document
 from tests.models.settings import (
@@ -59,9 +59,11 @@ def another(token: Tensor, config: ModelConfig) -> Tensor:
 def test_first_layer_equals_the_dense_oracle(architecture: str, seed: int, masked: bool, groups: Groups) -> None:
     config = variant(SCALED, architecture, **random_shape(architecture, seed))
     n = config.sequence_length
-    pattern: Pattern = architectures.ARCHITECTURES[architecture](config, 0, Shard(groups.tensor, torch.float64))
+    pattern: Pattern = architectures.ARCHITECTURES[architecture](
+        config, 0, ParallelContext(groups.tensor, torch.float64)
+    )
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(2, 4, pattern.asking(n), 6, dtype=torch.float64, generator=generator)
+    q = torch.randn(2, 4, pattern.query_rows(n), 6, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 2, 2, n, 6, dtype=torch.float64, generator=generator)
     documents = random_documents(2, n, seed) if masked else None
     mask = visible(config, n)
@@ -136,7 +138,7 @@ def test_the_leak_test_finds_the_wrapped_group(groups: Groups, monkeypatch: pyte
     config = variant(SCALED, "longlora", heads=2, width=12, layers=1, sequence_length=16, group_length=8)
     tokens = random_tokens(config, 16)
     assert leaks(build(config, groups), tokens) == []
-    monkeypatch.setitem(architectures.ARCHITECTURES, "longlora", lambda config, layer, shard: WrappedGroups(8))
+    monkeypatch.setitem(architectures.ARCHITECTURES, "longlora", lambda config, layer, parallel: WrappedGroups(8))
     # The end of the sequence, positions 12 to 15, shares a group with its start and comes first there.
     assert leaks(build(config, groups), tokens) == [12, 13, 14, 15]
 
@@ -233,7 +235,7 @@ def test_gradient_reaches_as_far_as_the_config_says(
         touched = gradient[:, 0].abs().sum(-1).nonzero().flatten()
         assert touched.max().item() == last
         reached.append(last - touched.min().item() + 1)
-    assert max(reached) == config.reach_tokens < 64
+    assert max(reached) == config.receptive_field_tokens < 64
 
 
 @EVERY
@@ -241,9 +243,9 @@ def test_score_pairs_of_every_layer_are_those_that_its_pattern_shows(architectur
     for seed in range(5):
         config = variant(SCALED, architecture, key_value_heads=4, **random_shape(architecture, seed))
         for layer in range(config.layers):
-            pattern = architectures.ARCHITECTURES[architecture](config, layer, Shard(groups.tensor))
-            keys, queries = config.geometry.key_rows(layer), config.geometry.asking_rows(layer)
-            assert pattern.asking(keys) == queries
+            pattern = architectures.ARCHITECTURES[architecture](config, layer, ParallelContext(groups.tensor))
+            keys, queries = config.geometry.key_rows(layer), config.geometry.query_rows(layer)
+            assert pattern.query_rows(keys) == queries
             # Equal scores and one-hot values: what comes out of a query is not 0 where it sees.
             values = torch.eye(keys).expand(1, 4, keys, keys)
             attend = LatentsAndContext.attend if isinstance(pattern, CompressingContext) else type(pattern).attend
@@ -279,7 +281,7 @@ def test_the_aligned_residual_averages_the_context_and_keeps_the_latents(groups:
     documents = torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2, 3, 3]]).expand(2, -1)
     masked = pattern.residual(x, rows._replace(documents=documents))
     assert_close(masked[:3], torch.stack((torch.zeros_like(x[0]), x[3], x[4:6].mean(0))))
-    after = pattern.outgoing(rows._replace(documents=documents))
+    after = pattern.output_positions(rows._replace(documents=documents))
     assert after.documents is not None
     assert after.documents[0].tolist() == [2, 2, 2, 2, 2, 3, 3]
     assert_close(after.rotation.cos, rows.rotation.cos[[1, 3, 5, 6, 7, 8, 9]])

@@ -47,10 +47,10 @@ def test_the_last_logits_are_those_of_all(config: ModelConfig, groups: Groups) -
 
 
 def test_compiled_pointwise_operations_compute_the_same(groups: Groups) -> None:
-    config = dataclasses.replace(SCALED, layers=1, allow_short_reach=True)
+    config = dataclasses.replace(SCALED, layers=1, allow_short_receptive_field=True)
     plain = build(config, groups, torch.float32)
-    shard = dataclasses.replace(plain.shard, compiled=True)
-    compiled = LanguageModel(config, shard).to(groups.device)
+    parallel = dataclasses.replace(plain.parallel, compiled=True)
+    compiled = LanguageModel(config, parallel).to(groups.device)
     compiled.load_state_dict(plain.state_dict())
     tokens = random_tokens(config, config.sequence_length + 1)
     gradients = []
@@ -115,7 +115,7 @@ def test_flops_of_the_config_equal_those_counted_by_torch(
 
     for module in (segment, latent, patterns):
         monkeypatch.setattr(module, "attend", seen)
-    monkeypatch.setattr(segment, "merged_attention", lambda q, k, v, *_: seen(q, KeyValue(k, v)))
+    monkeypatch.setattr(segment, "flash_segments", lambda q, k, v, *_: seen(q, KeyValue(k, v)))
     config = variant(config, architecture, vocab_multiple=1)
     model = build(config, groups)
     tokens = random_tokens(config, config.sequence_length + 1, batch=1)

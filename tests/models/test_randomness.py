@@ -10,7 +10,7 @@ import torch
 from ecp_scale.config import ModelConfig, ParallelConfig
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.parallel.recompute import PASS, recomputed
@@ -22,9 +22,9 @@ MODES = ("none", "selective", "full")
 
 def trainer(config: ModelConfig, groups: Groups, recompute: str) -> LanguageModel:
     """A model that drops, in training mode and float64."""
-    shard = Shard(groups.tensor, torch.float64, recompute=cast(Any, recompute))
-    model = LanguageModel(config, shard)
-    initialize(model, config, shard, seed=1)
+    parallel = ParallelContext(groups.tensor, torch.float64, recompute=cast(Any, recompute))
+    model = LanguageModel(config, parallel)
+    initialize(model, config, parallel, seed=1)
     return model.train()
 
 

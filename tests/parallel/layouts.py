@@ -19,7 +19,7 @@ SMALL_MODEL = {
     "model.feed_forward_width": 96,
     "model.sequence_length": 64,
     "model.segment_length": 16,
-    "model.allow_short_reach": True,
+    "model.allow_short_receptive_field": True,
     "model.latents": 32,
     "model.compressed_context": 12,
     "model.window": 32,
@@ -109,7 +109,7 @@ class Layout:
             # The documents of the text are longer than a window; a frequent token makes documents of a few tokens.
             values["attention.document_mask"] = True
             values["attention.end_of_document"] = text.most_frequent_token()
-            values["data.untrained_targets"] = [text.most_frequent_token()]
+            values["data.loss_ignore_ids"] = [text.most_frequent_token()]
         if self.optimizer == "sgd":
             values["optimizer.learning_rate"] = 0.3
         words = [f"--{key}={value}" for key, value in values.items()]

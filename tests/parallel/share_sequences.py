@@ -19,12 +19,12 @@ from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, Config, ModelConfig, ParallelConfig
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
-from ecp_scale.models.rows import Rows
-from ecp_scale.models.sharding import Layout
+from ecp_scale.models.positions import Rows
 from ecp_scale.parallel import halo
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.parallel.megatron import parallel_state
+from ecp_scale.parallel.partition import Partition
 from ecp_scale.parallel.random import seed_step
 from tests.models.settings import PAPER, SCALED
 
@@ -45,10 +45,10 @@ class Wire:
         return self._send(operations)
 
 
-def model_of(config: ModelConfig, shard: Shard, attention: AttentionConfig) -> LanguageModel:
+def model_of(config: ModelConfig, parallel: ParallelContext, attention: AttentionConfig) -> LanguageModel:
     """The model of a rank, ready to train."""
-    model = LanguageModel(config, shard, attention)
-    initialize(model, config, shard, seed=1)
+    model = LanguageModel(config, parallel, attention)
+    initialize(model, config, parallel, seed=1)
     return model.train()
 
 
@@ -62,18 +62,20 @@ def gradients(model: LanguageModel, tokens: Tensor) -> dict[str, Tensor]:
 
 def check(job: dict[str, Any], wire: Wire) -> None:
     """Logits and every gradient equal those of one process; every message is one segment."""
-    config = dataclasses.replace(SETTINGS[job["settings"]], dropout=0.0, allow_short_reach=True, **job["model"])
+    config = dataclasses.replace(
+        SETTINGS[job["settings"]], dropout=0.0, allow_short_receptive_field=True, **job["model"]
+    )
     attention = AttentionConfig(document_mask=job["masked"], end_of_document=3 if job["masked"] else None)
     parallel = ParallelConfig(**job["parallel"])
     assert config.problems() + parallel.problems(config, dist.get_world_size()) == []
     tokens = torch.randint(29, (2, config.sequence_length), generator=torch.Generator().manual_seed(7))
     with process_groups(ParallelConfig()) as groups:
-        whole = model_of(config, Shard(groups.tensor, torch.float64), attention)
+        whole = model_of(config, ParallelContext(groups.tensor, torch.float64), attention)
         logits = whole.logits(tokens).detach()
         expected = gradients(whole, tokens)
     with process_groups(parallel) as groups:
-        shard = Shard.of(Config(parallel=parallel), groups, torch.float64)
-        model = model_of(config, shard, attention)
+        context = ParallelContext.of(Config(parallel=parallel), groups, torch.float64)
+        model = model_of(config, context, attention)
         wire.sent.clear()
         with torch.no_grad():
             run = model._run(config.sequence_length)
@@ -90,10 +92,10 @@ def check(job: dict[str, Any], wire: Wire) -> None:
         for name, gradient in found.items():
             dist.all_reduce(gradient, group=groups.data)
             parameter = dict(model.named_parameters())[name]
-            size, rank = shard.size, shard.rank
-            layout = Layout.of(parameter)
-            unpadded = expected[name][: layout.vocabulary_rows] if layout.vocabulary_rows else expected[name]
-            share = layout.split(unpadded, size, rank, parameter.shape[0] * size)
+            size, rank = context.tp_size, context.tp_rank
+            partition = Partition.of(parameter)
+            unpadded = expected[name][: partition.vocabulary_rows] if partition.vocabulary_rows else expected[name]
+            share = partition.split(unpadded, size, rank, parameter.shape[0] * size)
             assert_close(gradient, share, rtol=1e-10, atol=1e-10, msg=name)
 
 
@@ -102,10 +104,12 @@ def check_wire(job: dict[str, Any], wire: Wire) -> None:
     for length in job["lengths"]:
         config = dataclasses.replace(
             SCALED, layers=2, width=8, heads=2, key_value_heads=1, feed_forward_width=8, vocab_size=29,
-            sequence_length=length, segment_length=job["segment_length"], allow_short_reach=True,
+            sequence_length=length, segment_length=job["segment_length"], allow_short_receptive_field=True,
         )  # fmt: skip
         with process_groups(ParallelConfig(context=dist.get_world_size())) as groups:
-            model = model_of(config, Shard(groups.tensor, torch.float32, context=groups.context), AttentionConfig())
+            model = model_of(
+                config, ParallelContext(groups.tensor, torch.float32, cp_group=groups.context), AttentionConfig()
+            )
             wire.sent.clear()
             gradients(model, torch.ones(1, length, dtype=torch.int64))
             rank, size = groups.context.rank(), groups.context.size()
@@ -115,8 +119,8 @@ def check_wire(job: dict[str, Any], wire: Wire) -> None:
 
 def check_two_passes(config: ModelConfig, groups: Groups, recompute: str) -> None:
     """Two forward passes before their backward passes give the gradients of one after the other."""
-    shard = Shard(groups.tensor, torch.float64, recompute=cast(Any, recompute), context=groups.context)
-    model = model_of(config, shard, AttentionConfig())
+    parallel = ParallelContext(groups.tensor, torch.float64, recompute=cast(Any, recompute), cp_group=groups.context)
+    model = model_of(config, parallel, AttentionConfig())
     batches = [
         torch.randint(29, (2, config.sequence_length), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
     ]
@@ -132,14 +136,16 @@ def check_two_passes(config: ModelConfig, groups: Groups, recompute: str) -> Non
 
 def check_masks(layout: dict[str, int]) -> None:
     """Ranks with equal weights and inputs drop other elements, in attention and in the feed-forward network."""
-    config = dataclasses.replace(SCALED, dropout=0.5, allow_short_reach=True)
+    config = dataclasses.replace(SCALED, dropout=0.5, allow_short_receptive_field=True)
     with process_groups(ParallelConfig(**layout)) as groups:
-        shard = Shard(groups.tensor, torch.float64, context=groups.context)
-        model = model_of(config, shard, AttentionConfig())
+        parallel = ParallelContext(groups.tensor, torch.float64, cp_group=groups.context)
+        model = model_of(config, parallel, AttentionConfig())
         block = model.layers[0]
-        width = (config.heads // shard.size) * config.head_width
-        few = (config.key_value_heads or config.heads) // shard.size * config.head_width
-        hidden = torch.ones(config.sequence_length, 2, config.feed_forward_width // shard.size, dtype=torch.float64)
+        width = (config.heads // parallel.tp_size) * config.head_width
+        few = (config.key_value_heads or config.heads) // parallel.tp_size * config.head_width
+        hidden = torch.ones(
+            config.sequence_length, 2, config.feed_forward_width // parallel.tp_size, dtype=torch.float64
+        )
         generator = torch.Generator().manual_seed(4)
         q, k, v = (torch.randn(16, 2, size, dtype=torch.float64, generator=generator) for size in (width, few, few))
         rows = Rows(rotation(torch.arange(16), config.head_width, config.rotary_theta, torch.float64), None, 0)
@@ -174,7 +180,7 @@ def main() -> None:
             check_masks(job["masks"])
         elif "two_passes" in job:
             with process_groups(ParallelConfig(context=dist.get_world_size())) as groups:
-                config = dataclasses.replace(SCALED, dropout=0.0, allow_short_reach=True)
+                config = dataclasses.replace(SCALED, dropout=0.0, allow_short_receptive_field=True)
                 check_two_passes(config, groups, job["two_passes"])
         else:
             context = job["parallel"].get("context", 1)

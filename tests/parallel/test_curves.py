@@ -40,7 +40,7 @@ def test_loss_and_gradient_norm_equal_those_of_one_process(layout: Layout, shard
     for expected, got in zip(single, spread, strict=True):
         for key in ("loss", "grad_norm"):
             assert got[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=TOLERANCE), (got["step"], key)
-        exact = ("step", "tokens", "lr", "ledger")
+        exact = ("step", "tokens", "lr", "data_digest")
         assert [got[key] for key in exact] == [expected[key] for key in exact]
     assert spread[-1]["validation_loss"] == pytest.approx(single[-1]["validation_loss"], rel=TOLERANCE, abs=TOLERANCE)
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ecp_scale import deepspeed_json
 from ecp_scale.checkpoint.saving import find_start, load
 from ecp_scale.command_line import Request, parse
 from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.groups import decided, process_groups
-from ecp_scale.training.engine import build_engine
 from ecp_scale.training.loop import train
 from ecp_scale.training.starting import with_vocabulary
+from ecp_scale.zero import json_config
+from ecp_scale.zero.engine import build_engine
 
 LOGITS = "trainer_logits.npy"
 
@@ -37,7 +37,7 @@ def write_logits(request: Request) -> None:
     with process_groups(request.config.parallel) as groups:
         blend = Blend(request.config.data.phases, request.config.model.sequence_length, request.config.training.seed)
         config = with_vocabulary(request.config, blend.corpora[0])
-        settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+        settings = json_config.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
         start = decided(lambda: find_start(Path(output), resuming=True))
         load(engine, config, start)

@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.timing import peak_bytes
-from ecp_scale import deepspeed_json
 from ecp_scale.command_line import Request, parse
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.linear import Shard
+from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.precision import as_on_a_gpu, weight_type
+from ecp_scale.zero import json_config
 
 
 def planned(request: Request) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def measured(request: Request, with_states: bool) -> dict[str, Any]:
 
 
 def _states(request: Request, groups: Groups) -> dict[str, Any]:
-    from ecp_scale.training.engine import build_engine
+    from ecp_scale.zero.engine import build_engine
 
     config = request.config
-    settings = deepspeed_json.resolve(request.deepspeed, config, request.world_size)
+    settings = json_config.resolve(request.deepspeed, config, request.world_size)
     engine = build_engine(config, settings, groups)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
     micro_batches = config.accumulation_steps(request.world_size)
@@ -161,9 +161,9 @@ def _gradients(engine: Any) -> int:
 
 def _activations_and_messages(request: Request, groups: Groups) -> dict[str, Any]:
     config = request.config
-    shard = Shard.of(config, groups, weight_type(config))
-    model = LanguageModel(config.model, shard, config.attention).train()
-    initialize(model, config.model, shard, seed=1)
+    parallel = ParallelContext.of(config, groups, weight_type(config))
+    model = LanguageModel(config.model, parallel, config.attention).train()
+    initialize(model, config.model, parallel, seed=1)
     tokens = torch.zeros(config.training.micro_batch_size, config.model.sequence_length, dtype=torch.int64)
     sent: Counter[str] = Counter()
     with as_on_a_gpu():

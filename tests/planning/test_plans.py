@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from ecp_scale.command_line import load_preset, preset_names
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.planning.proposals import SUGGESTED
+from ecp_scale.preparation.preprocessing import preprocess
 from tests.launching import ROOT, metrics, run, run_successfully
 
 SCRIPT = "tests/planning/measure_layouts.py"
@@ -30,7 +30,7 @@ BASE = {
     "model.feed_forward_width": 160,
     "model.sequence_length": 256,
     "model.segment_length": 32,
-    "model.allow_short_reach": True,
+    "model.allow_short_receptive_field": True,
     "training.micro_batch_size": 2,
     "training.global_batch_size": 16,
 }
@@ -135,7 +135,7 @@ def test_presets_are_as_large_as_their_names(name: str) -> None:
     config = load_preset(f"scaled-{name}")
     assert config.model.parameters == pytest.approx(SIZES[name], rel=0.03)
     assert config.model.padded_vocab_size(config.parallel.tensor) % (128 * config.parallel.tensor) == 0
-    assert config.model.reach_tokens >= config.model.sequence_length
+    assert config.model.receptive_field_tokens >= config.model.sequence_length
     gpus, _ = SUGGESTED[f"scaled-{name}"]
     assert config.problems(gpus) == []
 

@@ -7,7 +7,6 @@ or end as one message with exit code 2.
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import io
 import json
 import os
@@ -26,15 +25,15 @@ import torch.distributed as dist
 import yaml
 
 from ecp_scale.checkpoint.folder import RECORD, checkpoints_folder
-from ecp_scale.deepspeed_json import KNOWN, OWNED_BY_RUN_CONFIG, REFUSED
+from ecp_scale.commands import pretrain
+from ecp_scale.config.options import SECTIONS
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import SECTIONS
 from ecp_scale.training import loop
+from ecp_scale.zero.json_config import KNOWN, OWNED_BY_RUN_CONFIG, REFUSED
 from tests.corpus import write_sharded_text
 from tests.launching import ROOT
 from tests.parallel.layouts import RECIPE, SETTINGS
 
-pretrain_ecp = importlib.import_module("launch.pretrain_ecp")
 FIELDS = [f"{section}.{item.name}" for section, kind in SECTIONS.items() for item in dataclasses.fields(kind)]
 ODD: tuple[Any, ...] = (
     *(0, -1, 1, 2, 3, 7, 64, 10**6, 2**31, 2**63, 2**64, 10**30, 0.5, -0.1, 1e-320, 1e308, 1e400),
@@ -201,13 +200,13 @@ def start(words: list[str], variables: dict[str, str]) -> tuple[str, str]:
         mock.patch.dict(os.environ, variables),
         mock.patch.object(sys, "argv", ["pretrain_ecp.py", *words]),
         mock.patch.object(loop, "build_engine", side_effect=ReachedError),
-        mock.patch.object(pretrain_ecp, "quiet", mock.MagicMock()),
+        mock.patch.object(pretrain, "quiet", mock.MagicMock()),
         contextlib.redirect_stderr(output),
         contextlib.redirect_stdout(output),
     ):
         try:
             with input_errors_exit():
-                pretrain_ecp.main()
+                pretrain.main()
         except ReachedError:
             outcome = "reached"
         except SystemExit as error:

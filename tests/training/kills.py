@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from ecp_scale.checkpoint.files import damages
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, complete_checkpoints
+from ecp_scale.zero.state_files import damages
 from tests.corpus import ShardedText, write_sharded_text
 from tests.launching import command, environment, metrics
 from tests.parallel.layouts import Layout
@@ -118,7 +118,7 @@ def check(run: Path, expected: list[dict[str, object]], foreign: dict[Path, byte
     lines = (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1] if (run / "metrics.jsonl").exists() else []
     for record in map(json.loads, lines):
         wanted = expected[record["step"] - 1]
-        for key in ("loss", "grad_norm", "ledger", "lr"):
+        for key in ("loss", "grad_norm", "data_digest", "lr"):
             if record[key] != wanted[key]:
                 raise SystemExit(f"step {record['step']}: {key} is {record[key]}, expected {wanted[key]}")
 

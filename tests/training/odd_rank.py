@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from ecp_scale import errors
-from ecp_scale.checkpoint import deepspeed_files, folder, saving
-from ecp_scale.checkpoint.files import FileRecord
+from ecp_scale.checkpoint import folder, saving
 from ecp_scale.command_line import parse
 from ecp_scale.training import agreement, loop, starting
 from ecp_scale.training.step import DivergedError
+from ecp_scale.zero import checkpoint_engine
+from ecp_scale.zero.state_files import FileRecord
 
 
 def make_odd(what: str, options: list[str]) -> None:
@@ -52,7 +53,7 @@ def make_odd(what: str, options: list[str]) -> None:
         def fail(states: object, path: Path) -> FileRecord:
             raise OSError(28, "No space left on device", str(path))
 
-        deepspeed_files.write_states = fail
+        checkpoint_engine.write_states = fail
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, complete_checkpoints
+from ecp_scale.cluster.lock import Lock
+from ecp_scale.cluster.ranks import adopt_launcher, first_host
 from ecp_scale.command_line import parse
-from ecp_scale.data.locking import Lock
 from ecp_scale.errors import InputError
-from ecp_scale.parallel.places import adopt_launcher, first_host
 from ecp_scale.planning.rehearsal import torchrun
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
@@ -167,7 +167,7 @@ def test_a_second_launch_in_a_run_folder_names_the_first(sharded_text: ShardedTe
 
 def test_a_lock_of_a_dead_launch_is_taken_over_and_said(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from ecp_scale.data.locking import Lock; "
+        "import os, sys; from pathlib import Path; from ecp_scale.cluster.lock import Lock; "
         "Lock(Path(sys.argv[1])).take('x'); os.kill(os.getpid(), 9)"
     )
     died = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], env=environment())

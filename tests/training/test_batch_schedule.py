@@ -58,7 +58,7 @@ def test_the_length_of_a_run_counts_its_schedule() -> None:
             SCHEDULE.replace("6", "8"),
             "--model.sequence_length=64",
             "--model.segment_length=16",
-            "--model.allow_short_reach=true",
+            "--model.allow_short_receptive_field=true",
             "--model.segment_length=16",
             "--dry-run",
         ],

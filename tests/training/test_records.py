@@ -26,8 +26,8 @@ from tests.launching import environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
 
 ODD = (
-    b'{"step": 1, "tokens": 1, "ledger": "0"}\n\n\x00\x00\n{"step": 2, "tokens": 2, "ledger": "1", "loss": NaN}\n'
-    b"[" * 100_000 + b'\n\xff\xfe\n[3]\n{"step": 9}\n{"step": 3, "tokens": 3, "ledger": "2"}\n{"st'
+    b'{"step": 1, "tokens": 1, "data_digest": "0"}\n\n\x00\x00\n{"step": 2, "tokens": 2, "ledger": "1", "loss": NaN}\n'
+    b"[" * 100_000 + b'\n\xff\xfe\n[3]\n{"step": 9}\n{"step": 3, "tokens": 3, "data_digest": "2"}\n{"st'
 )
 
 
@@ -221,7 +221,7 @@ def test_long_work_is_announced_and_brought_to_mind(
     monkeypatch.setattr(console, "REMINDER_SECONDS", 0.05)
     with waiting("work"):
         time.sleep(0.3)
-    with waiting("another rank's", speaks=False):
+    with waiting("another rank's", prints=False):
         pass
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "work"

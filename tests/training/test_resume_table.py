@@ -10,10 +10,10 @@ import pytest
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, find_checkpoint
 from ecp_scale.checkpoint.identity import FIXED, MAY_CHANGE, NEVER_MATTERS, check_continues, rule
-from ecp_scale.checkpoint.merging import whole_weights
+from ecp_scale.checkpoint.merging import full_weights
 from ecp_scale.command_line import parse
+from ecp_scale.config.options import SECTIONS
 from ecp_scale.errors import InputError
-from ecp_scale.options import SECTIONS
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
 from tests.launching import metrics
@@ -24,7 +24,7 @@ CHANGES = {
     "model.dropout": 0.5,
     "model.sequence_length": 128,
     "model.segment_length": 32,
-    "data.untrained_targets": str(list(range(259, 330))),
+    "data.loss_ignore_ids": str(list(range(259, 330))),
     "optimizer.learning_rate": 1e-3,
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.5,
@@ -43,7 +43,7 @@ WITH_OTHERS = {
     "model.window": "the same",
     "model.group_length": "the same",
     "optimizer.decay_tokens": "only under cosine, which is tested",
-    "optimizer.minimum_ratio": "only under cosine, which is tested",
+    "optimizer.min_lr_ratio": "only under cosine, which is tested",
     "optimizer.halving_tokens": "only under halving",
     "training.steps": "every resume here",
     "training.precision": "tests/parallel: layouts",
@@ -57,7 +57,7 @@ WITH_OTHERS = {
 }
 """What may change and is tested elsewhere, or has no effect by itself."""
 WITHOUT_EFFECT = {
-    "model.allow_short_reach": True,
+    "model.allow_short_receptive_field": True,
     "parallel.timeout_seconds": 300,
     "training.validation_every_steps": 1,
     "training.validation_windows": 3,
@@ -104,7 +104,7 @@ def after_one_more(saved: Path, text: ShardedText, folder: Path, zero: int, *cha
     assert checkpoint.name == "step-00000003"
     assert metrics(run)[-1]["step"] == 3
     digest = hashlib.sha256()
-    for name, weight in whole_weights(checkpoint, CheckpointRecord.read(checkpoint)):
+    for name, weight in full_weights(checkpoint, CheckpointRecord.read(checkpoint)):
         # Layouts add up in other orders: what is compared between them is rounded.
         digest.update(name.encode() + (weight.detach() * 2**16).round().numpy().tobytes())
     return digest.hexdigest()

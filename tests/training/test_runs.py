@@ -21,10 +21,10 @@ from ecp_scale.checkpoint.identity import check_continues
 from ecp_scale.command_line import parse
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.ledger import ledger_entry
+from ecp_scale.data.digest import sample_digest
 from ecp_scale.data.manifest import TokenizerRecord
-from ecp_scale.data.preprocessing import preprocess
 from ecp_scale.errors import InputError
+from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.training.starting import with_vocabulary
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
@@ -153,7 +153,7 @@ def test_a_run_killed_three_times_and_resumed_on_other_ranks_reads_and_learns_th
             kill(start_until(words, partial(has_done, output, 5 * number)))
             assert 5 * number <= steps_done(output) < len(expected)
     records = metrics(output)
-    assert [record["ledger"] for record in records] == [record["ledger"] for record in expected]
+    assert [record["data_digest"] for record in records] == [record["data_digest"] for record in expected]
     for key in ("loss", "grad_norm"):
         assert [record[key] for record in records] == pytest.approx([record[key] for record in expected], abs=1e-5), key
     audit = run_successfully("launch/audit_data.py", output)
@@ -170,7 +170,7 @@ def test_a_resume_with_another_model_names_what_differs(uninterrupted: Path, sha
 
 def test_a_run_continues_with_another_geometry(sharded_text: ShardedText, tmp_path: Path) -> None:
     words = Layout(zero=1).options(sharded_text, tmp_path / "run")
-    changed = ("--model.sequence_length=96", "--model.segment_length=24", "--model.allow_short_reach=true")
+    changed = ("--model.sequence_length=96", "--model.segment_length=24", "--model.allow_short_receptive_field=true")
     runs = [
         [*words, "--training.steps=12"],
         [*words, "--training.steps=16", "--resume=auto", "--allow-rate-jump", *changed],
@@ -203,15 +203,15 @@ def test_a_blend_may_change_in_mid_run_and_the_audit_agrees(sharded_text: Sharde
     jobs.write_text(json.dumps([{"options": words, "probed": False} for words in runs]))
     run_successfully("tests/parallel/train_layouts.py", jobs)
     records = metrics(tmp_path / "run")
-    assert len({record["ledger"] for record in records}) == 9
+    assert len({record["data_digest"] for record in records}) == 9
     agreed = run_successfully("launch/audit_data.py", tmp_path / "run")
-    assert f"agrees up to step 9 ({9 * tokens_per_step:,} tokens, ledger {records[-1]['ledger']})" in agreed
+    assert f"agrees up to step 9 ({9 * tokens_per_step:,} tokens, data digest {records[-1]['data_digest']})" in agreed
 
     changed = {0: {sharded_text.prefix: 0.9, other: 0.1}}
     refused = run(SCRIPT, *words, f"--data.blend={json.dumps(changed)}", "--training.steps=12", "--resume=auto")
     assert refused.returncode == 2
     assert "data.blend was" in refused.stderr
-    records[6]["ledger"] = records[5]["ledger"]
+    records[6]["data_digest"] = records[5]["data_digest"]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     audit = run("launch/audit_data.py", tmp_path / "run")
     assert audit.returncode == 1
@@ -246,23 +246,27 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_audited_by_number(
 ) -> None:
     words = [*Layout(zero=1).options(sharded_text, tmp_path / "run"), "--resume=auto"]
     run_successfully(SCRIPT, *words, "--training.steps=2")
-    # Written over as the version before would have: the ledger without the hashes, the record without them.
+    # Written over as an earlier version would have: other names, and neither digest nor record with hashes.
     config = parse(["--config", str(tmp_path / "run" / "config.yaml"), "--dry-run"], "").config
     blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
-    records, ledger = metrics(tmp_path / "run"), 0
+    records, digest = metrics(tmp_path / "run"), 0
     for record in records:
         last = record["tokens"] // config.model.sequence_length
         for sample in range(last - config.training.global_batch_size, last):
-            ledger = (ledger + ledger_entry(sample, *blend.locate(sample))) % 2**64
-        record["ledger"] = f"{ledger:016x}"
+            digest = (digest + sample_digest(sample, *blend.locate(sample))) % 2**64
+        del record["data_digest"]
+        record["ledger"] = f"{digest:016x}"
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     path = find_checkpoint(tmp_path / "run") / RECORD
     content = json.loads(path.read_text())
-    del content["data"]["corpora_sha256"]
-    path.write_text(json.dumps({**content, "format_version": 3, "ledger": f"{ledger:016x}"}))
+    del content["data"]["corpora_sha256"], content["data_digest"]
+    content |= {"format_version": 3, "ledger": f"{digest:016x}", "layouts": content.pop("partitions")}
+    content["model"]["allow_short_reach"] = content["model"].pop("allow_short_receptive_field")
+    content["optimizer"]["minimum_ratio"] = content["optimizer"].pop("min_lr_ratio")
+    path.write_text(json.dumps(content))
     run_successfully(SCRIPT, *words, "--training.steps=4")
     audit = run_successfully("launch/audit_data.py", tmp_path / "run")
-    assert "up to step 2 the ledger knows the windows by number" in audit
+    assert "up to step 2 the digest knows the windows by number" in audit
     assert "agrees up to step 4" in audit
 
 
@@ -288,10 +292,10 @@ def test_a_damaged_token_ends_the_run_by_name_whichever_rank_reads_it(
 def test_untrained_targets_that_are_none_or_all_are_refused(
     targets: list[int], sharded_text: ShardedText, tmp_path: Path
 ) -> None:
-    words = [*Layout().options(sharded_text, tmp_path / "run"), f"--data.untrained_targets={json.dumps(targets)}"]
+    words = [*Layout().options(sharded_text, tmp_path / "run"), f"--data.loss_ignore_ids={json.dumps(targets)}"]
     config = parse([*map(str, words), "--dry-run"], "").config
     held = "every id" if len(targets) == 400 else r"the ids \["
-    with pytest.raises(InputError, match=rf"data\.untrained_targets holds {held}.* has the 400 entries 0 to 399"):
+    with pytest.raises(InputError, match=rf"data\.loss_ignore_ids holds {held}.* has the 400 entries 0 to 399"):
         with_vocabulary(config, Corpus(sharded_text.prefix, 64))
 
 
@@ -303,7 +307,7 @@ def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedT
     record = CheckpointRecord(
         step=3,
         tokens=10,
-        ledger="0" * 16,
+        data_digest="0" * 16,
         skipped_steps=0,
         world_size=1,
         tensor_parallel=1,
@@ -314,7 +318,7 @@ def test_a_compression_does_not_continue_with_other_sizes(sharded_text: ShardedT
         data={},
         tokenizer=TokenizerRecord("sentencepiece", "tokenizer.model", "0" * 64, 400, 2),
         tokenizer_file="tokenizer.model",
-        layouts={},
+        partitions={},
         files={},
     )
     longer = dataclasses.replace(config.model, sequence_length=1024)

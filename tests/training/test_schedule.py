@@ -12,7 +12,7 @@ def test_warm_up_rises_linearly_to_the_peak() -> None:
 
 
 def test_cosine_falls_to_its_minimum_and_stays_there() -> None:
-    config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_tokens=100, minimum_ratio=0.1)
+    config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_tokens=100, min_lr_ratio=0.1)
     assert learning_rate(config, 100, 1100) == 1.0
     assert learning_rate(config, 600, 1100) == pytest.approx(0.55)
     assert learning_rate(config, 1100, 1100) == pytest.approx(0.1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.groups import Groups
-from ecp_scale.training.engine import parameter_groups
 from ecp_scale.training.step import DivergedError, mean_loss, optimizer_step
 from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
 
@@ -12,7 +12,7 @@ from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
 @pytest.mark.parametrize("config", BOTH, ids=NAMES)
 def test_weights_of_linear_layers_decay_and_nothing_else(config: object, groups: Groups) -> None:
     model = build(config, groups)
-    decayed, rest = parameter_groups(model, 0.1)
+    decayed, rest = optimizer_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {id(p) for p in [*decayed["params"], *rest["params"]]} == names.keys()
     assert decayed["weight_decay"] == 0.1

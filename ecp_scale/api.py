@@ -1,0 +1,156 @@
+"""A trained model in a few lines of Python: text to tokens, logits, continuations, scores.
+
+    from ecp_scale import load_model
+
+    model = load_model("model")
+    print(model.generate("Once upon a time"))
+
+One process and no launcher: neither torch.distributed nor DeepSpeed is touched.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ecp_scale.checkpoint.export import ExportedModel
+from ecp_scale.config import ModelConfig
+from ecp_scale.data.tokenizer import Tokenizer
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation.comparison import Protocol
+from ecp_scale.evaluation.generation import generate
+from ecp_scale.evaluation.perplexity import EvaluationResult, Text, default_protocol, evaluate
+from ecp_scale.evaluation.texts import measure_text
+from ecp_scale.models.language_model import LanguageModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_model(folder: str | Path, *, device: str | None = None, precision: str = "fp32") -> "Model":
+    """Load an exported model.
+
+    Args:
+        folder: what launch/convert_checkpoint.py (``ecp-convert``) has written.
+        device: such as "cpu" or "cuda:0"; None takes the GPU if there is one.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        InputError: if the folder is no exported model, or its weights are damaged.
+    """
+    if precision not in DTYPES:
+        raise InputError(f"precision is {precision!r}, expected one of {', '.join(DTYPES)}")
+    exported = ExportedModel.open(folder)
+    return Model(exported.load(DTYPES[precision], device), exported.tokenizer)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model with its tokenizer."""
+
+    network: LanguageModel
+    """The torch module, in evaluation mode."""
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """Architecture and sizes."""
+        return self.network.config
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids."""
+        return self.tokenizer.decode(list(ids))
+
+    @torch.no_grad()
+    def logits(self, text: str | list[int]) -> Tensor:
+        """Scores of the token that follows each position: text or ids (n) -> (n, V).
+
+        A latent model scores its last positions alone, and reads exactly its sequence length.
+
+        Raises:
+            InputError: if there are no tokens.
+        """
+        return self.network.logits(self._ids(text))[0]
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 1,
+    ) -> str:
+        """Continue a text of any length.
+
+        Args:
+            prompt: at least one token.
+            max_new_tokens: how many to add at most; the end of the document ends it before.
+            temperature: 0 takes the likeliest token.
+            top_k: sample among the k likeliest tokens only.
+            seed: of the sampling.
+
+        Returns:
+            What follows the prompt.
+
+        Raises:
+            InputError: if the prompt has no tokens.
+        """
+        ids = self._ids(prompt)[0].tolist()
+        end = self.tokenizer.end_of_document
+        new = generate(
+            self.network, ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, end_of_document=end
+        )
+        # Decoded together: the first new token may begin with what a tokenizer drops at the beginning of a text.
+        return self.decode([*ids, *new]).removeprefix(self.decode(ids))
+
+    def score(self, text: str, protocol: Protocol | None = None) -> EvaluationResult:
+        """How well the model predicts a text, as launch/evaluate.py (``ecp-evaluate``) prints it.
+
+        Args:
+            text: one document.
+            protocol: "stream" or "sliding"; None takes the model's default.
+
+        Raises:
+            InputError: if the text is too short, or the architecture cannot follow the protocol.
+        """
+        measured: Text = measure_text([text], self.tokenizer)
+        end = self.tokenizer.end_of_document
+        return evaluate(self.network, measured, end, protocol or default_protocol(self.config))
+
+    @torch.no_grad()
+    def stream(self, pieces: Iterable[str | list[int]]) -> Iterator[Tensor]:
+        """Read a long document piece by piece in bounded memory; each piece knows all that came before it.
+
+        Args:
+            pieces: consecutive ids, or texts, each of which is tokenised by itself.
+
+        Yields:
+            Negative log-likelihoods (t), in nats, of the t tokens of each piece; the very first token of the document
+            has none.
+
+        Raises:
+            InputError: if the architecture's context is not causal.
+        """
+        if not self.config.geometry.streams:
+            raise InputError(f"the context of {self.config.architecture} is not causal; use score")
+        stream, last = self.network.new_stream(), None
+        for piece in pieces:
+            ids = self._ids(piece)
+            logits = self.network.logits(ids, stream)[0]
+            predicted = logits[:-1] if last is None else torch.cat((last, logits[:-1]))
+            yield cross_entropy(predicted.float(), ids[0, len(ids[0]) - len(predicted) :], reduction="none")
+            last = logits[-1:]
+
+    def _ids(self, text: str | list[int]) -> Tensor:
+        ids = self.encode(text) if isinstance(text, str) else text
+        if not ids:
+            raise InputError(f"{text!r:.60} has no tokens, expected some text")
+        return torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(next(self.network.parameters()).device)[None]

@@ -1,0 +1,83 @@
+"""Print the perplexity result of an exported model on a text."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ecp_scale.config.model import GEOMETRY_FIELDS
+from ecp_scale.errors import InputError, input_errors_exit
+
+
+@input_errors_exit()
+def main() -> None:
+    """Read the command line, evaluate, print and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    home = os.path.expanduser
+    parser.add_argument(
+        "--model", required=True, type=home, metavar="DIR", help="folder of launch/convert_checkpoint.py"
+    )
+    parser.add_argument(
+        "--data", required=True, type=home, metavar="PATH", help=".txt, .jsonl, a folder, a shard prefix"
+    )
+    parser.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
+    parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
+    parser.add_argument(
+        "--unigram", type=home, metavar="PREFIX", help="also score the unigram of these training shards"
+    )
+    for name in GEOMETRY_FIELDS:
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
+    parser.add_argument("--json", type=home, metavar="FILE", help="write the result here too")
+    options = parser.parse_args()
+    if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
+        raise InputError(f"--json {options.json}: expected a file in a folder that exists")
+
+    from ecp_scale.checkpoint.export import ExportedModel
+    from ecp_scale.data.tokenizer import gives_texts_back
+    from ecp_scale.evaluation.perplexity import COMPARABLE_UNKNOWN_SHARE, default_protocol, evaluate, unigram_result
+    from ecp_scale.evaluation.texts import count_tokens, open_shards, read_text
+    from ecp_scale.parallel.device import local_device
+
+    geometry = {name: getattr(options, name) for name in GEOMETRY_FIELDS if getattr(options, name) is not None}
+    exported = ExportedModel.open(options.model).with_geometry(**geometry)
+    tokenizer = exported.tokenizer
+    text = read_text(options.data, tokenizer, options.text_key)
+    protocol = options.protocol or default_protocol(exported.config)
+    model = exported.load(device=local_device(0))
+    result = evaluate(model, text, tokenizer.end_of_document, protocol, progress=True)
+    content: dict[str, Any] = {
+        "model": options.model,
+        "data": options.data,
+        "protocol": result.protocol,
+        "token_perplexity": result.token_perplexity,
+        "word_perplexity": result.word_perplexity,
+        "word_and_line_end_perplexity": result.word_and_line_end_perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens_per_word": result.tokens_per_word,
+        "tokens_scored": result.tokens_scored,
+        "words": result.words,
+        "line_ends": result.lines,
+        "unknown_tokens": result.unknown,
+        "comparable": result.is_comparable,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    if options.unigram:
+        counts = count_tokens(open_shards(options.unigram, tokenizer))
+        content["unigram_bits_per_byte"] = unigram_result(text, counts).bits_per_byte
+    for key, value in content.items():
+        print(f"{key:28} {f'{value:.4f}' if isinstance(value, float) else value}")
+    print("\nWikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity")
+    if not result.is_comparable:
+        print(
+            f"NOT COMPARABLE per word and byte: {result.unknown_share:.2%} of the tokens stand for text that the "
+            f"vocabulary cannot write (more than {COMPARABLE_UNKNOWN_SHARE:.1%}), which costs the model nothing"
+        )
+    if not gives_texts_back(tokenizer):
+        print("this tokenizer does not give texts back as they were: what it loses (case, white space) is not scored")
+    if options.json:
+        try:
+            Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--json {options.json}: {error.strerror or error}") from error

@@ -1,0 +1,101 @@
+"""Draw loss, validation loss, learning rate, gradient norm and speed of runs against tokens.
+
+    python launch/plot.py runs/first runs/second --output curves.png
+
+Lines are smoothed, with what was measured behind them.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ecp_scale.errors import InputError, input_errors_exit
+
+PANELS = {
+    "loss": "loss (nats per token)",
+    "validation_loss": "validation loss (nats per token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving mean, without the pull of its beginning; ``weight`` is that of what came before."""
+    mean, total, result = 0.0, 0.0, []
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        result.append(mean / total)
+    return result
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> None:
+    """Draw the records of some runs by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(len(PANELS), 1, figsize=(8, 2.4 * len(PANELS)), layout="constrained", sharex=True)
+    for axes, (key, label) in zip(grid, PANELS.items(), strict=True):
+        for number, (name, records) in enumerate(runs.items()):
+            points = [(record["tokens"], record[key]) for record in records if record.get(key) is not None]
+            if not points:
+                continue
+            tokens, values = zip(*points, strict=True)
+            color = f"C{number % 10}"
+            if key in ("validation_loss", "lr"):
+                axes.plot(
+                    tokens, values, "o-" if key == "validation_loss" else "-", color=color, markersize=3, label=name
+                )
+            else:
+                axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(tokens, smoothed(values, weight), color=color, label=name)
+        axes.set(ylabel=label)
+        axes.grid(alpha=0.3)
+    grid[0].legend()
+    grid[-1].set(xlabel="tokens")
+    figure.savefig(output, dpi=120)
+
+
+@input_errors_exit()
+def main() -> None:
+    """Read the command line and the runs, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help=".png, .svg or .pdf (default: RUN/curves.png of the first)",
+    )
+    parser.add_argument(
+        "--smoothing", type=float, default=0.9, metavar="W", help="weight of earlier steps, 0 to 0.999 (default: 0.9)"
+    )
+    options = parser.parse_args()
+    if not 0 <= options.smoothing <= 0.999:
+        raise InputError(f"--smoothing is {options.smoothing}, expected a number from 0 to 0.999")
+
+    from ecp_scale.training.metrics import read_metrics, unreadable_metrics
+
+    folders = [Path(run) for run in options.runs]
+    runs = {}
+    for folder in folders:
+        records = read_metrics(folder)
+        if not records:
+            raise InputError(f"{folder}: expected a run with metrics.jsonl, found no record of a step")
+        if unreadable := unreadable_metrics(folder):
+            print(f"{folder}: {unreadable} lines of metrics.jsonl cannot be read")
+        runs[str(folder) if folder.name in runs else folder.name] = records
+    output = Path(options.output) if options.output else folders[0] / "curves.png"
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--output {output}: expected a name that ends in .png, .svg or .pdf")
+    try:
+        draw(runs, options.smoothing, output)
+    except ImportError as error:
+        raise InputError("matplotlib is missing: pip install 'ecp-scale[export]'") from error
+    except OSError as error:
+        raise InputError(f"--output {output}: {error.strerror or error}") from error
+    print(output)

@@ -1,0 +1,155 @@
+"""The output layer and its loss, which never holds the scores of all positions at once.
+
+With V in the tens of thousands the scores of a sequence outweigh all of a small model's other activations. Here they
+are made for some positions, turned into losses and gradients, and dropped: since the loss is a sum, the gradients are
+known but for one factor when the forward pass has seen the targets.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.linear import ColumnLinear
+from ecp_scale.precision import linear, product_type
+
+CHUNK_ELEMENTS = 1 << 24
+"""Scores that exist at a time on this rank; as floats 64 MiB. With fewer, the products with the weights slow down."""
+
+
+class OutputLayer(ColumnLinear):
+    """Linear to the scores of a vocabulary whose rows are split over the tensor group.
+
+    Args:
+        width: D.
+        padded: rows of the vocabulary with its padding, over all ranks.
+        known: true rows over all ranks; the others have score -inf.
+        bias: whether there is one.
+        parallel: this rank's share.
+    """
+
+    def __init__(self, width: int, padded: int, known: int, bias: bool, parallel: ParallelContext) -> None:
+        super().__init__(width, padded, bias, parallel)
+        self.group = parallel.tp_group
+        self.first_row = parallel.tp_rank * (padded // parallel.tp_size)
+        self.rows = min(max(known - self.first_row, 0), padded // parallel.tp_size)
+        for parameter in self.parameters():
+            parameter.vocabulary_rows = known
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, trained: Tensor | None = None) -> Any:
+        """Scores, or with targets their losses.
+
+        Args:
+            x: rows (R, B, D) that ``gather_to_tensor_parallel_region`` returned.
+            targets: token ids (R, B).
+            trained: which of them count (R, B); None means all.
+
+        Returns:
+            The scores (R, B, V / t) of this rank's rows. With targets, the sum of the losses of those that count, in
+            nats, with its gradients, and all losses (R, B) without.
+        """
+        if targets is None:
+            return _scores(x, self.weight, self.bias, self.rows)
+        trained = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained
+        place = (self.rows, self.first_row, self.group)
+        return _Loss.apply(x, self.weight, self.bias, targets, trained, place, torch.is_grad_enabled())
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    scores = linear(x, weight, bias)
+    scores[..., rows:] = -torch.inf
+    return scores
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        trained: Tensor,
+        place: tuple[int, int, ProcessGroup],
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = product_type(x)
+        flat, wanted, counts = x.flatten(0, 1).to(wide), targets.flatten(), trained.flatten()
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+        losses = torch.empty(len(flat), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        if with_gradients:
+            of_x, of_weight = torch.empty_like(flat), torch.zeros_like(weight, dtype=losses.dtype)
+            of_bias = None if bias is None else torch.zeros_like(bias, dtype=losses.dtype)
+        size = max(1, CHUNK_ELEMENTS // len(weight))
+        for start in range(0, len(flat), size):
+            chunk = slice(start, start + size)
+            gradients = (of_x[chunk], of_weight, of_bias) if with_gradients else None
+            rows = (flat[chunk], weight, bias, wanted[chunk], counts[chunk])
+            losses[chunk] = _losses_of_chunk(*rows, place, gradients)
+        if with_gradients:
+            ctx.gradients = of_x.view_as(x), of_weight, of_bias
+            ctx.dtype = x.dtype
+        losses_of_all = losses.view_as(targets)
+        ctx.mark_non_differentiable(losses_of_all)
+        return losses.masked_fill(~counts, 0).sum(), losses_of_all
+
+    @staticmethod
+    def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factor = of_outputs[0]
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are of use once
+        # Trap: in bf16 the factor itself would be rounded, by up to 0.4 %, and every gradient with it.
+        wide = [None if one is None else one.to(torch.promote_types(one.dtype, factor.dtype)) for one in gradients]
+        scaled = [None if one is None else one.mul_(factor).to(ctx.dtype) for one in wide]
+        return *scaled, None, None, None, None
+
+
+def _losses_of_chunk(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    counts: Tensor,
+    place: tuple[int, int, ProcessGroup],
+    gradients: tuple[Tensor, Tensor, Tensor | None] | None,
+) -> Tensor:
+    """Losses (T,) of some rows (T, D). Gradients, if asked for: that of x is written, those of weight and bias grow."""
+    rows, first_row, group = place
+    scores = _scores(x, weight, bias, rows)
+    scores = scores.to(torch.promote_types(x.dtype, torch.float32))
+    local = targets - first_row
+    mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
+    losses, scores = _losses_and_probabilities(scores, mine, row, group)
+    if gradients is not None:
+        of_x, of_weight, of_bias = gradients
+        scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
+        scores *= counts[:, None]
+        rounded = scores.to(x.dtype)
+        torch.mm(rounded, weight, out=of_x)
+        if of_weight.dtype == x.dtype:
+            torch.addmm(of_weight, rounded.t(), x, out=of_weight)
+        else:
+            of_weight += rounded.t() @ x
+        if of_bias is not None:
+            of_bias += scores.sum(0)
+    return losses
+
+
+def _losses_and_probabilities(scores: Tensor, mine: Tensor, row: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (T,), and the softmax in place of scores (T, V / t).
+
+    ``mine`` (T,) says whether a target is among this rank's rows, ``row`` (T, 1) which one it is.
+    """
+    top = scores.amax(-1)
+    if group.size() > 1:
+        dist.all_reduce(top, ReduceOp.MAX, group=group)
+    scores -= top[:, None]
+    of_target = scores.gather(1, row)[:, 0].masked_fill(~mine, 0)
+    scores.exp_()
+    sums = torch.stack((of_target, scores.sum(-1)))
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    scores /= sums[1][:, None]
+    return sums[1].log() - sums[0], scores

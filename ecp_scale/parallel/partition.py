@@ -1,0 +1,86 @@
+"""Between a whole tensor and the share of one rank, by what the parameters say of themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ecp_scale.errors import InputError
+from ecp_scale.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How one parameter is stored.
+
+    ``partition_dim`` is the dimension that the tensor group splits, None where every rank holds all of it;
+    ``vocabulary_rows`` the rows that are not padding, None where there is no padding.
+    """
+
+    partition_dim: int | None
+    vocabulary_rows: int | None = None
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> "Partition":
+        """Read the attributes that Megatron-core and the language model set."""
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        partition_dim = getattr(parameter, "partition_dim", None) if sharded else None
+        return cls(partition_dim, getattr(parameter, "vocabulary_rows", None))
+
+    def split(self, whole: Tensor, size: int, rank: int, padded_rows: int) -> Tensor:
+        """The share of one rank; the vocabulary's padding rows are 0."""
+        if self.vocabulary_rows is not None:
+            padding = whole.new_zeros(padded_rows - whole.shape[0], *whole.shape[1:])
+            whole = torch.cat((whole, padding))
+        return whole if self.partition_dim is None else whole.chunk(size, self.partition_dim)[rank]
+
+    def merge(self, shares: list[Tensor]) -> Tensor:
+        """The whole tensor from the shares of all ranks, without padding.
+
+        Raises:
+            ValueError: if ranks that should hold the same tensor do not.
+        """
+        if self.partition_dim is None:
+            if any(not torch.equal(shares[0], other) for other in shares[1:]):
+                raise ValueError("its copies on the tensor-parallel ranks differ")
+            return shares[0]
+        whole = torch.cat(shares, self.partition_dim)
+        return whole if self.vocabulary_rows is None else whole[: self.vocabulary_rows]
+
+
+def partitions(model: nn.Module) -> dict[str, Partition]:
+    """Partition of every parameter, by name."""
+    return {name: Partition.of(parameter) for name, parameter in model.named_parameters()}
+
+
+def full_shape(parameter: nn.Parameter, size: int) -> list[int]:
+    """Shape of the parameter without sharding and without padding."""
+    partition = Partition.of(parameter)
+    shape = list(parameter.shape)
+    if partition.partition_dim is not None:
+        shape[partition.partition_dim] *= size
+    if partition.vocabulary_rows is not None:
+        shape[0] = partition.vocabulary_rows
+    return shape
+
+
+@torch.no_grad()
+def load_full(model: nn.Module, parallel: ParallelContext, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill a model with this rank's share of whole tensors.
+
+    Raises:
+        InputError: if names or shapes differ, listing all of them.
+    """
+    parameters = dict(model.named_parameters())
+    problems = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
+    problems += [f"{name} is not part of this model" for name in tensors.keys() - parameters.keys()]
+    for name in parameters.keys() & tensors.keys():
+        expected = full_shape(parameters[name], parallel.tp_size)
+        if list(tensors[name].shape) != expected:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {expected}")
+    if problems:
+        raise InputError(f"{source} does not fit the model:\n" + "\n".join(f"  - {text}" for text in sorted(problems)))
+    for name, parameter in parameters.items():
+        padded_rows = parameter.shape[0] * parallel.tp_size
+        parameter.copy_(Partition.of(parameter).split(tensors[name], parallel.tp_size, parallel.tp_rank, padded_rows))

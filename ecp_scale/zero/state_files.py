@@ -1,0 +1,161 @@
+"""The files of a checkpoint: hashed while they are written, and read without running anything that they hold.
+
+torch.save writes pickles, which may call anything when they are loaded. Ours hold tensors, plain values and a few
+classes of DeepSpeed and torch; what asks for another is refused before it is made.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import xxhash
+
+from ecp_scale.errors import InputError
+
+
+class Plain:
+    """Stands for an object of DeepSpeed in a file that is read without DeepSpeed; has its attributes."""
+
+
+SAFE_GLOBALS: tuple[tuple[Any, str], ...] = (
+    (Plain, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+)
+"""Classes in DeepSpeed's files besides those that torch allows by itself, and what is made in their place."""
+READ_BYTES = 1 << 22
+
+
+class FileRecord(NamedTuple):
+    """Size and XXH3 hash of a file; no hash where an earlier version wrote it."""
+
+    size: int
+    xxh3: str = ""
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Size and hash of a file as it is now."""
+        hashed = _Hashed(None)
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                hashed.write(block)
+        return hashed.record
+
+    def problem(self, path: Path) -> str | None:
+        """What is wrong with the file beside its record: missing, of another size, or of other content."""
+        try:
+            size = path.stat().st_size
+            if size != self.size:
+                return f"has {size} bytes, expected {self.size}"
+            if self.xxh3 and (found := FileRecord.of(path).xxh3) != self.xxh3:
+                return f"is damaged: its {size} bytes have the hash {found}, {self.xxh3} when they were written"
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+        return None
+
+
+def write_states(states: Any, path: Path) -> FileRecord:
+    """``torch.save`` to a file that is on disk when this returns.
+
+    Raises:
+        OSError: the first one, whatever torch made of it.
+    """
+    with path.open("wb") as file:
+        hashed = _Hashed(file)
+        try:
+            torch.save(states, hashed)  # type: ignore[arg-type]
+        except Exception:
+            if hashed.error is not None:
+                raise hashed.error from None
+            raise
+        if hashed.error is not None:
+            raise hashed.error
+        file.flush()
+        os.fsync(file.fileno())
+        return hashed.record
+
+
+def read_states(path: Path, map_location: Any = None, mmap: bool = False, classes: Sequence[Any] = SAFE_GLOBALS) -> Any:
+    """What ``torch.save`` wrote.
+
+    Args:
+        path: of the file.
+        map_location: as ``torch.load`` takes it.
+        mmap: map tensors into memory instead of reading them.
+        classes: that it may hold, as ``torch.serialization.safe_globals`` takes them.
+
+    Raises:
+        InputError: if it holds anything but tensors, plain values and ``classes``, or is damaged.
+    """
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # A damaged pickle raises anything.
+        reason = str(error).replace("WeightsUnpickler error: ", "").strip()
+        foreign = next((line for line in reason.splitlines() if "Unsupported" in line or "GLOBAL" in line), None)
+        what = f"holds what is not loaded: {foreign}" if foreign else f"cannot be read ({type(error).__name__})"
+        raise InputError(f"{path}: {what}") from error
+
+
+def copy_hashed(source: Path, target: Path) -> FileRecord:
+    """Copy a small file to disk."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return FileRecord.of(target)
+
+
+def damages(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+    """What is wrong with some files of a folder, by name; each is read from front to end."""
+    return [
+        f"{folder / name} {problem}"
+        for name, record in sorted(files.items())
+        if (problem := record.problem(folder / name)) is not None
+    ]
+
+
+def free_bytes(path: Path) -> int:
+    """Room where a path lies or would lie."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+
+
+def write_error(path: Path, error: OSError) -> str:
+    """One line about a file that cannot be written, with the room that is left where that is the reason."""
+    text = f"{error.filename or path} cannot be written ({error.strerror or error})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        text += f", {free_bytes(path):,} bytes are free"
+    return text
+
+
+class _Hashed:
+    """A file that is hashed while it is written. Trap: torch hides an error of the file behind one of its own."""
+
+    def __init__(self, file: BinaryIO | None) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_128()
+        self._size = 0
+        self.error: OSError | None = None
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self._size, self._hash.hexdigest())
+
+    def write(self, block: Any) -> int:
+        if self._file is not None and self.error is None:
+            try:
+                self._file.write(block)
+            except OSError as error:
+                self.error = error
+        self._hash.update(block)
+        size = memoryview(block).nbytes
+        self._size += size
+        return size
+
+    def flush(self) -> None:
+        """Nothing, which torch asks for."""

@@ -1,0 +1,71 @@
+"""An optimizer config that a resume changes holds under every ZeRO stage and precision, as if it had been so before."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ecp_scale.command_line import parse
+from ecp_scale.config import Config
+from ecp_scale.parallel.groups import Groups
+from ecp_scale.training.schedule import learning_rate
+from ecp_scale.training.step import optimizer_step
+from ecp_scale.zero import json_config
+from ecp_scale.zero.engine import apply_optimizer_config, build_engine
+from tests.parallel.layouts import RECIPE, SETTINGS
+
+CHANGES: dict[str, Any] = {"beta1": 0.5, "beta2": 0.6, "epsilon": 1e-3, "weight_decay": 0.9, "gradient_clipping": 0.01}
+SCHEDULES: list[dict[str, Any]] = [
+    {"min_lr_ratio": 0.5},
+    {"decay_tokens": 2000},
+    {"schedule": "halving", "halving_tokens": 500},
+    {"schedule": "halving", "halving_tokens": 1500},
+]
+
+
+def config_of(precision: str) -> Config:
+    settings = {**SETTINGS["scaled"], **RECIPE, "training.precision": precision, "model.vocab_size": 64}
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    return parse([*words, "--dry-run"], "").config
+
+
+def weights_after(config: Config, stage: int, groups: Groups, changes: dict[str, Any]) -> Iterator[Tensor]:
+    """The fp32 weights after two steps under a config that is changed when the engine is built."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    tokens = torch.randint(64, (4, config.model.sequence_length + 1), generator=torch.Generator().manual_seed(1))
+    content = {"zero_optimization": {"stage": stage}}
+    engine = build_engine(config, json_config.resolve(content, config, 1), groups)
+    apply_optimizer_config(engine, dataclasses.replace(config.optimizer, **changes))
+    for _ in range(2):
+        optimizer_step(engine, tokens.split(1), groups, stop_requested=False)
+    for parameter in engine.module.parameters():
+        full = safe_get_full_fp32_param(parameter) if stage else parameter
+        yield full.detach().clone()
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
+)
+def test_every_number_of_the_optimizer_may_change(stage: int, precision: str, groups: Groups) -> None:
+    config = config_of(precision)
+    for name, value in CHANGES.items():
+        other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **{name: value}))
+        changed = list(weights_after(config, stage, groups, {name: value}))
+        expected = list(weights_after(other, stage, groups, {}))
+        unchanged = list(weights_after(config, stage, groups, {}))
+        assert all(map(torch.equal, changed, expected)), name
+        assert not all(map(torch.equal, changed, unchanged)), name
+
+
+@pytest.mark.parametrize("change", SCHEDULES, ids=str)
+def test_every_field_of_the_schedule_changes_the_rate(change: dict[str, Any]) -> None:
+    optimizer = config_of("fp32").optimizer
+    start = dataclasses.replace(optimizer, halving_tokens=1000, **{k: v for k, v in change.items() if k == "schedule"})
+    rates = [learning_rate(dataclasses.replace(start, **fields), 1800, 4000) for fields in ({}, change)]
+    assert rates[0] != rates[1]
