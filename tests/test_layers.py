@@ -12,7 +12,7 @@ from ecp_scale.command_line import parse
 from tests.launching import ROOT
 
 LAYERS = [
-    {"config", "errors", "console", "files", "precision", "__init__"},
+    {"config", "errors", "console", "files", "precision"},
     {"cluster"},
     {"data"},
     {"attention", "parallel", "preparation"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"command_line"},
     {"checkpoint", "evaluation", "planning"},
     {"training", "api"},
+    {"__init__"},
     {"commands"},
     {"launch", "data_tools"},
 ]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from ecp_scale.checkpoint.folder import find_checkpoint
-from ecp_scale.cluster.signals import ECHO_SECONDS, STOP, STOPPED, StopRequest
+from ecp_scale.cluster.signals import ECHO_SECONDS, SIGNALS, STOP, STOPPED, StopRequest
 from tests.corpus import ShardedText
 from tests.launching import ROOT, command, environment, free_port
 from tests.parallel.layouts import Layout
@@ -27,12 +27,13 @@ def options(text: ShardedText, output: Path, ranks: int = 2) -> list[str]:
     return [*(word for word in words if "validation" not in word), "--training.steps=100000", "--resume=auto"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive)])
 def test_a_signal_to_a_rank_saves_and_stops_all(
     number: signal.Signals, sharded_text: ShardedText, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    process = start_until(command(SCRIPT, 2, options(sharded_text, output)), lambda: steps_done(output) >= 3)
+    words = command(SCRIPT, 2, options(sharded_text, output), launcher="torchrun")
+    process = start_until(words, lambda: steps_done(output) >= 3)
     rank_of(process, 1).send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -45,7 +46,7 @@ def test_a_signal_to_a_rank_saves_and_stops_all(
     assert f"stopped by {number.name} after step {done:,}" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
 def test_ranks_whose_deepspeed_launcher_is_gone_save_and_stop(
     number: signal.Signals, sharded_text: ShardedText, tmp_path: Path
 ) -> None:
@@ -135,12 +136,14 @@ def test_a_signal_while_libraries_are_loaded_is_a_stop(sharded_text: ShardedText
     assert steps_done(output) == 0
 
 
-def test_a_stop_before_the_first_step_is_heard(sharded_text: ShardedText, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_signal_is_heard_and_its_handler_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.reason is None
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.reason == "SIGHUP"
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        os.kill(os.getpid(), number)
+        assert stop.reason == number.name
+    assert signal.getsignal(number) == before
 
 
 FAKE_SRUN = """#!{python}

@@ -62,7 +62,7 @@ class Layout:
     optimizer: str = "adamw"
     precision: str = "fp32"
     architecture: str = "ecp"
-    steps: int = 20
+    steps: int = 12
     masked: bool = False
     offload: bool = False
 
@@ -172,7 +172,7 @@ ARCHITECTURE_CURVES = [
         zero=zero,
         settings="paper" if name in LATENT else "scaled",
         architecture=name,
-        steps=30,
+        steps=16,
         masked=number % 2 == 1,
     )
     for number, name in enumerate(GEOMETRIES)
@@ -224,7 +224,7 @@ def _kind(layout: Layout) -> str:
     """Which launch a layout belongs to."""
     if layout not in ALL:
         return f"product-zero{layout.zero}"
-    return "architectures" if layout.steps > 20 else "layouts"
+    return "architectures" if layout.steps > 12 else "layouts"
 
 
 def trained(layout: Layout, text: ShardedText) -> Path:
