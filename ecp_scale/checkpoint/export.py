@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ecp_scale.checkpoint.folder import CheckpointRecord
-from ecp_scale.checkpoint.merging import full_weights
+from ecp_scale.checkpoint.full_tensors import full_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.config.renames import renamed_fields
 from ecp_scale.data.manifest import TokenizerRecord

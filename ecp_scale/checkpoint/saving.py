@@ -25,8 +25,8 @@ from ecp_scale.checkpoint.folder import (
     saved_folders,
     tag,
 )
+from ecp_scale.checkpoint.full_tensors import full_states
 from ecp_scale.checkpoint.identity import check_continues, identity
-from ecp_scale.checkpoint.merging import full_states
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, what they count, and every check on them. Imports no torch."""
 
 from ecp_scale.config.model import ModelConfig
+from ecp_scale.config.optimizer import OptimizerConfig
 from ecp_scale.config.parallel import ParallelConfig, Recompute
 from ecp_scale.config.run import (
     AttentionBackend,
@@ -9,7 +10,6 @@ from ecp_scale.config.run import (
     Config,
     DataConfig,
     LoggingConfig,
-    OptimizerConfig,
     TrainingConfig,
 )
 

@@ -4,15 +4,18 @@ Symbols in the documentation follow the paper: L layers, D width, h heads, e = D
 l latents. The words that --help prints about a field are the text below it.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from ecp_scale.config.checks import not_positive
 from ecp_scale.config.geometry import GEOMETRIES, Geometry
 
 GEOMETRY_FIELDS = ("sequence_length", "segment_length", "latents", "window", "group_length")
 """Fields that no weight's shape depends on (but for compressed_double_attention): they may change after training."""
+LARGEST = 2**62
+"""Numbers beyond do not fit where they are used."""
 
 
 @dataclass(frozen=True)
@@ -245,3 +248,24 @@ class ModelConfig:
             f"cannot compress {new} to {new_rows}: keep model.sequence_length - model.latents and "
             "model.compressed_context as they were"
         ]
+
+
+def not_positive(section: str, config: object, names: tuple[str, ...]) -> list[str]:
+    """A problem for every field that is not above 0."""
+    values = [(name, getattr(config, name)) for name in names]
+    return [f"{section}.{name} is {value}, expected more than 0" for name, value in values if not value > 0]
+
+
+def unusable(section: str, config: Any) -> list[str]:
+    """A problem for every number that is not finite or beyond what can be computed with, and every text with a NUL."""
+    values = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config)]
+    texts = [
+        f"{section}.{name} is {value!r}, expected text without a NUL"
+        for name, value in values
+        if isinstance(value, str | dict) and "\\x00" in repr(value)
+    ]
+    return texts + [
+        f"{section}.{name} is {value}, expected a number of at most 2^62"
+        for name, value in values
+        if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= LARGEST)
+    ]

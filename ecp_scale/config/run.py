@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from ecp_scale.config.checks import not_positive, unusable
-from ecp_scale.config.model import ModelConfig
+from ecp_scale.config.model import ModelConfig, not_positive, unusable
+from ecp_scale.config.optimizer import OptimizerConfig
 from ecp_scale.config.parallel import ParallelConfig
 
 AttentionBackend: TypeAlias = Literal["auto", "sdpa", "flash", "flex"]
@@ -85,53 +85,6 @@ class DataConfig:
             wrong = {name: weight for name, weight in weights.items() if not 0 <= weight < float("inf")}
             if wrong or not any(weights.values()):
                 found.append(f"data.blend from {tokens} tokens: weights {wrong or weights}, expected some above 0")
-        return found
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How gradients become weights. Schedules count tokens, so they do not depend on the batch size."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Update rule; sgd has no momentum and is there to expose wrong gradient scales."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-    beta1: float = 0.9
-    """AdamW's decay of the first moment."""
-    beta2: float = 0.95
-    """AdamW's decay of the second moment."""
-    epsilon: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on the weights of linear layers only."""
-    gradient_clipping: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-    schedule: Literal["constant", "cosine", "halving"] = "cosine"
-    """Learning rate after the warm-up."""
-    warmup_tokens: int = 0
-    """Tokens over which the rate rises linearly from 0."""
-    decay_tokens: int | None = None
-    """Tokens at which cosine reaches its minimum; null means the whole run."""
-    min_lr_ratio: float = 0.1
-    """Final rate of cosine as a share of the peak."""
-    halving_tokens: int | None = None
-    """Tokens between two halvings of the rate (schedule halving)."""
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the optimizer."""
-        found = not_positive("optimizer", self, ("learning_rate", "epsilon"))
-        for name in ("weight_decay", "gradient_clipping", "warmup_tokens", "min_lr_ratio"):
-            if getattr(self, name) < 0:
-                found.append(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"optimizer.{name} is {getattr(self, name)}, expected at least 0 and below 1")
-        if self.schedule == "halving" and not self.halving_tokens:
-            found.append("optimizer.schedule is halving but optimizer.halving_tokens is not set")
-        if self.decay_tokens is not None and self.decay_tokens <= self.warmup_tokens:
-            found.append(
-                f"optimizer.decay_tokens {self.decay_tokens} is not beyond optimizer.warmup_tokens {self.warmup_tokens}"
-            )
         return found
 
 

@@ -14,12 +14,12 @@ from ecp_scale.errors import InputError
 from ecp_scale.preparation.encoding import EncodedBatch
 from ecp_scale.preparation.journal import Journal, State
 from ecp_scale.preparation.sources import Place
-from ecp_scale.preparation.stream import Job, Known
-from ecp_scale.preparation.writing import NOTHING, Counts, Spool, Spooled
+from ecp_scale.preparation.stream import Job, Origin
+from ecp_scale.preparation.writing import NOTHING, BufferedDocument, Counts, TokenBuffer
 
 
-class Reached(NamedTuple):
-    """A state as it is kept for each document: cheap, since few of them are asked for their hash."""
+class Snapshot(NamedTuple):
+    """How far the run is behind a document: cheap, since few of them are turned into a ``State``."""
 
     place: Place
     digest: Any
@@ -32,16 +32,16 @@ class Reached(NamedTuple):
         return State(self.place, self.digest.hexdigest(), self.skipped, self.block)
 
 
-class Collected(NamedTuple):
+class Document(NamedTuple):
     """A document: its ids, end included, the size of its text, its output, and the state behind it.
 
-    ``reached`` is None inside a record of which more documents follow.
+    ``snapshot`` is None inside a record of which more documents follow.
     """
 
-    ids: Tokens | Spooled
+    ids: Tokens | BufferedDocument
     counts: Counts
     output: int
-    reached: Reached | None
+    snapshot: Snapshot | None
 
 
 class Collector:
@@ -62,130 +62,130 @@ class Collector:
         self._block = journal.state.block
         self._tokenizer = tokenizer
         self._dtype = token_type(tokenizer.vocab_size)
-        self._spool: Spool | None = None
-        self._spooled: list[Spooled] = []
+        self._buffer: TokenBuffer | None = None
+        self._buffered: list[BufferedDocument] = []
         self._block_before = self._block
         self._broken: str | None = None
         self._before = [0]
         for source in job.sources:
             self._before.append(self._before[-1] + source.size)
 
-    def documents(self, batches: Iterable[tuple[EncodedBatch, list[Known]]]) -> Iterator[Collected]:
+    def documents(self, batches: Iterable[tuple[EncodedBatch, list[Origin]]]) -> Iterator[Document]:
         """All documents.
 
         Raises:
             InputError: at a bad record, where the job stops at errors.
         """
-        for encoded, known in batches:
+        for encoded, origins in batches:
             rows = encoded.counts.tolist()
-            for number, (ids, counted, mark) in enumerate(zip(encoded.texts(), rows, known, strict=True)):
-                for content in mark.passed:
+            for number, (ids, counted, origin) in enumerate(zip(encoded.texts(), rows, origins, strict=True)):
+                for content in origin.passed:
                     self._digest.update(content)
                     self._bytes += len(content)
-                error = mark.error
+                error = origin.error
                 if number in encoded.errors:
-                    error = f"{mark.record.name}: {encoded.errors[number]}"
-                if mark.is_piece and mark.error is None:
-                    yield from self._of_piece(ids, counted, mark, error)
+                    error = f"{origin.record.name}: {encoded.errors[number]}"
+                if origin.is_piece and origin.error is None:
+                    yield from self._of_piece(ids, counted, origin, error)
                 elif error is not None:
                     self._refuse(error)
-                elif mark.record.what == "end":
+                elif origin.record.what == "end":
                     pass
                 elif number in encoded.dropped:
                     self.skipped = self.skipped.drop(encoded.dropped[number])
                 elif len(ids) > self.job.shard_tokens:
-                    self._refuse(self._too_long(mark, str(len(ids))))
+                    self._refuse(self._too_long(origin, str(len(ids))))
                 else:
-                    self._place = mark.record.after
-                    yield self._collected(ids, (1, *counted), int(encoded.validation[number]))
-                if mark.record.what == "end":
-                    self._end_source(mark)
-            last = known[-1].record
+                    self._place = origin.record.after
+                    yield self._document(ids, (1, *counted), int(encoded.validation[number]))
+                if origin.record.what == "end":
+                    self._end_source(origin)
+            last = origins[-1].record
             self.bar.n = self._before[min(last.after.source, len(self._before) - 2)] + last.read_bytes
             self.bar.set_postfix({"documents": self.written}, refresh=False)
             self.bar.update(0)
 
-    def reached(self) -> Reached:
+    def snapshot(self) -> Snapshot:
         """The present state."""
-        return Reached(self._place, self._digest.copy(), self.skipped, self._block, len(self.read))
+        return Snapshot(self._place, self._digest.copy(), self.skipped, self._block, len(self.read))
 
-    def _collected(self, ids: Tokens | Spooled, counts: Counts, output: int, last: bool = True) -> Collected:
+    def _document(self, ids: Tokens | BufferedDocument, counts: Counts, output: int, last: bool = True) -> Document:
         self.written += 1
-        return Collected(ids, counts, output, self.reached() if last else None)
+        return Document(ids, counts, output, self.snapshot() if last else None)
 
     def _refuse(self, error: str) -> None:
-        if self._spool is not None:
+        if self._buffer is not None:
             self._block = self._block_before
         self._forget()
         if self.job.on_error == "stop":
             raise InputError(error)
         self.skipped = self.skipped.refuse(error)
 
-    def _too_long(self, mark: Known, tokens: str) -> str:
+    def _too_long(self, origin: Origin, tokens: str) -> str:
         return (
-            f"{mark.record.name}: {tokens} tokens, more than the {self.job.shard_tokens} of a shard; raise "
+            f"{origin.record.name}: {tokens} tokens, more than the {self.job.shard_tokens} of a shard; raise "
             "--shard-tokens or cut plain text by --text-unit"
         )
 
     def _forget(self) -> None:
         """Be done with a long text whose documents are taken, or will not be."""
-        if self._spool is not None:
-            self._spool.close()
-        self._spool, self._spooled, self._broken = None, [], None
+        if self._buffer is not None:
+            self._buffer.close()
+        self._buffer, self._buffered, self._broken = None, [], None
 
-    def _of_piece(self, ids: Tokens, counted: Sequence[int], mark: Known, error: str | None) -> Iterator[Collected]:
+    def _of_piece(self, ids: Tokens, counted: Sequence[int], origin: Origin, error: str | None) -> Iterator[Document]:
         self._broken = self._broken or error
         if self._broken is None:
-            self._spool_piece(ids, counted, mark)
-        if self._broken is not None and (mark.long is not None or self.job.on_error == "stop"):
+            self._buffer_piece(ids, counted, origin)
+        if self._broken is not None and (origin.long is not None or self.job.on_error == "stop"):
             self._refuse(self._broken)
-        elif mark.long is not None:
-            yield from self._of_text(mark)
+        elif origin.long is not None:
+            yield from self._of_text(origin)
             self._forget()
 
-    def _spool_piece(self, ids: Tokens, counted: Sequence[int], mark: Known) -> None:
-        if self._spool is None:
-            self._spool, self._block_before = Spool(self.job.prefix.parent, self._dtype), self._block
+    def _buffer_piece(self, ids: Tokens, counted: Sequence[int], origin: Origin) -> None:
+        if self._buffer is None:
+            self._buffer, self._block_before = TokenBuffer(self.job.prefix.parent, self._dtype), self._block
         output = int(self._blocks and self._is_validation(self._block))
         self._block += 1
-        if not self._spooled or self._spooled[-1].output != output:
-            if self._spooled:
+        if not self._buffered or self._buffered[-1].output != output:
+            if self._buffered:
                 self._end_document()
-            self._spooled.append(Spooled(self._spool, output, self._spool.tokens))
+            self._buffered.append(BufferedDocument(self._buffer, output, self._buffer.tokens))
             # The space before the first word is in no document.
-            counted = [counted[0], counted[1] - mark.skipped, *counted[2:]]
-        document = self._spooled[-1]
+            counted = [counted[0], counted[1] - origin.skipped, *counted[2:]]
+        document = self._buffered[-1]
         document.add(ids, (0, *counted))
         if document.counts[1] >= self.job.shard_tokens:
-            self._broken = self._too_long(mark, f"at least {document.counts[1] + 1}")
+            self._broken = self._too_long(origin, f"at least {document.counts[1] + 1}")
 
     def _end_document(self) -> None:
-        self._spooled[-1].add(np.array([self._tokenizer.end_of_document]), (1, 1, *NOTHING[2:]))
+        self._buffered[-1].add(np.array([self._tokenizer.end_of_document]), (1, 1, *NOTHING[2:]))
 
-    def _of_text(self, mark: Known) -> Iterator[Collected]:
+    def _of_text(self, origin: Origin) -> Iterator[Document]:
         """The documents of a text all of whose pieces are there: one, or one for each run of blocks of one output."""
-        assert mark.long is not None
-        dropped = mark.long.dropped(self.job.encoding.parsing)
+        assert origin.long is not None
+        dropped = origin.long.dropped(self.job.encoding.parsing)
         if dropped is not None:
             self._block = self._block_before  # as if it had not been there
             self.skipped = self.skipped.drop(dropped.reason)
             return
         self._end_document()
-        self._place = mark.record.after
+        self._place = origin.record.after
         share = self.job.encoding.validation_share
         if share and not self._blocks:
-            self._spooled[0].output = int(mark.long.validation_fraction < share)
-        for number, document in enumerate(self._spooled, start=1):
-            yield self._collected(document, document.counts, document.output, number == len(self._spooled))
+            self._buffered[0].output = int(origin.long.validation_fraction < share)
+        for number, document in enumerate(self._buffered, start=1):
+            yield self._document(document, document.counts, document.output, number == len(self._buffered))
 
     def _is_validation(self, block: int) -> bool:
         """The second block, and so on by the share: even, and at least one of any two blocks or more."""
         share = self.job.encoding.validation_share
         return block > 0 and (block == 1 or int((block - 1) * share) > int((block - 2) * share))
 
-    def _end_source(self, mark: Known) -> None:
-        source = self.job.sources[mark.record.after.source - 1]
+    def _end_source(self, origin: Origin) -> None:
+        source = self.job.sources[origin.record.after.source - 1]
         hashed = self._digest.hexdigest()
-        self.read.append(SourceRecord(source.name, self._bytes, hashed, mark.record.number, source.fingerprint))
+        self.read.append(SourceRecord(source.name, self._bytes, hashed, origin.record.number, source.fingerprint))
         self._digest, self._bytes = hashlib.sha256(), 0
-        self._place = mark.record.after
+        self._place = origin.record.after

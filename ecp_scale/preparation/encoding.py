@@ -27,14 +27,14 @@ Counts = npt.NDArray[np.int64]
 Rest = TypeVar("Rest")
 
 
-class Item(NamedTuple):
+class Task(NamedTuple):
     """What is encoded: a raw record and whether it is a line of JSON, or a piece of a text."""
 
     raw: Raw | Piece
     is_json: bool = False
 
 
-Batch = list[Item]
+Batch = list[Task]
 
 
 class Counted(NamedTuple):

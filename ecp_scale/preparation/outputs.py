@@ -7,7 +7,7 @@ from ecp_scale.data.manifest import ShardRecord, SourceRecord, TextCounts
 from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.preparation.journal import Journal, State
 from ecp_scale.preparation.stream import Job
-from ecp_scale.preparation.writing import Counts, ShardWriter, Spooled, publish
+from ecp_scale.preparation.writing import BufferedDocument, Counts, ShardWriter, publish
 
 
 class Outputs:
@@ -34,7 +34,7 @@ class Outputs:
             self._finish(output)
         return any(self.finished)
 
-    def add(self, output: int, ids: Tokens | Spooled, counts: Counts) -> None:
+    def add(self, output: int, ids: Tokens | BufferedDocument, counts: Counts) -> None:
         """Append a document."""
         writer = self._open[output]
         if writer is None:

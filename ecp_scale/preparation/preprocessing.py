@@ -19,7 +19,7 @@ from ecp_scale.data.manifest import Manifest, ShardRecord, SourceRecord, TextCou
 from ecp_scale.data.tokenizer import Tokenizer, gives_texts_back
 from ecp_scale.errors import InputError
 from ecp_scale.files import copy_file
-from ecp_scale.preparation.collecting import Collector, Reached
+from ecp_scale.preparation.collecting import Collector, Snapshot
 from ecp_scale.preparation.cutting import PIECE_CHARACTERS, Cutter
 from ecp_scale.preparation.encoding import Encoder, Encoding
 from ecp_scale.preparation.finding import find_sources
@@ -212,20 +212,20 @@ def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int
         outputs = stack.enter_context(closing(Outputs(job, tokenizer.vocab_size, journal)))
         raw = batches(job, journal.state, digest, cutter, blocks)
         interrupts = stack.enter_context(Interrupts())
-        reached: Reached | None = None
+        snapshot: Snapshot | None = None
         try:
             for collected in collector.documents(encoder(raw)):
                 with interrupts.held:
                     finished = outputs.make_room(collected.output, collected.counts[1])
-                    if finished and reached is not None:
-                        outputs.commit(reached.settle(), collector.read[: reached.sources])
+                    if finished and snapshot is not None:
+                        outputs.commit(snapshot.settle(), collector.read[: snapshot.sources])
                     outputs.add(collected.output, collected.ids, collected.counts)
-                    reached = collected.reached
+                    snapshot = collected.snapshot
         except (InputError, KeyboardInterrupt) as error:
             # Only what this run has added: at the place where it began it has not yet hashed what lies before.
-            if reached is not None and not isinstance(error, ChangedSourceError):
+            if snapshot is not None and not isinstance(error, ChangedSourceError):
                 with interrupts.held:
-                    outputs.commit(reached.settle(), collector.read[: reached.sources])
+                    outputs.commit(snapshot.settle(), collector.read[: snapshot.sources])
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt("what is written stays: the same command goes on there") from None
             raise
@@ -233,7 +233,7 @@ def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int
             raise InputError(_empty(job, outputs, collector))
         with interrupts.held:
             outputs.finish()
-            outputs.commit(collector.reached().settle(), collector.read, complete=True)
+            outputs.commit(collector.snapshot().settle(), collector.read, complete=True)
         return outputs.journal
 
 

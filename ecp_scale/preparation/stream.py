@@ -9,7 +9,7 @@ from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.cutting import Cutter, Piece
 from ecp_scale.preparation.documents import LongText
-from ecp_scale.preparation.encoding import Batch, Encoding, Item
+from ecp_scale.preparation.encoding import Batch, Encoding, Task
 from ecp_scale.preparation.journal import Identity, State
 from ecp_scale.preparation.parsing import BadRecordError, Dropped
 from ecp_scale.preparation.sources import ChangedSourceError, Place, Record, Source
@@ -63,12 +63,12 @@ class Job:
         return Identity(settings, tuple(source.name for source in self.sources))
 
 
-class Known(NamedTuple):
-    """What the writer must know of an item.
+class Origin(NamedTuple):
+    """Where a task comes from, for the writer.
 
-    ``record`` says what to call it and the place after it. ``passed`` is the content that was read for it. ``is_piece``
-    says that it is a piece of a text, whose first ``skipped`` characters (a space) are not encoded; ``long`` is the
-    text that it is the last piece of.
+    ``record`` names it, and says where the next one begins. ``passed`` is the content that was read for it.
+    ``is_piece`` says that it is a piece of a text, whose first ``skipped`` characters (a space) are not encoded;
+    ``long`` is the text that it is the last piece of.
     """
 
     record: Record
@@ -79,11 +79,8 @@ class Known(NamedTuple):
     skipped: int = 0
 
 
-Marked = tuple[Item, Known]
-
-
-def batches(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[tuple[Batch, list[Known]]]:
-    """Items for the workers, with what the writer must know of them; not before they are asked for.
+def batches(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[tuple[Batch, list[Origin]]]:
+    """Tasks for the workers with their origins, in order, each read when it is wanted.
 
     Args:
         job: what to read.
@@ -93,38 +90,38 @@ def batches(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -
         blocks: whether every text is cut into blocks.
     """
     batch: Batch = []
-    known: list[Known] = []
+    origins: list[Origin] = []
     size = 0
-    for item, mark in _items(job, start, digest, cutter, blocks):
-        batch.append(item)
-        known.append(mark)
-        raw = item.raw.text if isinstance(item.raw, Piece) else item.raw
+    for task, origin in _tasks(job, start, digest, cutter, blocks):
+        batch.append(task)
+        origins.append(origin)
+        raw = task.raw.text if isinstance(task.raw, Piece) else task.raw
         size += sum(map(_size, raw.values())) if isinstance(raw, dict) else len(raw)
         if size >= BATCH_BYTES or len(batch) >= BATCH_RECORDS:
-            yield batch, known
-            batch, known, size = [], [], 0
+            yield batch, origins
+            batch, origins, size = [], [], 0
     if batch:
-        yield batch, known
+        yield batch, origins
 
 
 def _size(value: object) -> int:
     return len(value) if isinstance(value, str) else 8
 
 
-def _items(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[Marked]:
+def _tasks(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -> Iterator[tuple[Task, Origin]]:
     records = _records(job, start, digest)
     for record, error, is_json in records:
         if error is None and record.what != "end" and (record.part or blocks):
             yield from _Pieces(job, record, is_json, records).cut(cutter)
         else:
-            yield Item(record.raw, is_json and record.what != "end"), Known(record, (record.passed,), error)
+            yield Task(record.raw, is_json and record.what != "end"), Origin(record, (record.passed,), error)
 
 
-Entry = tuple[Record, str | None, bool]
+RecordOrError = tuple[Record, str | None, bool]
 """A record, why there is none, and whether it is a line of JSON."""
 
 
-def _records(job: Job, start: State, digest: Any) -> Iterator[Entry]:
+def _records(job: Job, start: State, digest: Any) -> Iterator[RecordOrError]:
     """Records of all sources; in the place of what cannot be read, its error, which ends the source."""
     reading = job.encoding.parsing.reading
     for number in range(start.place.source, len(job.sources)):
@@ -150,36 +147,36 @@ def _records(job: Job, start: State, digest: Any) -> Iterator[Entry]:
 class _Pieces:
     """The pieces of one text: of a record, or of as many as a long one comes in."""
 
-    def __init__(self, job: Job, first: Record, is_json: bool, records: Iterator[Entry]) -> None:
+    def __init__(self, job: Job, first: Record, is_json: bool, records: Iterator[RecordOrError]) -> None:
         self._parsing = job.encoding.parsing
         self._record = first
         self._is_json = is_json
         self._records = records
         self._passed: list[bytes] = []
-        self._broken: Known | None = None
+        self._broken: Origin | None = None
         self._long = LongText()
 
-    def cut(self, cutter: Cutter) -> Iterator[Marked]:
+    def cut(self, cutter: Cutter) -> Iterator[tuple[Task, Origin]]:
         """Every piece, and behind a text that cannot be read its error."""
         begin = self._record
         try:
             for piece in cutter.pieces(self._parts()):
                 yield (
-                    Item(piece),
-                    self._mark(is_piece=True, long=self._long if piece.last else None, skipped=piece.skipped),
+                    Task(piece),
+                    self._origin(is_piece=True, long=self._long if piece.last else None, skipped=piece.skipped),
                 )
         except BadRecordError as error:
             reason = f"{begin.name}: {error}"
             while not self._record.last:
                 self._next()
             if self._broken is None:
-                yield Item(b""), self._mark(error=reason)
+                yield Task(b""), self._origin(error=reason)
             else:
-                yield Item(b""), self._broken._replace(passed=tuple(self._passed))
+                yield Task(b""), self._broken._replace(passed=tuple(self._passed))
 
-    def _mark(self, **what: Any) -> Known:
+    def _origin(self, **what: Any) -> Origin:
         passed, self._passed = tuple(self._passed), []
-        return Known(self._record, passed, **what)
+        return Origin(self._record, passed, **what)
 
     def _parts(self) -> Iterator[str]:
         self._passed.append(self._record.passed)
@@ -198,7 +195,7 @@ class _Pieces:
     def _next(self) -> None:
         record, error, _ = next(self._records)
         if error is not None:
-            self._broken = Known(record, (), error)
+            self._broken = Origin(record, (), error)
             self._record = self._record._replace(last=True)
         else:
             self._record = record

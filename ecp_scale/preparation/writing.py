@@ -26,7 +26,7 @@ Counts: TypeAlias = tuple[int, ...]
 """The fields of ``TextCounts`` as plain numbers: a corpus of short lines has a document every few microseconds."""
 
 
-class Spool:
+class TokenBuffer:
     """The ids of one long text on disk, until it is known whether and where its documents are stored."""
 
     def __init__(self, folder: Path, dtype: type[np.generic]) -> None:
@@ -53,22 +53,22 @@ class Spool:
 
 
 @dataclasses.dataclass
-class Spooled:
-    """A document of a long text: its output, where its ids lie in the spool, and the size of its text."""
+class BufferedDocument:
+    """A document of a long text: its output, where its ids lie in the buffer, and the size of its text."""
 
-    spool: Spool
+    buffer: TokenBuffer
     output: int
     start: int
     counts: Counts = NOTHING
 
     def add(self, ids: Tokens, counts: Counts) -> None:
         """Append a piece."""
-        self.spool.add(ids)
+        self.buffer.add(ids)
         self.counts = tuple(map(add, self.counts, counts))
 
     def chunks(self) -> Iterator[Tokens]:
         """All ids, some at a time."""
-        return self.spool.chunks(self.start, self.counts[1])
+        return self.buffer.chunks(self.start, self.counts[1])
 
 
 class ShardWriter:
@@ -107,10 +107,10 @@ class ShardWriter:
         """How much text was added."""
         return TextCounts(*self._counts)
 
-    def add(self, ids: Tokens | Spooled, counts: Counts) -> None:
+    def add(self, ids: Tokens | BufferedDocument, counts: Counts) -> None:
         """Append a document."""
         try:
-            for chunk in ids.chunks() if isinstance(ids, Spooled) else (ids,):
+            for chunk in ids.chunks() if isinstance(ids, BufferedDocument) else (ids,):
                 content = chunk.astype(self._dtype, copy=False).tobytes()
                 self._digest.update(content)
                 self._bin.write(content)

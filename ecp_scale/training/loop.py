@@ -32,7 +32,6 @@ from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
-from ecp_scale.training.schedule import learning_rate
 from ecp_scale.training.starting import check_rate, check_view, open_data, write_settings
 from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
 from ecp_scale.training.trackers import check_trackers, start_trackers
@@ -139,7 +138,7 @@ class _Run:
                 began = time.perf_counter()
                 sequences = config.sequences_after(done.tokens)
                 tokens = done.tokens + sequences * config.model.sequence_length
-                rate = learning_rate(config.optimizer, tokens, self.run_tokens)
+                rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)
                 result = self._step(done.step + 1, rate, batches, done.tokens, sequences)
                 parts = sum_over(batches.digest_parts, replicas, self.groups.device)
                 done = Progress(done.step + 1, tokens, (done.data_digest + from_parts(parts)) % 2**64)

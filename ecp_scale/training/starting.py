@@ -15,7 +15,6 @@ from ecp_scale.data.blend import Blend, check_same_tokenizer
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
-from ecp_scale.training.schedule import learning_rate
 
 LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
@@ -78,8 +77,8 @@ def check_rate(start: Start, config: Config, run_tokens: int, allow_jump: bool) 
     if record is None or not record.optimizer or not record.run_tokens or record.step >= config.training.steps:
         return
     tokens = record.tokens + config.sequences_after(record.tokens) * config.model.sequence_length
-    before = learning_rate(OptimizerConfig(**record.optimizer), tokens, record.run_tokens)
-    after = learning_rate(config.optimizer, tokens, run_tokens)
+    before = OptimizerConfig(**record.optimizer).learning_rate_at(tokens, record.run_tokens)
+    after = config.optimizer.learning_rate_at(tokens, run_tokens)
     if before == after:
         return
     text = f"the learning rate of step {record.step + 1:,} was to be {before:.3g} and is now {after:.3g}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, find_checkpoint
+from ecp_scale.checkpoint.full_tensors import full_weights
 from ecp_scale.checkpoint.identity import FIXED, MAY_CHANGE, NEVER_MATTERS, check_continues, rule
-from ecp_scale.checkpoint.merging import full_weights
 from ecp_scale.command_line import parse
 from ecp_scale.config.options import SECTIONS
 from ecp_scale.errors import InputError

@@ -11,7 +11,6 @@ from torch import Tensor
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
 from ecp_scale.parallel.groups import Groups
-from ecp_scale.training.schedule import learning_rate
 from ecp_scale.training.step import optimizer_step
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import apply_optimizer_config, build_engine
@@ -67,5 +66,5 @@ def test_every_number_of_the_optimizer_may_change(stage: int, precision: str, gr
 def test_every_field_of_the_schedule_changes_the_rate(change: dict[str, Any]) -> None:
     optimizer = config_of("fp32").optimizer
     start = dataclasses.replace(optimizer, halving_tokens=1000, **{k: v for k, v in change.items() if k == "schedule"})
-    rates = [learning_rate(dataclasses.replace(start, **fields), 1800, 4000) for fields in ({}, change)]
+    rates = [dataclasses.replace(start, **fields).learning_rate_at(1800, 4000) for fields in ({}, change)]
     assert rates[0] != rates[1]

@@ -3,27 +3,26 @@
 import pytest
 
 from ecp_scale.config import OptimizerConfig
-from ecp_scale.training.schedule import learning_rate
 
 
 def test_warm_up_rises_linearly_to_the_peak() -> None:
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_tokens=100)
-    assert [learning_rate(config, tokens, 1000) for tokens in (1, 50, 100, 999)] == [0.01, 0.5, 1.0, 1.0]
+    assert [config.learning_rate_at(tokens, 1000) for tokens in (1, 50, 100, 999)] == [0.01, 0.5, 1.0, 1.0]
 
 
 def test_cosine_falls_to_its_minimum_and_stays_there() -> None:
     config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_tokens=100, min_lr_ratio=0.1)
-    assert learning_rate(config, 100, 1100) == 1.0
-    assert learning_rate(config, 600, 1100) == pytest.approx(0.55)
-    assert learning_rate(config, 1100, 1100) == pytest.approx(0.1)
-    assert learning_rate(config, 5000, 1100) == pytest.approx(0.1)
+    assert config.learning_rate_at(100, 1100) == 1.0
+    assert config.learning_rate_at(600, 1100) == pytest.approx(0.55)
+    assert config.learning_rate_at(1100, 1100) == pytest.approx(0.1)
+    assert config.learning_rate_at(5000, 1100) == pytest.approx(0.1)
 
 
 def test_decay_tokens_make_cosine_independent_of_the_length_of_the_run() -> None:
     config = OptimizerConfig(schedule="cosine", decay_tokens=500)
-    assert learning_rate(config, 200, 1000) == learning_rate(config, 200, 9000)
+    assert config.learning_rate_at(200, 1000) == config.learning_rate_at(200, 9000)
 
 
 def test_halving() -> None:
     config = OptimizerConfig(learning_rate=1.0, schedule="halving", halving_tokens=100)
-    assert [learning_rate(config, tokens, 0) for tokens in (99, 100, 250)] == [1.0, 0.5, 0.25]
+    assert [config.learning_rate_at(tokens, 0) for tokens in (99, 100, 250)] == [1.0, 0.5, 0.25]
