@@ -36,6 +36,8 @@ class Request:
     world_size: int
     allow_rate_jump: bool = False
     verbose: bool = False
+    notes: tuple[str, ...] = ()
+    """What the command line says without effect."""
 
 
 def parse(
@@ -59,7 +61,8 @@ def parse(
 
     problems: list[str] = []
     settings = _file_settings(known.config, problems) if known.config else []
-    settings += _command_line_settings(rest, problems)
+    asked = _command_line_settings(rest, problems)
+    settings += asked
     config = build(parser, _above_presets(settings, problems), problems)
     content = json_config.read(known.deepspeed_config)
     # A dry run without a launcher has no world size to check against.
@@ -73,6 +76,10 @@ def parse(
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{count} in the configuration:\n" + "\n".join(f"  - {text}" for text in problems))
+    model_fields = [item.key.removeprefix("model.") for item in asked if item.key.startswith("model.")]
+    notes = [
+        f"--model.{name} has no effect on {config.model.architecture}" for name in config.model.ignored(model_fields)
+    ]
     return Request(
         config=config,
         deepspeed_path=known.deepspeed_config,
@@ -82,6 +89,7 @@ def parse(
         world_size=world_size,
         allow_rate_jump=known.allow_rate_jump,
         verbose=known.verbose,
+        notes=tuple(notes),
     )
 
 
@@ -153,6 +161,8 @@ class _Parser(argparse.ArgumentParser):
 def _file_settings(path: str, problems: list[str]) -> list[Setting]:
     if path in preset_names() and not Path(path).is_file():
         path = str(preset_path(path))
+    elif not Path(path).exists() and "/" not in path:
+        raise InputError(f"--config {path}: no such file, and no preset of that name: {', '.join(preset_names())}")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Print the perplexity result of an exported model on a text."""
+"""Print how well an exported model predicts a text."""
 
 import sys
 

@@ -322,7 +322,8 @@ def test_files_that_are_no_configs(content: str, message: str, tmp_path: Path) -
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    assert "nowhere.yaml: No such file" in refused("--config", "nowhere.yaml")
+    assert "--config nowhere: no such file, and no preset of that name: demo, " in refused("--config", "nowhere")
+    assert "not/here.yaml: No such file" in refused("--config", "not/here.yaml")
     assert "nowhere.json: No such file" in refused("--config", "demo", "--deepspeed_config", "nowhere.json")
     assert "expected one of demo" in refused("--model.preset=nothing")
 
@@ -405,3 +406,23 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPat
     config = parse(words, "").config
     assert config.data.blend == {0: {"/somewhere/a": 1.0}}
     assert config.training.output_dir == "/somewhere/run"
+
+
+def test_former_names_are_answered_with_the_new_ones(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {untrained_targets: [1]}\n")
+    message = refused("--config", str(file), "--optimizer.minimum_ratio=0.5", "--model.allow_short_reach=true")
+    assert f"{file}: data.untrained_targets is now data.loss_ignore_ids" in message
+    assert "command line: optimizer.minimum_ratio is now optimizer.min_lr_ratio" in message
+    assert "command line: model.allow_short_reach is now model.allow_short_receptive_field" in message
+    assert "'merged', expected one of" in refused("--config", "demo", "--attention.backend=merged")
+
+
+def test_options_without_effect_are_noted() -> None:
+    words = ["--config", "demo", "--model.window=128", "--model.latents=64", "--model.segment_length=64"]
+    assert parse(words, "").notes == ("--model.window has no effect on ecp", "--model.latents has no effect on ecp")
+    assert parse([*words, "--model.architecture=sliding_window"], "").notes == (
+        "--model.latents has no effect on sliding_window",
+        "--model.segment_length has no effect on sliding_window",
+    )
+    assert parse(["--config", "demo"], "").notes == ()

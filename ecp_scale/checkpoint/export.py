@@ -78,6 +78,10 @@ class ExportedModel:
         Raises:
             InputError: if the weights do not allow it, or the numbers do not fit together.
         """
+        ignored = self.config.ignored(changes)
+        if ignored:
+            uses = ", ".join(("sequence_length", *self.config.geometry.fields))
+            raise InputError(f"{', '.join(ignored)}: {self.config.architecture} does not have it, but {uses}")
         config = dataclasses.replace(self.config, **changes, allow_short_receptive_field=True)
         problems = config.problems() + config.weights_problems(self.config)
         if problems:

@@ -1,4 +1,4 @@
-"""Print the perplexity result of an exported model on a text."""
+"""Print how well an exported model predicts a text: perplexity per token and per word, bits per byte."""
 
 import argparse
 import json
@@ -10,9 +10,12 @@ from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.errors import InputError, input_errors_exit
 
 
-@input_errors_exit()
-def main() -> None:
-    """Read the command line, evaluate, print and write the result."""
+def read_options() -> argparse.Namespace:
+    """The options of the command line.
+
+    Raises:
+        InputError: if the file for --json cannot be.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     home = os.path.expanduser
     parser.add_argument(
@@ -33,7 +36,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
         raise InputError(f"--json {options.json}: expected a file in a folder that exists")
+    return options
 
+
+@input_errors_exit()
+def main() -> None:
+    """Read the command line, evaluate, print and write the result."""
+    options = read_options()
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.data.tokenizer import gives_texts_back
     from ecp_scale.evaluation.perplexity import COMPARABLE_UNKNOWN_SHARE, default_protocol, evaluate, unigram_result

@@ -1,7 +1,8 @@
 """Train an ECP language model.
 
-    deepspeed --num_gpus 8 launch/pretrain_ecp.py --config FILE [--section.key value ...] \\
-        [--deepspeed_config ds_configs/zero1.json] [--resume auto] [--dry-run]
+    deepspeed --num_gpus 8 launch/pretrain_ecp.py --config scaled-125m --data.prefix shards/train \\
+        --training.output_dir runs/first --deepspeed_config ds_configs/zero1.json
+    deepspeed --num_gpus 8 launch/pretrain_ecp.py --config runs/first/config.yaml --resume auto
 
 Under `srun` with a task per rank, the same without a launcher. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and stop, and
 so does a file `stop` in the run folder.
@@ -17,27 +18,33 @@ from ecp_scale.cluster.signals import StopRequest
 from ecp_scale.command_line import Request, parse, to_yaml
 from ecp_scale.console import quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+from ecp_scale.zero import json_config
 
 
 def describe(request: Request) -> str:
-    """The resolved config and what it counts."""
+    """What the config counts, and the whole resolved config."""
     config = request.config
-    model = config.model
-    lines = [to_yaml(config)]
+    model, parallel, training = config.model, config.parallel, config.training
     if model.vocab_size is None:
-        lines += ["parameters          unknown until the tokenizer is (model.vocab_size is null)"]
+        counts = "unknown until the tokenizer is (model.vocab_size is null)"
     else:
-        lines += [
-            f"parameters          {model.parameters:,}",
-            f"FLOPs per token     {model.flops_per_token:,.0f} (forward and backward)",
-        ]
-    lines += [
-        f"trained positions   the last {model.geometry.trained_positions:,} of {model.sequence_length:,}",
-        f"receptive field     {model.geometry.receptive_field_formula}",
-        f"tokens per step     {config.tokens_per_step:,}",
-        f"tokens of the run   {config.tokens_after(config.training.steps):,}",
-    ]
-    return "\n".join(lines)
+        counts = f"{model.parameters:,}; {model.flops_per_token:,.0f} FLOPs per token, forward and backward"
+    stage = json_config.zero_stage(request.deepspeed)
+    prefixes = dict.fromkeys(name for _, names in config.data.phases for name in names) if config.data.is_set else {}
+    lines = {
+        "architecture": f"{model.architecture}, {model.layers} layers, width {model.width}, {model.heads} heads",
+        "parameters": counts,
+        "sequence": f"{model.sequence_length:,} tokens, the last {model.geometry.trained_positions:,} of them trained",
+        "receptive field": f"{model.geometry.receptive_field_formula} tokens",
+        "layout": f"tensor {parallel.tensor} x context {parallel.context}, ZeRO-{stage}, {training.precision}",
+        "optimizer": f"{config.optimizer.name}, rate {config.optimizer.learning_rate:g}, {config.optimizer.schedule}",
+        "step": f"{config.tokens_per_step:,} tokens, {training.micro_batch_size} sequences at a time on a rank",
+        "run": f"{training.steps:,} steps, {config.tokens_after(training.steps):,} tokens",
+        "data": ", ".join(prefixes) or "not set",
+        "folder": training.output_dir or "not set",
+    }
+    notes = [f"note: {note}" for note in request.notes]
+    return "\n".join([*(f"{name:19} {text}" for name, text in lines.items()), *notes, "", to_yaml(config).rstrip()])
 
 
 @input_errors_exit()
@@ -53,6 +60,8 @@ def main() -> None:
         return
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
+        for note in request.notes if is_first_rank() else ():
+            say(f"note        {note}")
         if not request.verbose:
             stack.enter_context(_library_log(request))
         with waiting(f"starting    {request.world_size} ranks, loading libraries", is_first_rank()):

@@ -8,6 +8,7 @@ context, w window, g group.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 def causal_pairs(queries: int, keys: int) -> int:
@@ -27,6 +28,8 @@ class Geometry:
     window: int
     group_length: int
 
+    fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of the config besides ``sequence_length`` that this architecture reads; it ignores the others'."""
     streams = True
     """Whether tokens can follow one another through caches; latent models re-read their context instead."""
     bounded_cache = False
@@ -90,6 +93,7 @@ class Transformer(Geometry):
 class Ecp(Geometry):
     """Every segment sees itself causally and all of its left neighbour (paper section 3)."""
 
+    fields = ("segment_length",)
     bounded_cache = True
 
     @property
@@ -123,6 +127,7 @@ class Ecp(Geometry):
 class SlidingWindow(Geometry):
     """Every position sees the last w, its own included."""
 
+    fields = ("window",)
     bounded_cache = True
 
     @property
@@ -149,6 +154,7 @@ class SlidingWindow(Geometry):
 class LongLora(Geometry):
     """Causal groups of g positions; half of the heads has its groups shifted by g/2 (arXiv 2309.12307)."""
 
+    fields = ("group_length",)
     bounded_cache = True
 
     @property
@@ -177,6 +183,7 @@ class LongLora(Geometry):
 class LatentModel(Geometry):
     """Loss on the last l positions only; the n - l before them are context."""
 
+    fields: ClassVar[tuple[str, ...]] = ("latents",)
     streams = False
 
     @property
@@ -223,6 +230,8 @@ class DoubleAttention(LatentModel):
 class SplitAttention(DoubleAttention):
     """Double attention whose context is cut into segments of m that do not see one another."""
 
+    fields = ("latents", "segment_length")
+
     @property
     def context_pairs(self) -> int:
         """m per context position."""
@@ -240,6 +249,8 @@ class SplitAttention(DoubleAttention):
 
 class CompressedDoubleAttention(DoubleAttention):
     """Layer 0 is double attention whose context output is compressed to c rows, which the other layers keep."""
+
+    fields = ("latents", "compressed_context", "compression_residual")
 
     def output_rows(self, layer: int) -> int:
         """c + l, and l in the last layer."""

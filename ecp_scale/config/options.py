@@ -24,11 +24,18 @@ class Setting(NamedTuple):
     source: str
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Types and defaults of every field, and a description as it is written."""
+
+
 @cache
 def section_parser(description: str) -> jsonargparse.ArgumentParser:
     """Parser of every field, which also prints the help."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    usage = "%(prog)s --config FILE [--section.key VALUE ...] [--deepspeed_config FILE] [--resume auto] [--dry-run]"
+    parser = jsonargparse.ArgumentParser(
+        description=description, usage=usage, exit_on_error=False, formatter_class=_HelpFormatter
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML with the sections below, or the name of a preset")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, for example ds_configs/zero1.json")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its counts, then exit")

@@ -67,6 +67,11 @@ class DataConfig:
     """Token ids that are read but whose prediction has no loss, such as padding or the end of documents."""
 
     @property
+    def is_set(self) -> bool:
+        """Whether there is data to train on."""
+        return self.prefix is not None or self.blend is not None
+
+    @property
     def phases(self) -> list[tuple[int, dict[str, float]]]:
         """Tokens from which on each set of weights holds, in order."""
         if self.blend is not None:
@@ -214,8 +219,7 @@ class Config:
         if beyond:
             return beyond
         training = self.training.problems()
-        has_shards = self.data.prefix is not None or self.data.blend is not None
-        found = self.model.problems() + self.attention.problems(self.model, has_shards)
+        found = self.model.problems() + self.attention.problems(self.model, self.data.is_set)
         found += self.parallel.problems(self.model, world_size) + self.optimizer.problems()
         found += training + self.checkpoint.problems() + self.data.problems() + self.logging.problems()
         if not training:
