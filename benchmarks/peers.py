@@ -14,15 +14,17 @@ class MaterialisedLanguageModel(nn.Module):
     """The paper's model on one device as one would first write it: scores as matrices, those of the vocabulary for all
     positions, everything kept for the backward pass.
 
-    ``paper`` settings without dropout. ``by_segment`` makes the scores of one segment at a time with what it sees;
-    without that they are one n x n matrix with a mask.
+    ``paper`` settings, with ``dropout`` of attention weights and of the hidden layer. ``by_segment`` makes the scores
+    of one segment at a time with what it sees; without that they are one n x n matrix with a mask.
     """
 
-    def __init__(self, config: ModelConfig, by_segment: bool) -> None:
+    def __init__(self, config: ModelConfig, by_segment: bool, dropout: float = 0.0, layers: int | None = None) -> None:
         super().__init__()
         self.segment_length = config.segment_length
         self.embedding = nn.Embedding(config.known_vocab_size, config.width)
-        self.blocks = nn.ModuleList(_MaterialisedBlock(config, layer, by_segment) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(
+            _MaterialisedBlock(config, layer, by_segment, dropout) for layer in range(layers or config.layers)
+        )
         self.norm = nn.LayerNorm(config.width)
         self.output = nn.Linear(config.width, config.known_vocab_size)
 
@@ -35,8 +37,9 @@ class MaterialisedLanguageModel(nn.Module):
 
 
 class _MaterialisedBlock(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, by_segment: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, by_segment: bool, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         width = config.width
         self.attend = self._by_segment if by_segment else self._masked
         self.heads, self.segment_length, self.rotated = config.heads, config.segment_length, layer == 0
@@ -58,26 +61,25 @@ class _MaterialisedBlock(nn.Module):
         attended = self.attend(q, u).transpose(1, 2).flatten(2)
         first, others = attended[:, : self.segment_length], attended[:, self.segment_length :]
         x = x + torch.cat((self.first_output(first), self.output(others)), dim=1)
-        return x + self.down(gelu(self.up(self.feed_forward_norm(x))))
+        return x + self.down(self.dropout(gelu(self.up(self.feed_forward_norm(x)))))
 
     def _by_segment(self, q: Tensor, u: Tensor) -> Tensor:
         m, parts = self.segment_length, []
         for start in range(0, q.shape[2], m):
             queries, seen = q[:, :, start : start + m], u[:, :, max(0, start - m) : start + m]
             hidden = torch.ones(queries.shape[2], seen.shape[2], dtype=torch.bool, device=q.device)
-            parts.append(_attend(queries, seen, hidden.triu(seen.shape[2] - queries.shape[2] + 1)))
+            parts.append(self._attend(queries, seen, hidden.triu(seen.shape[2] - queries.shape[2] + 1)))
         return torch.cat(parts, dim=2)
 
     def _masked(self, q: Tensor, u: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2], device=q.device)
         segments = positions // self.segment_length
         hidden = positions > positions[:, None]
-        return _attend(q, u, hidden | (segments[:, None] - segments > 1))
+        return self._attend(q, u, hidden | (segments[:, None] - segments > 1))
 
-
-def _attend(q: Tensor, u: Tensor, hidden: Tensor) -> Tensor:
-    scores = q @ u.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ u
+    def _attend(self, q: Tensor, u: Tensor, hidden: Tensor) -> Tensor:
+        scores = q @ u.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return self.dropout(scores.masked_fill(hidden, -torch.inf).softmax(-1)) @ u
 
 
 def _rotated(x: Tensor) -> Tensor:

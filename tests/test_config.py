@@ -419,7 +419,7 @@ def test_former_names_are_answered_with_the_new_ones(tmp_path: Path) -> None:
 
 
 def test_options_without_effect_are_noted() -> None:
-    words = ["--config", "demo", "--model.window=128", "--model.latents=64", "--model.segment_length=64"]
+    words = ["--config", "demo", "--model.window=128", "--model.latents=64", "--model.segment_length=256"]
     assert parse(words, "").notes == ("--model.window has no effect on ecp", "--model.latents has no effect on ecp")
     assert parse([*words, "--model.architecture=sliding_window"], "").notes == (
         "--model.latents has no effect on sliding_window",
