@@ -1,14 +1,11 @@
-"""Layers and imports: which package may import which, who knows DeepSpeed and Megatron-core, and the README's words."""
+"""Layers and imports: which package may import which, and who knows DeepSpeed and Megatron-core."""
 
 import ast
-import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from ecp_scale.command_line import parse
 from tests.launching import ROOT
 
 LAYERS = [
@@ -121,29 +118,3 @@ def test_everything_public_has_a_docstring() -> None:
 
 def _is_public(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-
-
-def test_training_commands_of_the_readme_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run.yaml").write_text("model: {preset: demo}\n")
-    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    commands = [line.partition("launch/pretrain_ecp.py")[2] for line in lines if "launch/pretrain_ecp.py" in line]
-    assert len(commands) >= 4
-    for command in commands:
-        parse([*shlex.split(command, comments=True), "--dry-run"], "")
-
-
-def test_commands_of_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    for program in set(re.findall(r"(?:launch|data_tools|tests|ds_configs)/[\w./]+\.(?:py|json)", text)):
-        assert (ROOT / program).is_file(), program
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for target in set(re.findall(r"`make ([a-z-]+)`", text)):
-        assert target in targets, target
-    tree = re.search(r"```text\n(.*?)```", text, flags=re.DOTALL)
-    assert tree is not None
-    for line in tree.group(1).splitlines():
-        name = line.split()[0]
-        assert (ROOT / name).exists() or (ROOT / "ecp_scale" / name).exists(), name
