@@ -7,16 +7,18 @@ import torch
 from matplotlib import pyplot, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from ecp_scale.attention import KeyValue
-from ecp_scale.config import ModelConfig, ParallelConfig
+from ecp_scale.config import ModelConfig
 from ecp_scale.models.architectures import ARCHITECTURES
 from ecp_scale.models.patterns import CompressingContext, LatentsAndContext
 from ecp_scale.parallel.context import ParallelContext
-from ecp_scale.parallel.groups import process_groups
 
 SEGMENTS, LENGTH = 5, 4
-DARK, LIGHT, OTHER = "#3182bd", "#9ecae1", "#fdae6b"
+OWN, LEFT, FIELD = "#3182bd", "#9ecae1", "#fdae6b"
+SEEN, PLAIN_HEADS, SHIFTED_HEADS, CONTEXT = "#3182bd", "#bcbddc", "#756bb1", "#a1d99b"
 
 PANELS = [
     ("ecp", 0, "ecp"),
@@ -63,10 +65,10 @@ def ecp_pattern(parallel: ParallelContext, layers: int) -> tuple[np.ndarray, np.
 
 def draw_ecp(parallel: ParallelContext, file: Path) -> None:
     """The README's figure."""
-    pattern, reach = ecp_pattern(parallel, layers=3)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.imshow(pattern, cmap=ListedColormap(["white", LIGHT, DARK]), vmin=0, vmax=2)
-    right.imshow(reach, cmap=ListedColormap(["white", OTHER]), aspect=2.6, origin="lower")
+    pattern, field = ecp_pattern(parallel, layers=3)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.0), layout="constrained")
+    left.imshow(pattern, cmap=ListedColormap(["white", LEFT, OWN]), vmin=0, vmax=2)
+    right.imshow(field, cmap=ListedColormap(["white", FIELD]), aspect=2.6, origin="lower")
     for axes in (left, right):
         for border in range(SEGMENTS + 1):
             axes.axvline(border * LENGTH - 0.5, color="grey", linewidth=0.8)
@@ -76,13 +78,26 @@ def draw_ecp(parallel: ParallelContext, file: Path) -> None:
     left.set_yticks([])
     left.set(title="one layer", xlabel="keys (by segment)", ylabel="queries")
     right.set_yticks(range(4), ["output", "layer 3 input", "layer 2 input", "layer 1 input"])
-    right.set(title="what the last token depends on", xlabel="positions (by segment)")
+    right.set(title="receptive field of the last token", xlabel="positions (by segment)")
+    first = (SEGMENTS - 4) * LENGTH - 0.5
+    right.annotate(
+        "", (first, 3.62), (SEGMENTS * LENGTH - 0.5, 3.62), arrowprops={"arrowstyle": "<->"}, annotation_clip=False
+    )
+    right.text((first + SEGMENTS * LENGTH - 0.5) / 2, 3.72, "(L + 1) * m tokens, L = 3", ha="center", fontsize=9)
+    right.set_ylim(-0.5, 4.2)
+    add_key(figure, {OWN: "own segment, causal", LEFT: "segment to the left", FIELD: "what the last token depends on"})
     figure.savefig(file, metadata={"Date": None})
+
+
+def add_key(figure: Figure, meanings: dict[str, str]) -> None:
+    """What the colours mean, below all panels."""
+    patches = [Patch(color=colour, label=meaning) for colour, meaning in meanings.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
 
 
 def draw_architectures(parallel: ParallelContext, file: Path) -> None:
     """Every architecture: n 24, m 4, l 12, c 6, w 6, g 8."""
-    figure, panels = pyplot.subplots(2, 5, figsize=(13, 5.6), layout="constrained")
+    figure, panels = pyplot.subplots(2, 5, figsize=(13, 6.0), layout="constrained")
     for axes, (architecture, layer, title) in zip(panels.flat, PANELS, strict=True):
         config = ModelConfig(
             architecture=architecture,  # type: ignore[arg-type]
@@ -99,6 +114,13 @@ def draw_architectures(parallel: ParallelContext, file: Path) -> None:
         sees = seen(config, layer, parallel)
         draw_panel(axes, sees, sees.shape[2] - 12 if not config.geometry.streams else 0)
         axes.set_title(title, fontsize=10)
+    meanings = {
+        SEEN: "seen by all heads",
+        PLAIN_HEADS: "by the heads with plain groups alone",
+        SHIFTED_HEADS: "by the heads with shifted groups alone",
+        CONTEXT: "seen by queries of the context, which has no loss",
+    }
+    add_key(figure, meanings)
     figure.savefig(file, metadata={"Date": None})
 
 
@@ -107,8 +129,8 @@ def draw_panel(axes: Axes, sees: np.ndarray, context: int) -> None:
     first, second = sees
     colours = np.where(first & second, 1, np.where(first, 2, np.where(second, 3, 0)))
     queries_of_context = max(0, context - (sees.shape[2] - sees.shape[1]))
-    colours[:queries_of_context] = np.where(colours[:queries_of_context] > 0, 3, 0)
-    axes.imshow(colours, cmap=ListedColormap(["white", DARK, LIGHT, OTHER]), vmin=0, vmax=3)
+    colours[:queries_of_context] = np.where(colours[:queries_of_context] > 0, 4, 0)
+    axes.imshow(colours, cmap=ListedColormap(["white", SEEN, PLAIN_HEADS, SHIFTED_HEADS, CONTEXT]), vmin=0, vmax=4)
     for border in range(sees.shape[2] + 1):
         axes.axvline(border - 0.5, color="white", linewidth=0.5)
     for border in range(sees.shape[1] + 1):
@@ -123,10 +145,8 @@ def main() -> None:
     """Write docs/attention_pattern.svg and docs/architectures.svg."""
     rcParams["svg.hashsalt"] = "ecp-scale"
     folder = Path(__file__).parent
-    with process_groups(ParallelConfig()) as groups:
-        parallel = ParallelContext(groups.tensor)
-        draw_ecp(parallel, folder / "attention_pattern.svg")
-        draw_architectures(parallel, folder / "architectures.svg")
+    draw_ecp(ParallelContext.single(), folder / "attention_pattern.svg")
+    draw_architectures(ParallelContext.single(), folder / "architectures.svg")
 
 
 if __name__ == "__main__":
