@@ -54,7 +54,7 @@ def test_the_plot_has_a_line_for_every_architecture(tmp_path: Path) -> None:
     plot(CELLS, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert "ecp" in text
-    assert "longlora (latents)" in text
+    assert "longlora (latents only)" in text
 
 
 def options(text: ShardedText, output: Path) -> list[str]:

@@ -41,7 +41,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> 
     figure, grid = pyplot.subplots(len(PANELS), 1, figsize=(8, 2.4 * len(PANELS)), layout="constrained", sharex=True)
     for axes, (key, label) in zip(grid, PANELS.items(), strict=True):
         for number, (name, records) in enumerate(runs.items()):
-            points = [(record["tokens"], record[key]) for record in records if record.get(key) is not None]
+            points = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key) is not None]
             if not points:
                 continue
             tokens, values = zip(*points, strict=True)
@@ -56,7 +56,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> 
         axes.set(ylabel=label)
         axes.grid(alpha=0.3)
     grid[0].legend()
-    grid[-1].set(xlabel="tokens")
+    grid[-1].set(xlabel="tokens (millions)")
+    figure.suptitle(", ".join(runs) if len(runs) < 4 else f"{len(runs)} runs")
     figure.savefig(output, dpi=120)
 
 

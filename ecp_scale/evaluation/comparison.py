@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Protocol = Literal["stream", "sliding", "release"]
 CURVE_LABEL = "validation loss (nats per trained token)"
@@ -127,26 +127,56 @@ def _row(record: dict[str, object]) -> Iterator[str]:
 
 
 def plot(cells: Sequence[Cell], file: Path) -> None:
-    """Draw loss against tokens and against FLOPs: mean over the seeds, and their range."""
+    """Draw loss against tokens and against FLOPs: the mean over the seeds, and each seed as a thin line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for name in dict.fromkeys(cell.architecture for cell in cells):
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
+    names = list(dict.fromkeys(cell.architecture for cell in cells))
+    ends: list[tuple[float, str, str]] = []
+    for number, name in enumerate(names):
         group = [cell for cell in cells if cell.architecture == name]
         tokens = [point[0] for point in group[0].curve]
-        losses = list(zip(*([point[1] for point in cell.curve] for cell in group), strict=True))
-        mean = [statistics.fmean(values) for values in losses]
-        latents = "" if group[0].trained_positions == max(cell.trained_positions for cell in cells) else " (latents)"
-        for panel, scale in zip(axes, (1.0, group[0].flops_per_token), strict=True):
+        seeds = [[point[1] for point in cell.curve] for cell in group]
+        mean = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
+        is_latent = group[0].trained_positions < max(cell.trained_positions for cell in cells)
+        style = {"color": f"C{number}", "linestyle": "--" if is_latent else "-"}
+        for panel, scale in zip(axes, (1e-6, group[0].flops_per_token), strict=True):
             x = [count * scale for count in tokens]
-            (line,) = panel.plot(x, mean, "--" if latents else "-", label=name + latents)
-            panel.fill_between(x, [min(v) for v in losses], [max(v) for v in losses], color=line.get_color(), alpha=0.2)
-    axes[0].set(xlabel="tokens", ylabel=CURVE_LABEL)
-    axes[1].set(xlabel="FLOPs")
-    axes[0].legend()
+            panel.plot(x, mean, **style)
+            for losses in seeds if len(seeds) > 1 else ():
+                panel.plot(x, losses, linewidth=0.5, alpha=0.5, **style)
+        ends.append((mean[-1], name + (" (latents only)" if is_latent else ""), f"C{number}"))
+    axes[0].set(xlabel="tokens (millions)", ylabel=CURVE_LABEL, title="at equal data")
+    axes[1].set(xlabel="FLOPs", title="at equal compute")
+    write_labels(axes[0], ends)
     metadata = {"Date": None} if file.suffix == ".svg" else None
     figure.savefig(file, dpi=120, metadata=metadata)
     pyplot.close(figure)
+
+
+def write_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write the name of each line at its right end; names that would overlap are moved apart.
+
+    Args:
+        axes: the panel.
+        ends: last value, name and colour of each line.
+    """
+    low, high = axes.get_ylim()
+    step = (high - low) * 0.045
+    place = low - step
+    for value, name, color in sorted(ends):
+        place = max(value, place + step)
+        axes.annotate(
+            name,
+            (1.0, value),
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            color=color,
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5},
+            annotation_clip=False,
+        )

@@ -98,9 +98,9 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
         InputError: if its own is too small.
     """
     entries = corpus.tokenizer.vocab_size
-    untrained = set(config.data.loss_ignore_ids)
-    beyond = sorted(token for token in untrained if not 0 <= token < entries)
-    if beyond or len(untrained) == entries:
+    ignored_ids = set(config.data.loss_ignore_ids)
+    beyond = sorted(token for token in ignored_ids if not 0 <= token < entries)
+    if beyond or len(ignored_ids) == entries:
         raise InputError(
             f"data.loss_ignore_ids holds {f'the ids {beyond[:10]}' if beyond else 'every id'}, but the tokenizer of "
             f"{corpus.prefix} has the {entries} entries 0 to {entries - 1}, of which some must be trained"

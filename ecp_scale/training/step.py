@@ -32,11 +32,11 @@ def optimizer_step(
     micro_batches: Iterable[Tensor],
     groups: Groups,
     stop_requested: bool,
-    untrained: Sequence[int] = (),
+    ignored_ids: Sequence[int] = (),
 ) -> StepResult:
     """Accumulate over the micro-batches (micro, n + 1) and update the weights.
 
-    The loss is the mean over all targets of the step, on all ranks, that are not ``untrained`` ids. Ranks and
+    The loss is the mean over all targets of the step, on all ranks, that are not among ``ignored_ids``. Ranks and
     micro-batches may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to
     what makes that mean the right one.
 
@@ -46,9 +46,9 @@ def optimizer_step(
     """
     losses = []
     batches = [batch.to(groups.device) for batch in micro_batches]
-    trained = [has_loss(engine.module.trained_targets(ids[:, 1:]), untrained) for ids in batches]
+    trained = [has_loss(engine.module.trained_targets(ids[:, 1:]), ignored_ids) for ids in batches]
     count = sum(mask.numel() for mask in trained) * groups.data.size()
-    if untrained:
+    if ignored_ids:
         (count,) = sum_over([sum(int(mask.sum()) for mask in trained)], groups.data, groups.device)
     scale = len(batches) * groups.data.size() / max(1, count)
     for number, (ids, mask) in enumerate(zip(batches, trained, strict=True), start=1):
@@ -80,9 +80,9 @@ def optimizer_step(
     return StepResult(loss_value, gradient_norm, skipped, stops > 0)
 
 
-def has_loss(targets: Tensor, untrained: Sequence[int]) -> Tensor:
-    """Which targets are trained: all that are not ``untrained`` ids; the same shape."""
-    return ~torch.isin(targets, torch.tensor(untrained, dtype=targets.dtype, device=targets.device))
+def has_loss(targets: Tensor, ignored_ids: Sequence[int]) -> Tensor:
+    """Which targets have a loss: all that are not among ``ignored_ids``; the same shape."""
+    return ~torch.isin(targets, torch.tensor(ignored_ids, dtype=targets.dtype, device=targets.device))
 
 
 def sum_over(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[int]:
@@ -104,7 +104,7 @@ def mean_loss(
     engine: Engine,
     batches: Iterable[tuple[Tensor, int]],
     groups: Groups,
-    untrained: Sequence[int] = (),
+    ignored_ids: Sequence[int] = (),
 ) -> float:
     """Mean loss in nats per trained target over all ranks' batches (micro, n + 1), of which the first rows count."""
     engine.eval()
@@ -112,7 +112,7 @@ def mean_loss(
     for batch, counted in batches:
         ids = batch.to(groups.device)
         _, losses = engine(ids[:, :-1], ids[:, 1:])
-        trained = has_loss(engine.module.trained_targets(ids[:, 1:]), untrained)[:counted]
+        trained = has_loss(engine.module.trained_targets(ids[:, 1:]), ignored_ids)[:counted]
         losses = losses[trained.nonzero(as_tuple=True)]
         totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)
     engine.train()

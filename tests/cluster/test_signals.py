@@ -128,7 +128,8 @@ def test_a_signal_while_libraries_are_loaded_is_a_stop(sharded_text: ShardedText
     words = command(SCRIPT, 1, options(sharded_text, output, ranks=1))
     process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert "loading libraries" in process.stderr.readline()
+    while "loading libraries" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

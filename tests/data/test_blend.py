@@ -138,7 +138,7 @@ def test_within_an_epoch_of_a_corpus_no_window_repeats(two: dict[str, float]) ->
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_the_ledger_of_a_step_is_the_same_in_every_layout(two: dict[str, float], ranks: int, micro: int) -> None:
+def test_the_digest_of_a_step_is_the_same_in_every_layout(two: dict[str, float], ranks: int, micro: int) -> None:
     config = TrainingConfig(micro_batch_size=micro, global_batch_size=4)
     sums = [0, 0, 0, 0]
     for rank in range(ranks):
@@ -146,7 +146,7 @@ def test_the_ledger_of_a_step_is_the_same_in_every_layout(two: dict[str, float],
         assert sum(len(batch) for batch in batches.after(7 * 4 * 64, 4)) == 4 // ranks
         sums = [total + part for total, part in zip(sums, batches.digest_parts, strict=True)]
     blend = Blend([(0, two)], 64, seed=1)
-    entries = [blend.entry(sample, *blend.locate(sample)) for sample in range(28, 32)]
+    entries = [blend.digest(sample, *blend.locate(sample)) for sample in range(28, 32)]
     assert from_parts(sums) == sum(entries) % 2**64
 
 

@@ -94,7 +94,7 @@ def test_another_text_of_equal_size_is_another_corpus(tmp_path: Path) -> None:
     assert histories[0]["corpora_tokens"] == histories[1]["corpora_tokens"]
     assert histories[0] != histories[1]
     assert histories[0] == histories[2], "where the corpus lies says nothing"
-    assert blends[0].entry(0, 0, 5) == blends[2].entry(0, 0, 5) != blends[1].entry(0, 0, 5)
+    assert blends[0].digest(0, 0, 5) == blends[2].digest(0, 0, 5) != blends[1].digest(0, 0, 5)
 
 
 def test_corpora_that_end_documents_otherwise_do_not_blend(tmp_path: Path) -> None:

@@ -274,14 +274,14 @@ def test_the_aligned_residual_averages_the_context_and_keeps_the_latents(groups:
     sizes = {"sequence_length": 10, "latents": 4, "compressed_context": 3}
     model = build(variant(PAPER, "compressed_double_attention", segment_length=2, **sizes), groups)
     pattern = model.layers[0].attention.pattern
-    rows = model._rows(random_tokens(model.config, 10), None)
+    positions = model._positions(random_tokens(model.config, 10), None)
     x = torch.randn(10, 2, 4, dtype=torch.float64)
     expected = torch.cat((x[:6].unflatten(0, (3, 2)).mean(1), x[6:]))
-    assert_close(pattern.residual(x, rows), expected)
+    assert_close(pattern.residual(x, positions), expected)
     documents = torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2, 3, 3]]).expand(2, -1)
-    masked = pattern.residual(x, rows._replace(documents=documents))
+    masked = pattern.residual(x, positions._replace(documents=documents))
     assert_close(masked[:3], torch.stack((torch.zeros_like(x[0]), x[3], x[4:6].mean(0))))
-    after = pattern.output_positions(rows._replace(documents=documents))
+    after = pattern.output_positions(positions._replace(documents=documents))
     assert after.documents is not None
     assert after.documents[0].tolist() == [2, 2, 2, 2, 2, 3, 3]
-    assert_close(after.rotation.cos, rows.rotation.cos[[1, 3, 5, 6, 7, 8, 9]])
+    assert_close(after.rotation.cos, positions.rotation.cos[[1, 3, 5, 6, 7, 8, 9]])

@@ -1,4 +1,4 @@
-"""The language model: causality, reach, streaming, counts, padding, initialisation."""
+"""The language model: causality, receptive field, streaming, counts, padding, initialisation."""
 
 import dataclasses
 
@@ -115,7 +115,7 @@ def test_flops_of_the_config_equal_those_counted_by_torch(
 
     for module in (segment, latent, patterns):
         monkeypatch.setattr(module, "attend", seen)
-    monkeypatch.setattr(segment, "flash_segments", lambda q, k, v, *_: seen(q, KeyValue(k, v)))
+    monkeypatch.setattr(segment, "flash_segments", lambda q, chunk, *_: seen(q, chunk))
     config = variant(config, architecture, vocab_multiple=1)
     model = build(config, groups)
     tokens = random_tokens(config, config.sequence_length + 1, batch=1)

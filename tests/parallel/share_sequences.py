@@ -19,7 +19,7 @@ from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, Config, ModelConfig, ParallelConfig
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.positions import Rows
+from ecp_scale.models.positions import Positions
 from ecp_scale.parallel import halo
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
@@ -148,15 +148,17 @@ def check_masks(layout: dict[str, int]) -> None:
         )
         generator = torch.Generator().manual_seed(4)
         q, k, v = (torch.randn(16, 2, size, dtype=torch.float64, generator=generator) for size in (width, few, few))
-        rows = Rows(rotation(torch.arange(16), config.head_width, config.rotary_theta, torch.float64), None, 0)
+        positions = Positions(
+            rotation(torch.arange(16), config.head_width, config.rotary_theta, torch.float64), None, 0
+        )
         seen: dict[str, dict[float, list[bytes]]] = {"attention": {}, "feed-forward": {}}
         for rate in (0.0, 0.5):
             seed_step(1, 3, groups)
-            block.attention.dropout = block.feed_forward.dropout = rate
+            block.attention.config = block.feed_forward.config = dataclasses.replace(config, dropout=rate)
             with torch.no_grad():
                 seen["feed-forward"][rate] = shared(block.feed_forward._hidden(hidden, hidden))
                 if groups.context.size() == 1:  # else a rank would send its last segment to its neighbour
-                    seen["attention"][rate] = shared(block.attention._attend(q, k, v, rows, None))
+                    seen["attention"][rate] = shared(block.attention._attend(q, k, v, positions, None))
         for what, by_rate in seen.items():
             for rate, (one, other) in by_rate.items():
                 assert (one == other) == (rate == 0), (what, rate, layout)

@@ -105,7 +105,9 @@ def test_a_checkpoint_that_a_rank_does_not_see_as_it_is_ends_the_resume_on_all(
 ) -> None:
     words = options(sharded_text, tmp_path / "run")
     run_successfully(SCRIPT, *words, ranks=2)
-    done = odd_launch(what, *words, "--resume=auto", "--training.steps=6", extra={"ODD_RANK": rank})
+    done = odd_launch(
+        what, *words, "--resume=auto", "--training.steps=6", "--allow-rate-jump", extra={"ODD_RANK": rank}
+    )
     assert done.returncode != 0
     assert expected in done.stderr, done.stderr[-3000:]
     assert 'odd_rank.py", line' not in done.stderr

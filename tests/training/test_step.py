@@ -96,7 +96,7 @@ def test_untrained_targets_have_no_loss_however_they_fall_on_the_micro_batches(g
     for batches in ([tokens], list(tokens.split(1))):
         model.zero_grad()
         engine = FakeEngine(model, 1.0, micro_batches=len(batches))
-        result = optimizer_step(engine, batches, groups, False, untrained=[7, 11])
+        result = optimizer_step(engine, batches, groups, False, ignored_ids=[7, 11])
         assert result.loss == pytest.approx(expected.item(), rel=1e-6)
         for parameter, gradient in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
