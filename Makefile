@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # torch comes first and bounded, so that nothing else can pull a newer build.
 TORCH := "torch>=2.8,<2.14"
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test check format docs clean
 
 install: $(INSTALLED)
 
@@ -33,5 +33,9 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: install
+	$(BIN)/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
+	$(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from ecp_scale.checkpoint.identity import rule
 from ecp_scale.config.options import SECTIONS
+from ecp_scale.config.resume import rule
 
 HEAD = """# Configuration
 

@@ -23,7 +23,13 @@ from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Protocol
 from ecp_scale.evaluation.generation import generate
-from ecp_scale.evaluation.perplexity import EvaluationResult, Text, default_protocol, evaluate
+from ecp_scale.evaluation.perplexity import (
+    STREAM_CHUNK_TOKENS,
+    EvaluationResult,
+    Text,
+    default_protocol,
+    evaluate,
+)
 from ecp_scale.evaluation.texts import measure_text
 from ecp_scale.models.language_model import LanguageModel
 
@@ -72,10 +78,10 @@ class Model:
     def logits(self, text: str | list[int]) -> Tensor:
         """Scores of the token that follows each position: text or ids (n) -> (n, V).
 
-        A latent model scores its last positions alone, and reads exactly its sequence length.
+        A latent model scores its last positions alone; compressed_double_attention reads exactly its sequence length.
 
         Raises:
-            InputError: if there are no tokens.
+            InputError: if there are no tokens, or not as many as the architecture reads.
         """
         return self.network.logits(self._ids(text))[0]
 
@@ -101,15 +107,17 @@ class Model:
             What follows the prompt.
 
         Raises:
-            InputError: if the prompt has no tokens.
+            InputError: if the prompt has no tokens, or a number cannot be sampled with.
         """
         ids = self._ids(prompt)[0].tolist()
         end = self.tokenizer.end_of_document
         new = generate(
             self.network, ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, end_of_document=end
         )
+        added = list(new)
         # Decoded together: the first new token may begin with what a tokenizer drops at the beginning of a text.
-        return self.decode([*ids, *new]).removeprefix(self.decode(ids))
+        before, together = self.decode(ids), self.decode([*ids, *added])
+        return together.removeprefix(before) if together.startswith(before) else self.decode(added)
 
     def score(self, text: str, protocol: Protocol | None = None) -> EvaluationResult:
         """How well the model predicts a text, as launch/evaluate.py (``ecp-evaluate``) prints it.
@@ -127,10 +135,13 @@ class Model:
 
     @torch.no_grad()
     def stream(self, pieces: Iterable[str | list[int]]) -> Iterator[Tensor]:
-        """Read a long document piece by piece in bounded memory; each piece knows all that came before it.
+        """Read a long document piece by piece; each piece knows all that came before it.
+
+        Memory is that of the longest piece's losses and, where ``config.geometry.bounded_cache``, of two segments per
+        layer; a full transformer remembers everything.
 
         Args:
-            pieces: consecutive ids, or texts, each of which is tokenised by itself.
+            pieces: consecutive ids, or texts, each of which is tokenised by itself; one without tokens has no losses.
 
         Yields:
             Negative log-likelihoods (t), in nats, of the t tokens of each piece; the very first token of the document
@@ -143,11 +154,16 @@ class Model:
             raise InputError(f"the context of {self.config.architecture} is not causal; use score")
         stream, last = self.network.new_stream(), None
         for piece in pieces:
-            ids = self._ids(piece)
-            logits = self.network.logits(ids, stream)[0]
-            predicted = logits[:-1] if last is None else torch.cat((last, logits[:-1]))
-            yield cross_entropy(predicted.float(), ids[0, len(ids[0]) - len(predicted) :], reduction="none")
-            last = logits[-1:]
+            ids = self.encode(piece) if isinstance(piece, str) else piece
+            losses = [torch.empty(0)]
+            for start in range(0, len(ids), STREAM_CHUNK_TOKENS):
+                chunk = self._ids(ids[start : start + STREAM_CHUNK_TOKENS])
+                logits = self.network.logits(chunk, stream)[0]
+                predicted = logits[:-1] if last is None else torch.cat((last, logits[:-1]))
+                targets = chunk[0, chunk.shape[1] - len(predicted) :]
+                losses.append(cross_entropy(predicted.float(), targets, reduction="none").cpu())
+                last = logits[-1:]
+            yield torch.cat(losses)
 
     def _ids(self, text: str | list[int]) -> Tensor:
         ids = self.encode(text) if isinstance(text, str) else text

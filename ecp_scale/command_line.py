@@ -19,7 +19,7 @@ import yaml
 
 from ecp_scale.config import Config
 from ecp_scale.config.options import SECTIONS, Setting, at_home, build, section_parser
-from ecp_scale.config.renames import RENAMED_FIELDS
+from ecp_scale.config.renames import RENAMED_FIELDS, renamed_fields
 from ecp_scale.errors import InputError
 from ecp_scale.zero import json_config
 
@@ -76,10 +76,7 @@ def parse(
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{count} in the configuration:\n" + "\n".join(f"  - {text}" for text in problems))
-    model_fields = [item.key.removeprefix("model.") for item in asked if item.key.startswith("model.")]
-    notes = [
-        f"--model.{name} has no effect on {config.model.architecture}" for name in config.model.ignored(model_fields)
-    ]
+    idle = config.without_effect([item.key for item in asked])
     return Request(
         config=config,
         deepspeed_path=known.deepspeed_config,
@@ -89,7 +86,7 @@ def parse(
         world_size=world_size,
         allow_rate_jump=known.allow_rate_jump,
         verbose=known.verbose,
-        notes=tuple(notes),
+        notes=tuple(f"--{field} has no effect with {why}" for field, why in idle),
     )
 
 
@@ -98,13 +95,17 @@ def _moved(path: str | None, config: Config, rest: Sequence[str]) -> list[str]:
     if path is None or any(token.startswith("--training.output_dir") for token in rest):
         return []
     folder, named = Path(path).absolute().parent, config.training.output_dir
-    is_run = Path(path).name == "config.yaml" and (folder / "metrics.jsonl").exists()
-    if not is_run or named is None or Path(named).resolve() == folder.resolve():
+    if not _is_of_a_run(path) or named is None or Path(named).resolve() == folder.resolve():
         return []
     return [
         f"{path} lies in a run folder, but its training.output_dir is {named}; pass --training.output_dir {folder} to "
         "go on there, or another folder"
     ]
+
+
+def _is_of_a_run(path: str) -> bool:
+    """Whether a file is the resolved config that a run has written into its folder."""
+    return Path(path).name == "config.yaml" and (Path(path).absolute().parent / "metrics.jsonl").exists()
 
 
 def preset_names() -> list[str]:
@@ -180,6 +181,8 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
         elif not isinstance(values, dict):
             problems.append(f"{path}: section {section} holds {values!r}, expected keys and values")
         else:
+            if _is_of_a_run(path):  # an earlier version may have written it
+                values = renamed_fields(section, values)
             # Text goes as it is; of everything else JSON is YAML on one line.
             for key, value in values.items():
                 text = value if isinstance(value, str) else json.dumps(_plain_keys(value), default=str)

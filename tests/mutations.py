@@ -52,11 +52,16 @@ BUGS = (
     Bug("models/loss.py", "scores[..., rows:] = -torch.inf", "pass", "tests/models/test_loss.py"),
     Bug(
         "models/blocks.py",
-        "        if self.config.dropout and self.training:\n            with TENSOR_PARALLEL.drawing():",
+        "        if self.config.dropout and self.training:\n            with TENSOR_PARALLEL.drawing(self.parallel.tp_size):",
         "        if self.config.dropout and self.training:\n            with nullcontext():",
         RANDOMNESS,
     ),
-    Bug("models/blocks.py", "with TENSOR_PARALLEL.drawing() if rate", "with nullcontext() if rate", RANDOMNESS),
+    Bug(
+        "models/blocks.py",
+        "with TENSOR_PARALLEL.drawing(self.parallel.tp_size) if rate",
+        "with nullcontext() if rate",
+        RANDOMNESS,
+    ),
     Bug(
         "models/blocks.py",
         "recomputed(self._attend, q, k, v, positions, cache, random=self.config.dropout > 0)",

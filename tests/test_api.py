@@ -1,5 +1,6 @@
 """The way in for Python: what load_model gives equals what the programs and the network itself compute."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,16 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 import ecp_scale
-from ecp_scale import InputError, Model, TokenDataset, load_model
+from ecp_scale import InputError, LanguageModel, Model, ParallelContext, TokenDataset, load_model
 from ecp_scale.checkpoint.export import export
 from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.evaluation.perplexity import evaluate
 from ecp_scale.evaluation.texts import read_text
+from ecp_scale.models.initialization import initialize
 from tests.corpus import ShardedText
 from tests.launching import environment
+from tests.models.settings import SCALED
 from tests.parallel.layouts import Layout, trained
 
 TEXT = "def main() -> None:\n    parser = ArgumentParser()\n    return parser.parse_args(names)\n" * 3
@@ -79,13 +82,30 @@ def test_a_score_is_that_of_the_program(model: Model, tmp_path: Path) -> None:
 def test_a_streamed_document_has_the_losses_of_the_whole(model: Model) -> None:
     ids = model.encode(TEXT)
     pieces = [ids[:1], ids[1:70], ids[70:71], ids[71:]]
-    losses = list(model.stream(pieces))
+    losses = list(model.stream([*pieces[:2], [], *pieces[2:]]))
+    assert len(losses.pop(2)) == 0
     assert [len(part) for part in losses] == [0, *(len(piece) for piece in pieces[1:])]
     expected = cross_entropy(model.logits(ids)[:-1], torch.tensor(ids[1:]), reduction="none")
     assert_close(torch.cat(losses), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_of_ones_own_trains_with_dropout_without_process_groups() -> None:
+    config = dataclasses.replace(SCALED, dropout=0.1, allow_short_receptive_field=True)
+    for recompute in ("none", "selective", "full"):
+        parallel = dataclasses.replace(ParallelContext.single(), recompute=recompute)
+        network = LanguageModel(config, parallel).train()
+        initialize(network, config, parallel, seed=1)
+        tokens = torch.randint(29, (2, config.sequence_length + 1))
+        network(tokens[:, :-1], tokens[:, 1:])[0].backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 def test_what_cannot_be_is_said(model: Model, folder: Path) -> None:
+    for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"max_new_tokens": 0}, {"seed": -1}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is|top_k 0"):
+            model.generate("def", **wrong)
+    with pytest.raises(InputError, match="protocol is 'nothing', expected one of stream"):
+        model.score(TEXT, "nothing")
     with pytest.raises(InputError, match="has no tokens"):
         model.generate("")
     with pytest.raises(InputError, match="precision is 'fp8', expected one of fp32, bf16"):

@@ -415,14 +415,33 @@ def test_former_names_are_answered_with_the_new_ones(tmp_path: Path) -> None:
     assert f"{file}: data.untrained_targets is now data.loss_ignore_ids" in message
     assert "command line: optimizer.minimum_ratio is now optimizer.min_lr_ratio" in message
     assert "command line: model.allow_short_reach is now model.allow_short_receptive_field" in message
-    assert "'merged', expected one of" in refused("--config", "demo", "--attention.backend=merged")
+    assert "'merged', expected 'flash', its present name" in refused("--config", "demo", "--attention.backend=merged")
 
 
 def test_options_without_effect_are_noted() -> None:
-    words = ["--config", "demo", "--model.window=128", "--model.latents=64", "--model.segment_length=256"]
-    assert parse(words, "").notes == ("--model.window has no effect on ecp", "--model.latents has no effect on ecp")
-    assert parse([*words, "--model.architecture=sliding_window"], "").notes == (
-        "--model.latents has no effect on sliding_window",
-        "--model.segment_length has no effect on sliding_window",
+    words = ["--config", "demo", "--model.window=192", "--model.latents=64", "--model.segment_length=256"]
+    idle = "has no effect with model.architecture"
+    assert parse(words, "").notes == (f"--model.window {idle} ecp", f"--model.latents {idle} ecp")
+    other = [*words, "--model.architecture=sliding_window", "--optimizer.name=sgd", "--optimizer.beta1=0.5"]
+    assert parse([*other, "--optimizer.halving_tokens=9"], "").notes == (
+        f"--model.latents {idle} sliding_window",
+        f"--model.segment_length {idle} sliding_window",
+        "--optimizer.beta1 has no effect with optimizer.name sgd",
+        "--optimizer.halving_tokens has no effect with optimizer.schedule cosine",
     )
     assert parse(["--config", "demo"], "").notes == ()
+
+
+def test_the_config_of_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    config = yaml.safe_load(to_yaml(parse(["--config", "demo"], "").config))
+    config["model"]["allow_short_reach"] = config["model"].pop("allow_short_receptive_field")
+    config["optimizer"]["minimum_ratio"] = config["optimizer"].pop("min_lr_ratio")
+    config["data"]["untrained_targets"] = [3]
+    del config["data"]["loss_ignore_ids"]
+    config["attention"]["backend"] = "segments"
+    config["training"]["output_dir"] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "is now data.loss_ignore_ids" in refused("--config", str(tmp_path / "config.yaml"))
+    (tmp_path / "metrics.jsonl").write_text("")  # which makes it the folder of a run
+    read = parse(["--config", str(tmp_path / "config.yaml")], "").config
+    assert (read.data.loss_ignore_ids, read.attention.backend) == ([3], "sdpa")

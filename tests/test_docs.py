@@ -18,7 +18,9 @@ from tests.parallel.layouts import Layout, trained
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED_FILE = re.compile(r"(?:launch|data_tools|tests|ds_configs|benchmarks)/[\w./]+\.(?:py|json|slurm)\b")
-PACKAGES = "attention|checkpoint|cluster|commands|config|data|evaluation|models|parallel|training|zero"
+PACKAGES = (
+    "attention|checkpoint|cluster|commands|config|data|evaluation|models|parallel|planning|preparation|training|zero"
+)
 NAMED_MODULE = re.compile(rf"`((?:{PACKAGES})/\w+\.py)`")
 PROGRAM = re.compile(r"(?:launch|data_tools)/\w+\.py|(?<![\w-])ecp-[a-z-]+(?= --)")
 

@@ -5,7 +5,7 @@ weighed into one. Its backward kernel takes the rows' output and normaliser as a
 returns the gradients of each part of the whole. No scores are masked away that have been computed: n * 1.5m pairs, as
 many as the pattern has.
 
-Shape suffixes as in ``ecp_scale.attention.sdpa``; S segments, m positions each.
+Shapes as in ``ecp_scale.attention.sdpa``; S segments, m positions each.
 """
 
 from typing import Any

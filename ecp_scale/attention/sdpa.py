@@ -1,6 +1,6 @@
 """Attention by torch's scaled_dot_product_attention: of queries over keys, of which every pattern is made.
 
-Shape suffixes: B batch, H query heads (local), G key/value heads (local, H a multiple of G), Nq and Nk positions,
+Shapes: B batch, H query heads (local), G key/value heads (local, H a multiple of G), Nq and Nk positions,
 E head width.
 """
 

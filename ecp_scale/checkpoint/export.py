@@ -78,7 +78,7 @@ class ExportedModel:
         Raises:
             InputError: if the weights do not allow it, or the numbers do not fit together.
         """
-        ignored = self.config.ignored(changes)
+        ignored = [name for name in changes if name in self.config.ignored()]
         if ignored:
             uses = ", ".join(("sequence_length", *self.config.geometry.fields))
             raise InputError(f"{', '.join(ignored)}: {self.config.architecture} does not have it, but {uses}")

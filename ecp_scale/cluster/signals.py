@@ -19,6 +19,8 @@ STOPPED = "stopped.json"
 STOP = "stop"
 """A file of this name in the run folder stops the run: touch RUN/stop, on any host that sees the folder."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+LAUNCHER_SECONDS = 30.0
+"""DeepSpeed's launcher kills ranks so long after it has passed a signal on; that is written into it."""
 ECHO_SECONDS = 1.0
 """A terminal, Slurm and a launcher may each pass a request on: the same signal within this time is the same one."""
 
@@ -73,14 +75,18 @@ class StopRequest:
         return None if gone is None else f"the launcher (process {gone.pid}) is gone"
 
 
+def under_deepspeed_launcher() -> bool:
+    """Whether DeepSpeed's launcher has started this rank."""
+    return "CROSS_RANK" in os.environ  # which only it sets
+
+
 def _launchers() -> list[Process]:
     """DeepSpeed's launcher of this host and what has started it; torchrun's ranks lose their store with theirs.
 
     Trap: a signal to ``deepspeed`` alone ends it and leaves the launcher and its ranks at work.
     """
     found = []
-    with_launcher = "CROSS_RANK" in os.environ  # which only DeepSpeed's sets
-    process = psutil.Process().parent() if with_launcher else None
+    process = psutil.Process().parent() if under_deepspeed_launcher() else None
     for _ in range(2):
         if process is not None and process.pid != 1:
             found.append(Process.of(process.pid))

@@ -28,6 +28,7 @@ import yaml
 from ecp_scale.command_line import parse, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.config.geometry import GEOMETRIES
+from ecp_scale.config.renames import renamed_fields
 from ecp_scale.data.manifest import manifest_path
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.evaluation.comparison import Cell, Protocol, Summary, markdown, plot, summaries
@@ -182,7 +183,7 @@ def check_folder(comparison: Comparison) -> None:
             if key != "base" and before.get(key) != value
         ]
         for section, values in shared["base"].items():
-            saved = before["base"].get(section, {})
+            saved = renamed_fields(section, before["base"].get(section, {}))
             differences += [
                 f"{section}.{key} was {saved.get(key)!r} and is now {value!r}"
                 for key, value in values.items()

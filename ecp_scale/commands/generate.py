@@ -5,8 +5,6 @@ import os
 
 from ecp_scale.errors import InputError, input_errors_exit
 
-LEAST_TEMPERATURE = 0.001
-
 
 @input_errors_exit()
 def main() -> None:
@@ -25,20 +23,12 @@ def main() -> None:
         raise InputError("--prompt is empty, expected at least one character")
     if _is_no_utf8(options.prompt):
         raise InputError(f"--prompt {options.prompt!r} is not valid UTF-8")
-    if options.temperature != 0 and not LEAST_TEMPERATURE <= options.temperature <= 1 / LEAST_TEMPERATURE:
-        raise InputError(
-            f"--temperature is {options.temperature}, expected 0 (the likeliest token) or a number from "
-            f"{LEAST_TEMPERATURE} to {1 / LEAST_TEMPERATURE:.0f}"
-        )
-    if options.max_new_tokens < 1 or (options.top_k is not None and options.top_k < 1):
-        raise InputError("expected --max-new-tokens >= 1 and --top-k >= 1")
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed is {options.seed}, expected a number from 0 to 2^63 - 1")
 
     from ecp_scale.checkpoint.export import ExportedModel
-    from ecp_scale.evaluation.generation import generate
+    from ecp_scale.evaluation.generation import check_sampling, generate
     from ecp_scale.parallel.device import local_device
 
+    check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.seed)
     exported = ExportedModel.open(options.model)
     prompt = exported.tokenizer.encode(options.prompt)
     if not prompt:

@@ -46,6 +46,8 @@ def main() -> int:
 
     found = plan(request.config, request.deepspeed, options.gpus)
     print(found.describe())
+    for note in request.notes:
+        print(f"note                {note}")
     days = found.days(options.tokens, options.peak_teraflops, options.utilisation)
     print(
         f"time                {days:,.2f} days for {options.tokens:,.0f} tokens at {options.utilisation:.0%} of "

@@ -93,7 +93,7 @@ class Transformer(Geometry):
 class Ecp(Geometry):
     """Every segment sees itself causally and all of its left neighbour (paper section 3)."""
 
-    fields = ("segment_length",)
+    fields = ("segment_length", "first_segment_projection")
     bounded_cache = True
 
     @property
@@ -257,7 +257,7 @@ class CompressedDoubleAttention(DoubleAttention):
         return self.latents if layer == self.layers - 1 else self.compressed_context + self.latents
 
     def query_rows(self, layer: int) -> int:
-        """Layer 0 asks at all n positions and compresses the answers."""
+        """Layer 0 has queries at all n positions, whose outputs are compressed."""
         return self.sequence_length if layer == 0 else self.output_rows(layer)
 
     def score_pairs(self, layer: int) -> float:

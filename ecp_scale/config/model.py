@@ -6,7 +6,6 @@ l latents. The words that --help prints about a field are the text below it.
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -104,10 +103,10 @@ class ModelConfig:
         """Whether the first segment has an output projection of its own; patterns without segments have no first."""
         return self.first_segment_projection and self.architecture == "ecp"
 
-    def ignored(self, fields: Iterable[str]) -> list[str]:
-        """Which of these fields the architecture does not read, of those that only some architectures do."""
-        some = {name for geometry in GEOMETRIES.values() for name in geometry.fields}
-        return [name for name in fields if name in some and name not in GEOMETRIES[self.architecture].fields]
+    def ignored(self) -> list[str]:
+        """Fields that the architecture does not read, of those that only some architectures do."""
+        some = dict.fromkeys(name for geometry in GEOMETRIES.values() for name in geometry.fields)
+        return [name for name in some if name not in GEOMETRIES[self.architecture].fields]
 
     @cached_property
     def geometry(self) -> Geometry:

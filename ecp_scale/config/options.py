@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 import jsonargparse
 
 from ecp_scale.config import Config
+from ecp_scale.config.renames import RENAMED_VALUES
 
 SECTIONS: dict[str, Any] = {item.name: get_type_hints(Config)[item.name] for item in dataclasses.fields(Config)}
 
@@ -66,7 +67,9 @@ def build(parser: jsonargparse.ArgumentParser, settings: Sequence[Setting], prob
                 _field_parser(item.key).parse_args([option])
                 good.append(option)
             except PARSE_ERRORS:
-                problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {_type_of(item.key)}")
+                now = RENAMED_VALUES.get(item.key, {}).get(item.value)
+                expected = _type_of(item.key) if now is None else f"{now!r}, its present name"
+                problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {expected}")
         values = parser.parse_args(good)
     config = Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
     return _with_home(config)

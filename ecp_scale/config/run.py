@@ -4,6 +4,7 @@ The words that --help prints about a field are the text below it.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -211,6 +212,19 @@ class Config:
         """Micro-batches of one rank in one optimizer step."""
         together = self.training.micro_batch_size * self.parallel.data_parallel_size(world_size)
         return max(1, self.training.global_batch_size // max(1, together))
+
+    def without_effect(self, fields: Iterable[str]) -> list[tuple[str, str]]:
+        """Which of these fields the choices of others make idle, and those choices."""
+        model, optimizer = self.model, self.optimizer
+        idle = {f"model.{name}": f"model.architecture {model.architecture}" for name in model.ignored()}
+        schedule = f"optimizer.schedule {optimizer.schedule}"
+        if optimizer.schedule != "halving":
+            idle["optimizer.halving_tokens"] = schedule
+        if optimizer.schedule != "cosine":
+            idle |= dict.fromkeys(("optimizer.decay_tokens", "optimizer.min_lr_ratio"), schedule)
+        if optimizer.name == "sgd":
+            idle |= dict.fromkeys(("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"), "optimizer.name sgd")
+        return [(field, idle[field]) for field in fields if field in idle]
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""

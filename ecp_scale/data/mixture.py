@@ -37,7 +37,7 @@ class Mixture:
         """Phases begin at ``first_samples``, the first of them 0; ``weights`` (phases, corpora)."""
         assert first_samples[0] == 0
         self._starts = list(first_samples)
-        self._phases = [_phase(full_weights(row)) for row in weights]
+        self._phases = [_phase(whole_numbers(row)) for row in weights]
         self._before = [np.zeros(len(weights[0]), dtype=np.int64)]
         for phase, end in enumerate(self._starts[1:]):
             self._before.append(self._before[phase] + self._phases[phase].counts(end - self._starts[phase]))
@@ -54,7 +54,7 @@ class Mixture:
         return self._before[phase] + self._phases[phase].counts(samples - self._starts[phase])
 
 
-def full_weights(weights: Sequence[float]) -> list[int]:
+def whole_numbers(weights: Sequence[float]) -> list[int]:
     """The weights as whole numbers without a common factor: as they are written, 0.1 being a tenth."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     factor = lcm(*(fraction.denominator for fraction in exact))

@@ -21,7 +21,7 @@ class Permutation:
         self._rounds = [(int.from_bytes(digest[8 * i : 8 * i + 8]) | 1, masks[i % 2]) for i in range(ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where ``index`` goes."""
+        """The number that ``index`` is permuted to, both in range(size)."""
         assert 0 <= index < self.size
         index = self._feistel(index)
         while index >= self.size:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
 
+LEAST_TEMPERATURE = 0.001
 
-@torch.no_grad()
+
 def generate(
     model: LanguageModel,
     prompt: list[int],
@@ -30,9 +32,43 @@ def generate(
         seed: of the sampling.
         end_of_document: id after which to stop; it is not returned.
 
-    Yields:
+    Returns:
         New ids, one at a time.
+
+    Raises:
+        InputError: naming a number that cannot be sampled with.
     """
+    check_sampling(max_new_tokens, temperature, top_k, seed)
+    return _generate(model, prompt, max_new_tokens, temperature, top_k, seed, end_of_document)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
+    """Refuse numbers that ``generate`` cannot sample with.
+
+    Raises:
+        InputError: naming the number.
+    """
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
+        raise InputError(
+            f"temperature is {temperature}, expected 0 (the likeliest token) or a number from {LEAST_TEMPERATURE} to "
+            f"{1 / LEAST_TEMPERATURE:.0f}"
+        )
+    if max_new_tokens < 1 or (top_k is not None and top_k < 1):
+        raise InputError(f"max_new_tokens is {max_new_tokens} and top_k {top_k}, expected at least 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}, expected a number from 0 to 2^63 - 1")
+
+
+@torch.no_grad()
+def _generate(
+    model: LanguageModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    end_of_document: int | None,
+) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     follow = _streamed(model) if model.config.geometry.streams else _windowed(model, end_of_document or 0)
     logits = follow(prompt)

@@ -12,6 +12,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +129,8 @@ def evaluate(
     Raises:
         InputError: if the text is too short for the protocol, or the architecture cannot follow it.
     """
+    if protocol not in get_args(Protocol):
+        raise InputError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
     ids = np.concatenate(([end_of_document], text.ids)).astype(np.int64)
     n = model.config.sequence_length
     if text.words == 0:

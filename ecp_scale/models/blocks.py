@@ -95,7 +95,7 @@ class Attention(nn.Module):
             out_BHNE = self.pattern.stream(q_BHNE, key_value, cache)
         else:
             rate = self.config.dropout if self.training else 0.0
-            with TENSOR_PARALLEL.drawing() if rate else nullcontext():
+            with TENSOR_PARALLEL.drawing(self.parallel.tp_size) if rate else nullcontext():
                 out_BHNE = self.pattern.attend(q_BHNE, key_value, rate)
         return out_BHNE.permute(2, 0, 1, 3).flatten(2)
 
@@ -145,6 +145,6 @@ class FeedForward(nn.Module):
     def _hidden(self, up_NBF: Tensor, gate_NBF: Tensor | None = None) -> Tensor:
         hidden = gelu(up_NBF) if gate_NBF is None else maybe_compile(swiglu, self.parallel.compiled)(up_NBF, gate_NBF)
         if self.config.dropout and self.training:
-            with TENSOR_PARALLEL.drawing():
+            with TENSOR_PARALLEL.drawing(self.parallel.tp_size):
                 hidden = dropout(hidden, self.config.dropout)
         return hidden

@@ -37,13 +37,13 @@ class _Norm(nn.Module):
 
 
 class RMSNorm(_Norm, nn.RMSNorm):
-    """arXiv 1910.07467."""
+    """RMSNorm over the last dimension (arXiv 1910.07467)."""
 
     functions = (rms_norm, add_rms_norm)
 
 
 class LayerNorm(_Norm, nn.LayerNorm):
-    """arXiv 1607.06450."""
+    """LayerNorm over the last dimension (arXiv 1607.06450)."""
 
     functions = (layer_norm, add_layer_norm)
 

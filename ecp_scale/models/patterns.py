@@ -1,7 +1,7 @@
 """Attention patterns of one layer, and what a layer does to the residual stream.
 
 Each is the maths of ``ecp_scale.attention`` with its sizes; a pattern has no parameters but the compression.
-Shape suffixes as there; x is (N, B, D).
+Shapes as there; x is (N, B, D).
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
 from ecp_scale.config import AttentionBackend
+from ecp_scale.errors import InputError
 from ecp_scale.models.positions import LayerCache, Positions
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.halo import Halo
@@ -27,7 +28,7 @@ class Pattern(nn.Module):
     """How segments are computed."""
 
     def query_rows(self, positions: int) -> int:
-        """How many of the last of so many positions have a query."""
+        """Number of queries of a layer that reads so many positions: they are of its last ones."""
         return positions
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
@@ -64,7 +65,7 @@ class CausalSegments(Pattern):
         self.halo = None if context is None else Halo(context)
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
-        """The primitive itself."""
+        """Segment attention; where ranks share the sequence, with the segment from the rank to the left."""
         k, v, documents = key_value
         left = None if self.halo is None else self._exchange
         out, _ = segment_attention(
@@ -93,7 +94,7 @@ class CausalSegments(Pattern):
         return left
 
     def new_cache(self) -> LayerCache:
-        """Two segments at most."""
+        """An empty cache, which never holds more than two segments."""
         return [SegmentCache(self.segment_length, window=self.window)]
 
 
@@ -133,7 +134,7 @@ class ShiftedGroups(Pattern):
         return torch.cat(outputs, dim=1)
 
     def new_cache(self) -> LayerCache:
-        """One group for each kind of heads."""
+        """Empty caches, one for the heads with plain groups and one for those with shifted ones."""
         return [SegmentCache(self.group_length, look_back=False, first_length=first) for _, first in self.kinds]
 
     def stream(self, q: Tensor, key_value: KeyValue, cache: LayerCache) -> Tensor:
@@ -158,7 +159,7 @@ class LatentQueries(Pattern):
         self.latents = latents
 
     def query_rows(self, positions: int) -> int:
-        """The latents alone."""
+        """Number of latents among so many positions."""
         return min(self.latents, positions)
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
@@ -166,11 +167,11 @@ class LatentQueries(Pattern):
         return attend(q, key_value, dropout=dropout)
 
     def residual(self, x: Tensor, positions: Positions) -> Tensor:
-        """The latents alone."""
+        """The rows of the latents, to which the layer's output is added."""
         return x[-self.latents :]
 
     def output_positions(self, positions: Positions) -> Positions:
-        """The latents alone."""
+        """Positions of the latents."""
         return positions.last(self.query_rows(positions.rotation.cos.shape[-2]))
 
 
@@ -252,7 +253,7 @@ class CompressingContext(LatentsAndContext):
         """Context and latents."""
         expected = self.context + self.latents
         if x.shape[dim] != expected:
-            raise ValueError(f"the compression of this model reads {expected} positions, found {x.shape[dim]}")
+            raise InputError(f"the compression of this model reads {expected} positions, found {x.shape[dim]}")
         return x.split([self.context, self.latents], dim=dim)
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The positions of the residual stream: their rotations, their documents, and what came before them.
 
-Shape suffixes: B batch, N positions.
+Shapes: B batch, N positions.
 """
 
 from dataclasses import dataclass, field

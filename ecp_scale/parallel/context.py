@@ -15,11 +15,11 @@ class SingleRank:
     """Stands for a process group where there is one process, and no torch.distributed."""
 
     def size(self) -> int:
-        """1."""
+        """Number of ranks, 1."""
         return 1
 
     def rank(self) -> int:
-        """0."""
+        """Number of this rank, 0."""
         return 0
 
 

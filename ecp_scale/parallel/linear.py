@@ -159,7 +159,7 @@ class Embedding(VocabParallelEmbedding):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up."""
+        """Embed token ids (b, n) -> (n or n/t, b, D)."""
         if self.parallel.tp_size == 1:
             return functional.embedding(tokens.t(), self.weight)
         return super().forward(tokens if self.reduce_scatter_embeddings else tokens.t().contiguous())

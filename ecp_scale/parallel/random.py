@@ -22,14 +22,22 @@ class RandomStream:
     def seed(self, seed: int) -> None:
         """Start the stream anew; torch's default generator stays where it is."""
         present = _state()
-        torch.manual_seed(seed)
+        _seed(seed)
         self.state = _state()
         _set_state(present)
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Let torch draw from this stream, which moves on."""
-        assert self.state is not None, "seed_step comes before the first number"
+    def drawing(self, ranks: int) -> Iterator[None]:
+        """Let torch draw from this stream, which moves on.
+
+        Args:
+            ranks: of the tensor-parallel group. A single one may draw from torch's default generator instead, where
+                nothing has seeded the stream.
+        """
+        if self.state is None:
+            assert ranks == 1, "seed_step comes before the first number"
+            yield
+            return
         present = _state()
         _set_state(self.state)
         try:
@@ -46,8 +54,15 @@ TENSOR_PARALLEL = RandomStream()
 def seed_step(seed: int, step: int, groups: Groups) -> None:
     """Start both streams of one optimizer step; a resumed run draws what the uninterrupted one draws."""
     replica = (seed * 1_000_003 + step) * 65_536 + groups.data_rank
-    torch.manual_seed(_mix(replica))
+    _seed(_mix(replica))
     TENSOR_PARALLEL.seed(_mix(replica * 65_536 + groups.tensor_rank + 1))
+
+
+def _seed(seed: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _state() -> Tensor:

@@ -59,7 +59,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
     with as_on_a_gpu(), _fake_launch(world_size, rank), process_groups(config.parallel) as groups:
         found = _deepened(config, groups)
         with FakeTensorMode():
-            whole = LanguageModel(config.model, _shard(config, groups), config.attention)
+            whole = LanguageModel(config.model, _context(config, groups), config.attention)
             elements = [[parameter.numel() for parameter in group.values()] for group in weight_decay_groups(whole)]
         return Trace(tuple(elements[0]), tuple(elements[1]), found.peak, dict(found.sent))
 
@@ -93,7 +93,7 @@ def _micro_batch(config: Config, layers: int, groups: Groups) -> _MicroBatch:
     model_config = dataclasses.replace(config.model, layers=layers, allow_short_receptive_field=True, dropout=0.0)
     names: dict[str, str] = {groups.tensor.group_name: "tensor", groups.context.group_name: "context"}
     with FakeTensorMode(), _Messages(names) as messages:
-        model = LanguageModel(model_config, _shard(config, groups), config.attention).train()
+        model = LanguageModel(model_config, _context(config, groups), config.attention).train()
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker:
@@ -110,7 +110,7 @@ def _activations(tracker: MemTracker, when: Literal["current", "peak"]) -> int:
     return sum(value for kind, value in found.items() if "ACT" in str(kind) or "TEMP" in str(kind))
 
 
-def _shard(config: Config, groups: Groups) -> ParallelContext:
+def _context(config: Config, groups: Groups) -> ParallelContext:
     parallel = ParallelContext.of(config, groups, weight_type(config))
     return dataclasses.replace(parallel, compiled=False)  # there is nothing to compile for
 
@@ -131,9 +131,9 @@ class _Messages(TorchDispatchMode):
                 group = next(dist.ProcessGroup.unbox(leaf) for leaf in leaves if isinstance(leaf, torch.ScriptObject))
                 tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
                 # A gather's first argument is what it fills.
-                handed_over = tensors[-1] if operation in ("_allgather_base_", "_reduce_scatter_base_") else tensors[0]
+                message = tensors[-1] if operation in ("_allgather_base_", "_reduce_scatter_base_") else tensors[0]
                 kind = self.names.get(group.group_name, "data")
-                self.sent[kind, operation.strip("_")] += handed_over.numel() * handed_over.element_size()
+                self.sent[kind, operation.strip("_")] += message.numel() * message.element_size()
         return func(*args, **(kwargs or {}))
 
 

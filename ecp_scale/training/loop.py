@@ -18,7 +18,13 @@ from ecp_scale.checkpoint.saving import (
     load,
     save,
 )
-from ecp_scale.cluster.signals import StopRequest, write_stopped
+from ecp_scale.cluster.signals import (
+    LAUNCHER_SECONDS,
+    STOP,
+    StopRequest,
+    under_deepspeed_launcher,
+    write_stopped,
+)
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
@@ -51,7 +57,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
 
     Args:
         request: what the command line asks for.
-        stop: hears requests to stop, where they may have come already.
+        stop: requests to stop, where some may have come already.
 
     Raises:
         InputError: on all ranks, if they differ, or if data, folders or checkpoint cannot be used.
@@ -89,7 +95,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
             engine = build_engine(config, settings, groups)
         if start.record is not None:
             size = sum(file.size for file in start.record.files.values())
-            what = f"loading     {len(start.record.files)} files, {size:,} bytes, after a look at their hashes"
+            what = f"loading     {len(start.record.files)} files, {size:,} bytes, once their hashes are checked"
             with waiting(what, dist.get_rank() == 0):
                 load(engine, config, start)
         apply_optimizer_config(engine, config.optimizer)
@@ -214,6 +220,11 @@ class _Run:
         try:
             self.checkpoint = save(self.engine, self.config, self.blend, self.folder, done, self.run_tokens)
             text = f"saved in {time.perf_counter() - began:.1f} s: {self.checkpoint}"
+            if time.perf_counter() - began > LAUNCHER_SECONDS and under_deepspeed_launcher():
+                text += (
+                    f"; after Ctrl-C the deepspeed launcher would kill such a save in {LAUNCHER_SECONDS:.0f} s: to "
+                    f"stop, touch {self.folder / STOP}"
+                )
         except SaveFailedError as error:
             text = f"not saved: {error}; last checkpoint: {self.checkpoint or 'none'}"
             if is_last or self.config.checkpoint.on_failed_save == "stop":

@@ -121,12 +121,12 @@ def damages(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
 
 
 def free_bytes(path: Path) -> int:
-    """Room where a path lies or would lie."""
+    """Free bytes of the file system where a path lies or would lie."""
     return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
 
 
 def write_error(path: Path, error: OSError) -> str:
-    """One line about a file that cannot be written, with the room that is left where that is the reason."""
+    """One line about a file that cannot be written, with the free bytes where a full disk is the reason."""
     text = f"{error.filename or path} cannot be written ({error.strerror or error})"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         text += f", {free_bytes(path):,} bytes are free"

@@ -1,5 +1,6 @@
 """Checkpoints of every layout become one model folder, equal to what the trainer held."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -55,6 +56,23 @@ def test_master_weights_are_exported_in_fp32(layout: Layout, sharded_text: Shard
 def model_folder(sharded_text: ShardedText, tmp_path: Path) -> Path:
     export(find_checkpoint(trained(Layout(), sharded_text)), tmp_path)
     return tmp_path
+
+
+def test_a_model_folder_of_the_format_before_is_read_and_may_be_exported_again(
+    model_folder: Path, sharded_text: ShardedText
+) -> None:
+    path = model_folder / "config.json"
+    config = json.loads(path.read_text())
+    present = ExportedModel.open(model_folder)
+    model, attention = config["model"], config["attention"]
+    model["allow_short_reach"] = model.pop("allow_short_receptive_field")
+    attention["backend"] = "merged"
+    path.write_text(json.dumps({**config, "format_version": 2}))
+    former = ExportedModel.open(model_folder)
+    assert former.config == present.config
+    assert former.attention == dataclasses.replace(present.attention, backend="flash")
+    export(find_checkpoint(trained(Layout(), sharded_text)), model_folder)
+    assert json.loads(path.read_text())["format_version"] == 3
 
 
 def test_another_tokenizer_beside_the_model_is_refused(model_folder: Path) -> None:

@@ -123,6 +123,21 @@ def test_a_file_in_the_run_folder_stops_the_run(
     assert steps_done(output) == 6
 
 
+def test_a_save_that_the_launcher_would_cut_short_is_said(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ecp_scale.command_line import parse
+    from ecp_scale.training import loop
+
+    monkeypatch.setattr(loop, "LAUNCHER_SECONDS", 0.0)
+    for launcher, expected in (("torchrun", 0), ("deepspeed", 1)):
+        if launcher == "deepspeed":
+            monkeypatch.setenv("CROSS_RANK", "0")
+        output = tmp_path / launcher
+        loop.train(parse([*options(sharded_text, output, ranks=1), "--training.steps=1"], ""))
+        assert capsys.readouterr().err.count(f"to stop, touch {output / STOP}") == expected
+
+
 def test_a_signal_while_libraries_are_loaded_is_a_stop(sharded_text: ShardedText, tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = command(SCRIPT, 1, options(sharded_text, output, ranks=1))

@@ -150,7 +150,7 @@ def test_the_digest_of_a_step_is_the_same_in_every_layout(two: dict[str, float],
     assert from_parts(sums) == sum(entries) % 2**64
 
 
-def test_the_ledger_notices_a_swap_and_a_repetition() -> None:
+def test_the_digest_notices_a_swap_and_a_repetition() -> None:
     assert sample_digest(1, 0, 5) + sample_digest(2, 0, 6) != sample_digest(1, 0, 6) + sample_digest(2, 0, 5)
     assert sample_digest(1, 0, 5) != sample_digest(1, 1, 5)
     assert sample_digest(1, 0, 5, "ab") != sample_digest(1, 0, 5, "cd")

@@ -372,7 +372,7 @@ def test_verification_names_what_is_wrong(documents: list[str], tmp_path: Path) 
     assert any("bytes, expected" in problem for problem in verify(prefix))
 
 
-def test_the_tools_speak(documents: list[str], tmp_path: Path) -> None:
+def test_the_tools_print(documents: list[str], tmp_path: Path) -> None:
     source, prefix = write_jsonl(tmp_path / "a.jsonl", documents), tmp_path / "x"
     flags = ("--input", source, "--tokenizer", "byte", "--output-prefix", prefix)
     out = run_successfully("data_tools/preprocess.py", *flags, "--dry-run")

@@ -10,9 +10,10 @@ import pytest
 
 from ecp_scale.checkpoint.folder import CheckpointRecord, find_checkpoint
 from ecp_scale.checkpoint.full_tensors import full_weights
-from ecp_scale.checkpoint.identity import FIXED, MAY_CHANGE, NEVER_MATTERS, check_continues, rule
+from ecp_scale.checkpoint.identity import check_continues
 from ecp_scale.command_line import parse
 from ecp_scale.config.options import SECTIONS
+from ecp_scale.config.resume import FIXED, MAY_CHANGE, NEVER_MATTERS, rule
 from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
