@@ -20,6 +20,7 @@ from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.tokenizer import Ids, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.cutting import FAST_CHARACTERS, PIECE_CHARACTERS, Cutter, Piece
+from ecp_scale.preparation.interrupts import postponed
 from ecp_scale.preparation.parsing import VALIDATION, BadRecordError, Dropped, Parsing, hash_fraction
 from ecp_scale.preparation.sources import Raw
 
@@ -115,11 +116,12 @@ class Encoder:
     def _submit(pool: ProcessPoolExecutor, batch: Batch) -> "Future[EncodedBatch]":
         # A task may start a worker, which inherits the mask: Ctrl-C, which a terminal sends to all, is for this process
         # to answer.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return pool.submit(_encode, batch)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with postponed():
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return pool.submit(_encode, batch)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __call__(self, batches: Iterable[tuple[Batch, Rest]]) -> Iterator[tuple[EncodedBatch, Rest]]:
         """Encode each batch; what comes with it is handed on."""

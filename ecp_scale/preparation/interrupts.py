@@ -2,8 +2,30 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block.
+
+    Trap: a signal mask is not enough. Another thread of the process may take the signal, and the main thread, whose
+    mask blocks it, runs the handler all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 class Interrupts:

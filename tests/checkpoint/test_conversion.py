@@ -15,11 +15,13 @@ from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import Groups
 from tests.corpus import ShardedText
-from tests.parallel.layouts import BF16, CONVERTED, Layout, trained
+from tests.parallel.layouts import BF16, CONVERTED, LAUNCH_SECONDS, MORE_CONVERTED, Layout, trained
 from tests.parallel.train_layouts import LOGITS, probe_tokens
 
+EXHAUSTIVE = [pytest.mark.exhaustive, pytest.mark.timeout(LAUNCH_SECONDS)]
 
-@pytest.fixture(params=CONVERTED, ids=str)
+
+@pytest.fixture(params=[*CONVERTED, *(pytest.param(layout, marks=EXHAUSTIVE) for layout in MORE_CONVERTED)], ids=str)
 def layout(request: pytest.FixtureRequest) -> Layout:
     return request.param
 

@@ -175,10 +175,11 @@ ARCHITECTURE_CURVES = [
         steps=16,
         masked=number % 2 == 1,
     )
-    for number, name in enumerate(GEOMETRIES)
     for tensor, data, zero in ((2, 1, 0), (1, 2, 1))
+    for number, name in enumerate(GEOMETRIES)
 ]
-"""Every architecture, half of them with a document mask."""
+"""Every architecture, half of them with a document mask: under tensor parallelism, then on two replicas."""
+ARCHITECTURE_CURVES, MORE_ARCHITECTURE_CURVES = ARCHITECTURE_CURVES[:-6], ARCHITECTURE_CURVES[-6:]
 BF16 = [Layout(data=2, zero=zero, precision="bf16") for zero in (1, 2, 3)]
 """Layouts that train in bf16 with fp32 master weights."""
 CONVERTED = [
@@ -187,13 +188,12 @@ CONVERTED = [
     Layout(tensor=2, zero=3),
     Layout(data=2, zero=2),
     Layout(data=2, zero=3),
-    Layout(tensor=2, data=2, zero=1),
-    Layout(tensor=2, data=2, zero=3),
     *(layout for layout in CURVES if layout.context * layout.tensor == 4 or layout.offload),
     *(layout for layout in CURVES + ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
     *BF16,
 ]
 """Layouts whose checkpoints are converted."""
+MORE_CONVERTED = [Layout(tensor=2, data=2, zero=1), Layout(tensor=2, data=2, zero=3)]
 LAUNCH_SECONDS = 5000
 """The product's largest launches train about sixty layouts on four ranks."""
 ALL = {layout.alone() for layout in (*PRODUCT, *CURVES, *ARCHITECTURE_CURVES)} | {
@@ -209,9 +209,10 @@ def _trained_together(ranks: int, kind: str, text: ShardedText) -> Path:
     folder = text.folder / f"{kind}-on-{ranks}"
     assert not folder.exists(), f"the launch of {folder.name} has failed before"
     folder.mkdir()
-    layouts = [layout for layout in (*PRODUCT, *ALL) if (layout.ranks, _kind(layout)) == (ranks, kind)]
+    known = (*PRODUCT, *MORE_ARCHITECTURE_CURVES, *ALL)
+    layouts = [layout for layout in known if (layout.ranks, _kind(layout)) == (ranks, kind)]
     listed = [
-        {"options": layout.options(text, folder / str(layout)), "probed": layout in CONVERTED}
+        {"options": layout.options(text, folder / str(layout)), "probed": layout in (*CONVERTED, *MORE_CONVERTED)}
         for layout in sorted(set(layouts), key=str)
     ]
     jobs = folder / "jobs.json"
@@ -223,7 +224,7 @@ def _trained_together(ranks: int, kind: str, text: ShardedText) -> Path:
 def _kind(layout: Layout) -> str:
     """Which launch a layout belongs to."""
     if layout not in ALL:
-        return f"product-zero{layout.zero}"
+        return "more-architectures" if layout.steps > 12 else f"product-zero{layout.zero}"
     return "architectures" if layout.steps > 12 else "layouts"
 
 

@@ -7,7 +7,17 @@ import pytest
 
 from tests.corpus import ShardedText
 from tests.launching import metrics
-from tests.parallel.layouts import ARCHITECTURE_CURVES, BF16, CURVES, FEATURES, LAUNCH_SECONDS, PRODUCT, Layout, trained
+from tests.parallel.layouts import (
+    ARCHITECTURE_CURVES,
+    BF16,
+    CURVES,
+    FEATURES,
+    LAUNCH_SECONDS,
+    MORE_ARCHITECTURE_CURVES,
+    PRODUCT,
+    Layout,
+    trained,
+)
 
 TOLERANCE = 1e-5
 
@@ -26,7 +36,7 @@ def test_every_pair_of_features_is_trained_together() -> None:
         *ARCHITECTURE_CURVES,
         *(
             pytest.param(layout, marks=[pytest.mark.exhaustive, pytest.mark.timeout(LAUNCH_SECONDS)])
-            for layout in PRODUCT
+            for layout in (*PRODUCT, *MORE_ARCHITECTURE_CURVES)
             if layout not in CURVES
         ),
     ],

@@ -184,6 +184,7 @@ def test_impossible_layouts_are_refused_with_every_reason() -> None:
         assert part in done.stderr
 
 
+@pytest.mark.exhaustive  # tests/test_wheel.py rehearses one
 def test_a_layout_is_rehearsed(tmp_path: Path) -> None:
     words = ("--config", "scaled-125m", "--gpus", 16, "--parallel.tensor=2", "--parallel.sequence=true")
     out = run_successfully("launch/plan.py", *words, "--rehearse")

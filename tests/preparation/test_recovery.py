@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ecp_scale.cluster.lock import only_writer
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.errors import InputError
 from ecp_scale.preparation import outputs, preprocessing, sources
+from ecp_scale.preparation.encoding import Encoder
 from ecp_scale.preparation.journal import Journal, journal_path
 from ecp_scale.preparation.parsing import Parsing
 from ecp_scale.preparation.preprocessing import preprocess
@@ -117,6 +119,31 @@ def test_no_process_is_left_behind(kind: signal.Signals, tmp_path: Path) -> None
         assert len(answered) >= 5, "most came before there was anything to interrupt"
         for code, error in answered:
             assert (code, "Traceback" in error) == (130, False), error
+
+
+def test_ctrl_c_while_a_worker_starts_waits_until_it_has() -> None:
+    asked, sent = threading.Event(), threading.Event()
+
+    def send() -> None:  # from a thread whose mask does not block the signal, as those of libraries
+        asked.wait(20)
+        signal.raise_signal(signal.SIGINT)
+        sent.set()
+
+    class Pool:
+        done = False
+
+        def submit(self, function: object, batch: object) -> None:
+            asked.set()
+            assert sent.wait(20)
+            time.sleep(0.01)
+            self.done = True
+
+    thread, pool = threading.Thread(target=send), Pool()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        Encoder._submit(pool, [])
+    thread.join()
+    assert pool.done
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1])

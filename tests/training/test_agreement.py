@@ -19,7 +19,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.planning.rehearsal import torchrun
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
-from tests.launching import ROOT, command, environment, free_port, metrics, run, run_successfully
+from tests.launching import ROOT, environment, free_port, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
 
 SCRIPT = "launch/pretrain_ecp.py"
@@ -40,6 +40,14 @@ def odd_launch(
     return subprocess.run(
         start, cwd=folder, env={**environment(), **(extra or {})}, capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.fixture(scope="module")
+def saved(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that has ended with checkpoints after steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run_successfully(SCRIPT, *options(sharded_text, folder), ranks=2)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -78,9 +86,9 @@ def test_a_run_folder_that_a_host_does_not_share_is_refused(sharded_text: Sharde
     assert not list((tmp_path / "one" / "run").glob("checkpoints/*"))
 
 
-def test_a_stale_view_of_one_rank_changes_no_decision(sharded_text: ShardedText, tmp_path: Path) -> None:
+def test_a_stale_view_of_one_rank_changes_no_decision(saved: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
     words = options(sharded_text, tmp_path / "run")
-    run_successfully(SCRIPT, *words, ranks=2)
+    shutil.copytree(saved, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
     done = odd_launch("stale", *words, "--resume=auto", "--training.steps=6", "--allow-rate-jump")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,10 +109,10 @@ def test_a_stale_view_of_one_rank_changes_no_decision(sharded_text: ShardedText,
     ],
 )
 def test_a_checkpoint_that_a_rank_does_not_see_as_it_is_ends_the_resume_on_all(
-    what: str, rank: str, expected: str, sharded_text: ShardedText, tmp_path: Path
+    what: str, rank: str, expected: str, saved: Path, sharded_text: ShardedText, tmp_path: Path
 ) -> None:
     words = options(sharded_text, tmp_path / "run")
-    run_successfully(SCRIPT, *words, ranks=2)
+    shutil.copytree(saved, tmp_path / "run")
     done = odd_launch(
         what, *words, "--resume=auto", "--training.steps=6", "--allow-rate-jump", extra={"ODD_RANK": rank}
     )
@@ -236,9 +244,15 @@ def test_a_port_in_use_is_named_at_once(sharded_text: ShardedText, tmp_path: Pat
         server.listen()
         port = server.getsockname()[1]
         began = time.monotonic()
-        words = command(SCRIPT, 2, options(sharded_text, tmp_path / "run"))
-        words[words.index("--master_port") + 1] = str(port)
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+        words = [sys.executable, str(ROOT / SCRIPT), *options(sharded_text, tmp_path / "run")]
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        done = subprocess.run(words, env={**environment(), **place}, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert f"error: port {port} of host 127.0.0.1 is in use" in done.stderr
     assert time.monotonic() - began < 120  # of 600 that a rank would wait
