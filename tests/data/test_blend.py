@@ -15,7 +15,7 @@ from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.digest import from_parts, sample_digest, to_parts
-from ecp_scale.data.mixture import LONGEST_PERIOD, Mixture, full_weights
+from ecp_scale.data.mixture import LONGEST_PERIOD, Mixture, whole_numbers
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.preprocessing import preprocess
 from tests.corpus import ShardedText
@@ -26,7 +26,7 @@ WEIGHTS = st.lists(st.integers(0, 100).map(lambda n: n / 10), min_size=3, max_si
 @settings(max_examples=100, deadline=None)
 @given(weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(lambda weights: sum(weights) > 1e-3))
 def test_whole_weights_are_the_weights(weights: list[float]) -> None:
-    whole = full_weights(weights)
+    whole = whole_numbers(weights)
     assert math.gcd(*whole) == 1
     for weight, parts in zip(weights, whole, strict=True):
         assert parts * sum(map(Fraction, map(repr, weights))) == Fraction(repr(weight)) * sum(whole)
