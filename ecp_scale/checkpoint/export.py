@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.checkpoint.full_tensors import full_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
+from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.config.renames import renamed_fields
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.data.tokenizer import Tokenizer
@@ -80,8 +81,8 @@ class ExportedModel:
         """
         ignored = [name for name in changes if name in self.config.ignored()]
         if ignored:
-            uses = ", ".join(("sequence_length", *self.config.geometry.fields))
-            raise InputError(f"{', '.join(ignored)}: {self.config.architecture} does not have it, but {uses}")
+            reads = ", ".join(name for name in GEOMETRY_FIELDS if name not in self.config.ignored())
+            raise InputError(f"{self.config.architecture} has no {' and no '.join(ignored)}; it has {reads}")
         config = dataclasses.replace(self.config, **changes, allow_short_receptive_field=True)
         problems = config.problems() + config.weights_problems(self.config)
         if problems:
