@@ -101,7 +101,12 @@ BUGS = (
     Bug("models/parameter_groups.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', STEP),
     Bug("zero/engine.py", 'group["weight_decay"] = weight_decay', "pass", RESUME),
     Bug("zero/engine.py", "engine.optimizer.clip_grad = config.gradient_clipping", "pass", RESUME),
-    Bug("training/loop.py", "set_batch(self.engine, sequences * self.config.parallel.context)", "pass", RESUME),
+    Bug(
+        "training/loop.py",
+        "set_batch(self.engine, sequences * self.config.parallel.context)",
+        "pass",
+        "tests/training/test_batch_schedule.py",
+    ),
     Bug(
         "config/optimizer.py",
         "tokens / self.warmup_tokens",

@@ -25,6 +25,8 @@ class FakeEngine:
     """The part of a DeepSpeed engine that a step touches, with losses that a test chooses."""
 
     skipped_steps = 0
+    under_zero = False
+    """Whether the norm is known after the update alone, as under ZeRO 1 to 3."""
 
     def __init__(self, model: torch.nn.Module, factor: float, micro_batches: int = 1) -> None:
         self.module = model
@@ -50,16 +52,20 @@ class FakeEngine:
         self.steps += 1
 
     def zero_optimization(self) -> bool:
-        return False
+        return self.under_zero
 
     def bfloat16_enabled(self) -> bool:
         return False
 
 
+@pytest.mark.parametrize("under_zero", [False, True])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_the_weights_are_not_updated_with_a_loss_that_is_not_finite(factor: float, groups: Groups) -> None:
+def test_the_weights_are_not_updated_with_a_loss_that_is_not_finite(
+    factor: float, under_zero: bool, groups: Groups
+) -> None:
     engine = FakeEngine(build(SCALED, groups, torch.float32), factor)
-    with pytest.raises(DivergedError, match="have not been updated"):
+    engine.under_zero = under_zero
+    with pytest.raises(DivergedError, match=r"the loss is .* have not been updated"):
         optimizer_step(engine, [random_tokens(SCALED, 33)], groups, stop_requested=False)
     assert engine.steps == 0
 
