@@ -32,8 +32,7 @@ from ecp_scale.evaluation.perplexity import (
 )
 from ecp_scale.evaluation.texts import measure_text
 from ecp_scale.models.language_model import LanguageModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ecp_scale.precision import DTYPES
 
 
 def load_model(folder: str | Path, *, device: str | None = None, precision: str = "fp32") -> "Model":
@@ -117,7 +116,7 @@ class Model:
         added = list(new)
         # Decoded together: the first new token may begin with what a tokenizer drops at the beginning of a text.
         before, together = self.decode(ids), self.decode([*ids, *added])
-        return together.removeprefix(before) if together.startswith(before) else self.decode(added)
+        return together[len(before) :] if together.startswith(before) else self.decode(added)
 
     def score(self, text: str, protocol: Protocol | None = None) -> EvaluationResult:
         """How well the model predicts a text, as launch/evaluate.py (``ecp-evaluate``) prints it.

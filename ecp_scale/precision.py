@@ -17,10 +17,13 @@ from torch.nn import functional
 
 from ecp_scale.config import Config
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Types of the weights by the words of ``training.precision``."""
+
 
 def weight_type(config: Config) -> torch.dtype:
     """The type of the weights in the forward pass of a run."""
-    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return DTYPES[config.training.precision]
 
 
 def product_type(x: Tensor) -> torch.dtype:

@@ -122,7 +122,7 @@ class Lock:
 
 def _process(holder: str) -> Process | None:
     try:
-        pid, host, started, *_ = holder.splitlines()
+        pid, host, started, _since, *_ = holder.splitlines()  # less where it is being written
         return Process(host, int(pid), float(started))
     except ValueError:
         return None
