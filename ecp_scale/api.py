@@ -39,7 +39,7 @@ def load_model(folder: str | Path, *, device: str | None = None, precision: str 
     """Load an exported model.
 
     Args:
-        folder: what launch/convert_checkpoint.py (``ecp-convert``) has written.
+        folder: what ``ecp-convert`` has written.
         device: such as "cpu" or "cuda:0"; None takes the GPU if there is one.
         precision: "fp32" or "bf16".
 
@@ -80,7 +80,7 @@ class Model:
         A latent model scores its last positions alone; compressed_double_attention reads exactly its sequence length.
 
         Raises:
-            InputError: if there are no tokens, or not as many as the architecture reads.
+            InputError: if there are no tokens, unknown ones, or not as many as the architecture reads.
         """
         return self.network.logits(self._ids(text))[0]
 
@@ -119,7 +119,7 @@ class Model:
         return together[len(before) :] if together.startswith(before) else self.decode(added)
 
     def score(self, text: str, protocol: Protocol | None = None) -> EvaluationResult:
-        """How well the model predicts a text, as launch/evaluate.py (``ecp-evaluate``) prints it.
+        """How well the model predicts a text, as ``ecp-evaluate`` prints it.
 
         Args:
             text: one document.
@@ -168,4 +168,8 @@ class Model:
         ids = self.encode(text) if isinstance(text, str) else text
         if not ids:
             raise InputError(f"{text!r:.60} has no tokens, expected some text")
+        entries = self.config.known_vocab_size
+        if not 0 <= min(ids) <= max(ids) < entries:
+            wrong = next(id for id in ids if not 0 <= id < entries)
+            raise InputError(f"token id {wrong}, expected 0 to {entries - 1}, the entries of the vocabulary")
         return torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(next(self.network.parameters()).device)[None]

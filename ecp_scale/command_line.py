@@ -19,7 +19,7 @@ import yaml
 
 from ecp_scale.config import Config
 from ecp_scale.config.options import SECTIONS, Setting, at_home, build, section_parser
-from ecp_scale.config.renames import RENAMED_FIELDS, renamed_fields
+from ecp_scale.config.renames import ELSEWHERE, RENAMED_FIELDS, renamed_fields
 from ecp_scale.errors import InputError
 from ecp_scale.zero import json_config
 
@@ -233,7 +233,9 @@ def _is_known(key: str, source: str, problems: list[str]) -> bool:
     if key in RENAMED_FIELDS:
         problems.append(f"{source}: {key} is now {RENAMED_FIELDS[key]}")
     else:
-        problems.append(f"{source}: unknown key {key!r}{_did_you_mean(key, names)}")
+        elsewhere = ELSEWHERE.get(key.rpartition(".")[2].replace("-", "_"))
+        hint = f"; did you mean {elsewhere!r}?" if elsewhere else _did_you_mean(key, names)
+        problems.append(f"{source}: unknown key {key!r}{hint}")
     return False
 
 

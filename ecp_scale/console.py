@@ -35,6 +35,11 @@ def say(text: str) -> None:
             print(text, file=stream, flush=True)
 
 
+def counted(number: int, what: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 @contextmanager
 def waiting(text: str, prints: bool = True) -> Iterator[None]:
     """Say what the block does, and every few seconds that it still does; nothing where another rank does."""
@@ -46,7 +51,7 @@ def waiting(text: str, prints: bool = True) -> Iterator[None]:
 
     def remind() -> None:
         while not done.wait(REMINDER_SECONDS):
-            say(f"{'':12}still at it after {time.monotonic() - began:.0f} s")
+            say(f"{'':12}still running after {time.monotonic() - began:.0f} s")
 
     thread = threading.Thread(target=remind, daemon=True)
     thread.start()

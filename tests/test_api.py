@@ -123,3 +123,9 @@ def test_shards_are_a_dataset_of_torch(sharded_text: ShardedText) -> None:
     assert batch[2].tolist() == corpus.window(2).tolist()
     with pytest.raises(IndexError, match="expected 0 to"):
         _ = data[len(data)]
+
+
+def test_unknown_tokens_are_refused(model: Model) -> None:
+    for ids in ([1, 400], [-1]):
+        with pytest.raises(InputError, match=rf"token id {ids[-1]}, expected 0 to 399"):
+            model.logits(ids)

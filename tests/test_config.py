@@ -88,10 +88,12 @@ def test_all_problems_are_reported_at_once_with_their_numbers(tmp_path: Path) ->
     message = refused(
         *("--config", str(file), "--model.layers=2", "--model.width=390", "--model.heads=6", "--parallel.tensor=4"),
         *("--training.global_batch_size=10", "--training.micro_batch_size=4", "--optimizer.beta1=2", "--what=1"),
+        "--optimizer.lr=1",
         *("--training.steps=many", "--data.prefix"),
     )
     for part in (
         "unknown key 'model.layer'; did you mean 'model.layers'",
+        "unknown key 'optimizer.lr'; did you mean 'optimizer.learning_rate'",
         "unknown section 'trainig'; did you mean 'training'",
         "unknown key 'what'",
         "training.steps is 'many', expected int",
@@ -302,6 +304,14 @@ def test_what_zero_offers_and_is_refused(section: object, message: str, tmp_path
 def test_bf16_without_master_weights_is_refused() -> None:
     zero0 = str(ROOT / "ds_configs" / "zero0.json")
     assert "use stage 1 to 3" in refused("--config", "scaled-125m", "--deepspeed_config", zero0)
+
+
+def test_a_json_of_the_project_is_known_by_its_name() -> None:
+    words = ["--config", "demo", "--deepspeed_config"]
+    assert parse([*words, "zero3"], "").deepspeed == json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    message = refused(*words, "zero4")
+    assert "no such file, and none of zero0, zero1, zero2, zero2_offload, zero3, zero3_offload" in message
+    assert "x/zero1" in refused(*words, "x/zero1")
 
 
 def test_without_a_json_a_run_uses_that_of_zero1() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ecp_scale.data.corpus import Corpus
 from tests.corpus import ShardedText, write_sharded_text
 from tests.launching import ROOT, environment, run, run_successfully
 from tests.parallel.layouts import Layout, trained
@@ -60,6 +61,33 @@ def test_dry_run_prints_config_and_counts() -> None:
         "32,768",
     ):
         assert part in out
+
+
+def test_a_dry_run_reads_the_shards_and_the_run_folder(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = ("--config", "demo", "--data.prefix", sharded_text.prefix, "--dry-run")
+    out = run_successfully("launch/pretrain_ecp.py", *words)
+    assert f"{Corpus(str(sharded_text.prefix), 512).tokens:,} tokens, shown" in out
+    assert "vocab_size: 400" in out
+    message = refused("launch/pretrain_ecp.py", "--config", "demo", "--data.prefix", tmp_path / "x", "--dry-run")
+    assert "x.manifest.json: No such file" in message
+    run_folder = trained(Layout(), sharded_text)
+    message = refused("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder)
+    assert "holds checkpoints; pass --resume auto" in message
+    out = run_successfully("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder, "--resume=auto")
+    assert ", goes on from step-" in out
+
+
+def test_a_wrong_prefix_is_found_before_libraries_load(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = ("--config", "demo", "--training.output_dir", tmp_path / "run")
+    for options in (
+        ("--data.prefix", tmp_path / "x"),
+        ("--data.prefix", sharded_text.prefix, "--data.validation_prefix", tmp_path / "x"),
+    ):
+        done = run("launch/pretrain_ecp.py", *words, *options)
+        assert done.returncode == 2
+        assert "x.manifest.json: No such file" in done.stderr
+        assert "loading libraries" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("tool", ["data_tools/preprocess.py", "data_tools/train_tokenizer.py"])

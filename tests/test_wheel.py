@@ -34,12 +34,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Built from a copy: setuptools leaves files beside the sources.
     copy = folder / "source"
     copy.mkdir()
-    for name in ("ecp_scale", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("ecp_scale", "ds_configs", "launch", "pyproject.toml", "README.md", "LICENSE"):
         (copy / name).symlink_to(ROOT / name)
     subprocess.run([*map(str, words), str(copy)], check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
+    (data,) = (folder / "site").glob("*.data/data")  # pip puts it below its prefix
+    shared = {path.name for path in (data / "share" / "ecp-scale").rglob("*") if path.is_file()}
+    assert shared == {"pretrain_ecp.slurm", *(path.name for path in (ROOT / "ds_configs").glob("*.json"))}
     return folder / "site"
 
 

@@ -66,7 +66,7 @@ class ExportedModel:
             record = TokenizerRecord(**content["tokenizer"])
             step, tokens = int(content["step"]), int(content["tokens"])
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; expected a folder of launch/convert_checkpoint.py") from error
+            raise InputError(f"{path}: {error.strerror}; expected a folder of ecp-convert") from error
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise

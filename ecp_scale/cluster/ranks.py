@@ -39,6 +39,12 @@ class Ranks:
         return ranks
 
 
+def on_one_host() -> bool:
+    """Whether the launch is known to be of this host alone, as torchrun and DeepSpeed's launcher tell."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size in ("1", os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LOCAL_SIZE"))
+
+
 @dataclass(frozen=True)
 class Process:
     """Where a rank runs."""

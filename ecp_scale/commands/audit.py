@@ -1,6 +1,6 @@
 """Say up to which step a run has read what its config says: recompute the data digest of its metrics.
 
-    python launch/audit_data.py runs/first
+    ecp-audit runs/first
 
 The digest of a step stands for every (sample, corpus, window) up to it, whatever the number of ranks, micro-batches and
 resumes. It is recomputed from config.yaml and the sizes and hashes in the manifests; no token is read. Exits 1 at the

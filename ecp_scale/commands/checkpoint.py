@@ -1,6 +1,6 @@
 """Compare the files of checkpoints with the hashes that were taken when they were written.
 
-    python launch/checkpoint.py verify runs/first
+    ecp-checkpoint verify runs/first
 
 PATH is a checkpoint, or a run, all of whose checkpoints are read. Exits 1 where a file is damaged or missing.
 """

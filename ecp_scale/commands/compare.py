@@ -1,10 +1,10 @@
 """Train architectures under one data order, budget, optimizer and evaluation, and put them into one table.
 
-    python launch/compare.py --config BASE --architectures ecp,transformer,longlora --seeds 1,2,3 --output DIR \\
+    ecp-compare --config BASE --architectures ecp,transformer,longlora --seeds 1,2,3 --output DIR \\
         --data.prefix shards/train --data.validation_prefix shards/validation [--test shards/test] \\
         [--ranks 2] [--section.key value ...] [--deepspeed_config FILE] [--dry-run]
 
-Every cell (architecture, seed) is a run of launch/pretrain_ecp.py in DIR/runs, exported to DIR/models and evaluated
+Every cell (architecture, seed) is a run of ecp-pretrain in DIR/runs, exported to DIR/models and evaluated
 with the `sliding` protocol, whose windows are the same for every architecture. Finished cells are not done again, an
 unfinished one resumes from its checkpoint. It writes DIR/comparison.md, .json and .svg. The first architecture named is
 the one that the others are compared with. A dry run prints parameters, FLOPs and receptive field of each.
@@ -104,7 +104,7 @@ def read_command_line(argv: list[str]) -> Comparison:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="All other options are those of launch/pretrain_ecp.py and hold for every cell.",
+        epilog="All other options are those of ecp-pretrain and hold for every cell.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--architectures", required=True, metavar="A,B,...", help=", ".join(GEOMETRIES))
@@ -198,7 +198,7 @@ def check_folder(comparison: Comparison) -> None:
 
 
 def train(comparison: Comparison, config: Config) -> None:
-    """Run launch/pretrain_ecp.py on a cell's config."""
+    """Run ecp-pretrain on a cell's config."""
     assert config.training.output_dir is not None
     run = Path(config.training.output_dir)
     run.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,7 @@ def write_report(comparison: Comparison) -> None:
 
     cells = list(comparison.finished())
     records = summaries(cells)
-    command = shlex.join(["python", "launch/compare.py", *sys.argv[1:]])
+    command = shlex.join(["ecp-compare", *sys.argv[1:]])
     environment = {
         "command": command,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, CUDA: {torch.cuda.is_available()}",

@@ -18,9 +18,7 @@ def read_options() -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     home = os.path.expanduser
-    parser.add_argument(
-        "--model", required=True, type=home, metavar="DIR", help="folder of launch/convert_checkpoint.py"
-    )
+    parser.add_argument("--model", required=True, type=home, metavar="DIR", help="folder of ecp-convert")
     parser.add_argument(
         "--data", required=True, type=home, metavar="PATH", help=".txt, .jsonl, a folder, a shard prefix"
     )
@@ -60,10 +58,10 @@ def main() -> None:
         "model": options.model,
         "data": options.data,
         "protocol": result.protocol,
+        "bits_per_byte": result.bits_per_byte,
         "token_perplexity": result.token_perplexity,
         "word_perplexity": result.word_perplexity,
         "word_and_line_end_perplexity": result.word_and_line_end_perplexity,
-        "bits_per_byte": result.bits_per_byte,
         "tokens_per_word": result.tokens_per_word,
         "tokens_scored": result.tokens_scored,
         "words": result.words,
@@ -77,7 +75,8 @@ def main() -> None:
         content["unigram_bits_per_byte"] = unigram_result(text, counts).bits_per_byte
     for key, value in content.items():
         print(f"{key:28} {f'{value:.4f}' if isinstance(value, float) else value}")
-    print("\nWikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity")
+    print("\nbits_per_byte compares models of any tokenizer where `comparable` is True: the vocabulary writes the text")
+    print("WikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity")
     if not result.is_comparable:
         print(
             f"NOT COMPARABLE per word and byte: {result.unknown_share:.2%} of the tokens stand for text that the "

@@ -10,9 +10,7 @@ from ecp_scale.errors import InputError, input_errors_exit
 def main() -> None:
     """Read the command line and print the prompt with its continuation."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", required=True, type=os.path.expanduser, metavar="DIR", help="folder of launch/convert_checkpoint.py"
-    )
+    parser.add_argument("--model", required=True, type=os.path.expanduser, metavar="DIR", help="folder of ecp-convert")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue, of any length")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")

@@ -1,16 +1,18 @@
 """Plan a launch before it runs: memory, messages and time of every rank. Allocates nothing and needs no GPU.
 
-    python launch/plan.py --config scaled-13b --gpus 128 --gpu-memory 80GiB [--parallel.tensor 8 ...]
+    ecp-plan --config scaled-13b --gpus 128 --gpu-memory 80GiB [--parallel.tensor 8 ...]
 
 Prints what a rank holds and sends, and whether it fits; with --propose, layouts that do; with --rehearse, trains two
 steps of a narrow copy of the layout on this machine (gloo). Exits 1 where the layout does not fit.
 """
 
 import argparse
+import dataclasses
 import re
 
 from ecp_scale.command_line import Request, parse
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.training.corpora import open_data
 
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20}
 PROPOSED = 3
@@ -22,13 +24,13 @@ def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="All other options are those of launch/pretrain_ecp.py.",
+        epilog="All other options are those of ecp-pretrain.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the launch")
     parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of one of them (default: 80GiB)")
-    parser.add_argument("--tokens", type=float, default=1e11, metavar="N", help="token budget (default: 1e11)")
+    parser.add_argument("--tokens", type=float, metavar="N", help="token budget (default: that of the config)")
     parser.add_argument("--peak-teraflops", type=float, default=989, metavar="X", help="of one GPU (default: 989)")
     parser.add_argument("--utilisation", type=float, default=0.4, metavar="X", help="share of the peak (default: 0.4)")
     parser.add_argument("--propose", action="store_true", help="also look for layouts that fit")
@@ -38,8 +40,10 @@ def main() -> int:
     if options.gpus < 1:
         raise InputError(f"--gpus is {options.gpus}, expected at least 1")
     request = parse(rest, "", world_size=options.gpus)
-    if request.config.model.vocab_size is None:
-        raise InputError("model.vocab_size is null; a plan needs the number of entries")
+    config = open_data(request.config)[0] if request.config.data.is_set else request.config
+    if config.model.vocab_size is None:
+        raise InputError("model.vocab_size is null; set it, or data.prefix to shards, whose tokenizer tells it")
+    request = dataclasses.replace(request, config=config)
 
     from ecp_scale.planning.plan import plan
     from ecp_scale.planning.proposals import proposals
@@ -48,9 +52,10 @@ def main() -> int:
     print(found.describe())
     for note in request.notes:
         print(f"note                {note}")
-    days = found.days(options.tokens, options.peak_teraflops, options.utilisation)
+    tokens = options.tokens or config.tokens_after(config.training.steps)
+    days = found.days(tokens, options.peak_teraflops, options.utilisation)
     print(
-        f"time                {days:,.2f} days for {options.tokens:,.0f} tokens at {options.utilisation:.0%} of "
+        f"time                {days:,.2f} days for {tokens:,.0f} tokens at {options.utilisation:.0%} of "
         f"{options.gpus} x {options.peak_teraflops:g} TFLOP/s"
     )
     fits = found.peak_bytes <= memory

@@ -1,6 +1,6 @@
 """Draw loss, validation loss, learning rate, gradient norm and speed of runs against tokens.
 
-    python launch/plot.py runs/first runs/second --output curves.png
+    ecp-plot runs/first runs/second --output curves.png
 
 Lines are smoothed, with what was measured behind them.
 """

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--part", type=int, default=1, metavar="I", help="do this share of the sources, from 1")
     parser.add_argument(
-        "--parts", type=int, default=1, metavar="N", help="of so many (default: 1); merge_shards.py joins them"
+        "--parts", type=int, default=1, metavar="N", help="of so many (default: 1); ecp-merge-shards joins them"
     )
     parser.add_argument("--dry-run", action="store_true", help="estimate size and time from a sample, write nothing")
     return parser
@@ -181,6 +181,7 @@ def _summary(name: str, manifest: "Manifest") -> str:
 
 def _remarks(manifest: "Manifest", options: argparse.Namespace) -> list[str]:
     """What was left out, how documents end, and what the tokenizer loses."""
+    from ecp_scale.data.manifest import unread_lines
     from ecp_scale.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, options.end_token)
@@ -194,9 +195,7 @@ def _remarks(manifest: "Manifest", options: argparse.Namespace) -> list[str]:
     if manifest.settings.get("block_characters"):
         characters = manifest.settings["block_characters"]
         lines.append(f"few documents: the text was shared out in blocks of about {characters:,} characters")
-    for reason, left in manifest.unread.items():
-        named = ", ".join(left["named"][:3])
-        lines.append(f"not read: {left['files']:,} {reason} ({named}{', ...' if left['files'] > 3 else ''})")
+    lines += [f"not read: {line}" for line in unread_lines(manifest.unread)]
     if manifest.totals.unknown:
         lines.append(f"unknown tokens: {manifest.totals.unknown:,}, {manifest.totals.unknown_share:.3%} of all")
     if not manifest.tokenizer.gives_texts_back:

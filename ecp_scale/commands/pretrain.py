@@ -1,11 +1,12 @@
 """Train an ECP language model.
 
     deepspeed --num_gpus 8 launch/pretrain_ecp.py --config scaled-125m --data.prefix shards/train \\
-        --training.output_dir runs/first --deepspeed_config ds_configs/zero1.json
+        --training.output_dir runs/first --deepspeed_config zero1
     deepspeed --num_gpus 8 launch/pretrain_ecp.py --config runs/first/config.yaml --resume auto
 
-Under `srun` with a task per rank, the same without a launcher. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and stop, and
-so does a file `stop` in the run folder.
+Where the package is installed, `deepspeed --module ecp_scale.commands.pretrain` is the same from any folder, and
+`ecp-pretrain` is one rank: the only one, or that of a task under `srun`. SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and
+stop, and so does a file `stop` in the run folder.
 """
 
 import os
@@ -13,24 +14,36 @@ import sys
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-from ecp_scale.cluster.ranks import adopt_launcher
+from ecp_scale.cluster.ranks import adopt_launcher, on_one_host
 from ecp_scale.cluster.signals import StopRequest
 from ecp_scale.command_line import Request, parse, to_yaml
-from ecp_scale.console import quiet, say, waiting
+from ecp_scale.console import counted, quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+from ecp_scale.training.corpora import check_prefixes, open_data
 from ecp_scale.zero import json_config
 
 
 def describe(request: Request) -> str:
-    """What the config counts, and the whole resolved config."""
-    config = request.config
+    """What the config counts, what its shards and run folder hold, and the whole resolved config.
+
+    Raises:
+        InputError: if the shards or the folder cannot be used.
+    """
+    config, data, folder = request.config, "not set", request.config.training.output_dir or "not set"
+    if config.data.is_set:
+        config, blend, _ = open_data(config)
+        data = blend.describe(config.tokens_after(config.training.steps))
+    if config.training.output_dir is not None and Path(config.training.output_dir).exists():
+        from ecp_scale.checkpoint.saving import find_start  # Megatron-core and torch, which take seconds
+
+        start = find_start(Path(config.training.output_dir), request.resume)
+        folder += f", goes on from {start.folder.name}" if start.folder else ", which has no checkpoint"
     model, parallel, training = config.model, config.parallel, config.training
     if model.vocab_size is None:
         counts = "unknown until the tokenizer is (model.vocab_size is null)"
     else:
         counts = f"{model.parameters:,}; {model.flops_per_token:,.0f} FLOPs per token, forward and backward"
     stage = json_config.zero_stage(request.deepspeed)
-    prefixes = dict.fromkeys(name for _, names in config.data.phases for name in names) if config.data.is_set else {}
     lines = {
         "architecture": f"{model.architecture}, {model.layers} layers, width {model.width}, {model.heads} heads",
         "parameters": counts,
@@ -40,8 +53,8 @@ def describe(request: Request) -> str:
         "optimizer": f"{config.optimizer.name}, rate {config.optimizer.learning_rate:g}, {config.optimizer.schedule}",
         "step": f"{config.tokens_per_step:,} tokens, {training.micro_batch_size} sequences at a time on a rank",
         "run": f"{training.steps:,} steps, {config.tokens_after(training.steps):,} tokens",
-        "data": ", ".join(prefixes) or "not set",
-        "folder": training.output_dir or "not set",
+        "data": data,
+        "folder": folder,
     }
     notes = [f"note: {note}" for note in request.notes]
     return "\n".join([*(f"{name:19} {text}" for name, text in lines.items()), *notes, "", to_yaml(config).rstrip()])
@@ -58,13 +71,15 @@ def main() -> None:
         if is_first_rank():
             print(describe(request))
         return
+    if on_one_host():  # else the first rank looks, and then the first of every host, in one launch
+        check_prefixes(request.config)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         for note in request.notes if is_first_rank() else ():
             say(f"note        {note}")
         if not request.verbose:
             stack.enter_context(_library_log(request))
-        with waiting(f"starting    {request.world_size} ranks, loading libraries", is_first_rank()):
+        with waiting(f"starting    {counted(request.world_size, 'rank')}, loading libraries", is_first_rank()):
             # Imported here: Megatron-core and DeepSpeed take seconds; --help or a typing error should not wait.
             from ecp_scale.checkpoint.saving import SaveFailedError
             from ecp_scale.training.loop import train

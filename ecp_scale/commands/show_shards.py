@@ -22,7 +22,7 @@ def main() -> None:
 
     import numpy as np
 
-    from ecp_scale.data.manifest import Manifest
+    from ecp_scale.data.manifest import Manifest, unread_lines
     from ecp_scale.data.shards import TokenShard
 
     prefix = Path(options.prefix)
@@ -40,8 +40,8 @@ def main() -> None:
         print(f"source       {source.name} ({source.bytes:,} bytes)")
     if len(manifest.sources) > SHOWN:
         print(f"             and {len(manifest.sources) - SHOWN:,} more")
-    for why, files in manifest.unread.items():
-        print(f"not read     {files['files']:,} {why} ({', '.join(files['named'][:SHOWN])})")
+    for line in unread_lines(manifest.unread):
+        print(f"not read     {line}")
     if not 0 <= options.shard < len(manifest.shards):
         raise InputError(f"--shard is {options.shard}, expected 0 to {len(manifest.shards) - 1}")
     record = manifest.shards[options.shard]

@@ -38,7 +38,7 @@ def section_parser(description: str) -> jsonargparse.ArgumentParser:
         description=description, usage=usage, exit_on_error=False, formatter_class=_HelpFormatter
     )
     parser.add_argument("--config", metavar="FILE", help="YAML with the sections below, or the name of a preset")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, for example ds_configs/zero1.json")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON, or the name of one: zero1")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its counts, then exit")
     parser.add_argument("--resume", default="never", help="auto: continue from the newest complete checkpoint")
     parser.add_argument(

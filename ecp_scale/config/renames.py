@@ -8,6 +8,41 @@ RENAMED_FIELDS = {
     "data.untrained_targets": "data.loss_ignore_ids",
 }
 """Former name -> name."""
+ELSEWHERE = {
+    "lr": "optimizer.learning_rate",
+    "min_lr": "optimizer.min_lr_ratio",
+    "betas": "optimizer.beta1",
+    "clip_grad": "optimizer.gradient_clipping",
+    "max_grad_norm": "optimizer.gradient_clipping",
+    "lr_scheduler": "optimizer.schedule",
+    "hidden_size": "model.width",
+    "n_embd": "model.width",
+    "dim": "model.width",
+    "num_layers": "model.layers",
+    "n_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "n_heads": "model.heads",
+    "num_key_value_heads": "model.key_value_heads",
+    "num_query_groups": "model.key_value_heads",
+    "ffn_hidden_size": "model.feed_forward_width",
+    "intermediate_size": "model.feed_forward_width",
+    "seq_length": "model.sequence_length",
+    "seq_len": "model.sequence_length",
+    "max_position_embeddings": "model.sequence_length",
+    "batch_size": "training.global_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "train_iters": "training.steps",
+    "max_steps": "training.steps",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "context_parallel_size": "parallel.context",
+    "sequence_parallel": "parallel.sequence",
+    "data_path": "data.prefix",
+    "save": "training.output_dir",
+    "save_interval": "checkpoint.every_steps",
+    "dtype": "training.precision",
+    "bf16": "training.precision",
+}
+"""What other training stacks call a field -> the field."""
 RENAMED_VALUES = {"attention.backend": {"segments": "sdpa", "merged": "flash"}}
 """Field -> former value -> value."""
 

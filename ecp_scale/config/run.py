@@ -58,7 +58,7 @@ class DataConfig:
     """Which token shards are read."""
 
     prefix: str | None = None
-    """Prefix of the training shards that data_tools/preprocess.py wrote."""
+    """Prefix of the training shards that ecp-preprocess wrote."""
     blend: dict[int, dict[str, float]] | None = None
     """Several corpora instead of data.prefix: from how many tokens of the run on (the first 0), the weight of each
     shard prefix, as {0: {a: 0.7, b: 0.3}}. A run may add a later entry and go on."""

@@ -59,6 +59,13 @@ class Blend:
         for corpus, samples in zip(self.corpora, self.mixture.counts(tokens // self.sequence_length), strict=True):
             yield corpus, int(samples) / corpus.windows
 
+    def describe(self, tokens: int) -> str:
+        """The corpora, their size, and how often the first ``tokens`` tokens of the run show each."""
+        return "; ".join(
+            f"{corpus.prefix} ({corpus.tokens:,} tokens, shown {times:.2f} times)"
+            for corpus, times in self.epochs(tokens)
+        )
+
     def history(self, tokens: int) -> dict[str, object]:
         """What decided the samples of the first ``tokens`` tokens: weights, and the corpora that had any."""
         begun = [number for number, start in enumerate(self.from_tokens) if start < max(1, tokens)]

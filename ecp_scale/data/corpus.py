@@ -90,7 +90,7 @@ class Corpus:
         place = int(np.flatnonzero((part < 0) | (part >= self._entries))[0])
         raise DamagedDataError(
             f"{self.prefix.parent / self.manifest.shards[number].name}.bin: id {int(part[place])} at place "
-            f"{offset + place}, but the tokenizer has {self._entries} entries; see data_tools/verify_shards.py"
+            f"{offset + place}, but the tokenizer has {self._entries} entries; see ecp-verify-shards"
         )
 
     def window(self, number: int) -> Tokens:

@@ -13,7 +13,7 @@ class TokenDataset(Dataset[Tensor]):
     A training run shuffles them with ``ecp_scale.data.order.SampleOrder``; a DataLoader may do so in its own way.
 
     Args:
-        prefix: of the shards that data_tools/preprocess.py (``ecp-preprocess``) wrote.
+        prefix: of the shards that ``ecp-preprocess`` wrote.
         sequence_length: n.
 
     Raises:

@@ -206,6 +206,14 @@ class Manifest:
         return self.tokenizer.load(prefix.parent, f"the shards of {manifest_path(prefix).name} were made with")
 
 
+def unread_lines(unread: dict[str, Any]) -> list[str]:
+    """``Manifest.unread`` as text, a line for each reason."""
+    return [
+        f"{left['files']:,} {reason} ({', '.join(left['named'][:3])}{', ...' if left['files'] > 3 else ''})"
+        for reason, left in unread.items()
+    ]
+
+
 def manifest_path(prefix: Path) -> Path:
     """Where the manifest of a prefix lies.
 

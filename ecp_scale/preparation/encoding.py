@@ -20,7 +20,7 @@ from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.tokenizer import Ids, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.cutting import FAST_CHARACTERS, PIECE_CHARACTERS, Cutter, Piece
-from ecp_scale.preparation.interrupts import postponed
+from ecp_scale.preparation.interrupts import Interrupts
 from ecp_scale.preparation.parsing import VALIDATION, BadRecordError, Dropped, Parsing, hash_fraction
 from ecp_scale.preparation.sources import Raw
 
@@ -94,9 +94,10 @@ class Encoding:
 class Encoder:
     """Encodes batches in order."""
 
-    def __init__(self, encoding: Encoding, workers: int) -> None:
+    def __init__(self, encoding: Encoding, workers: int, interrupts: Interrupts) -> None:
         self._encoding = encoding
         self._workers = workers
+        self._interrupts = interrupts
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Encoder":
@@ -112,11 +113,10 @@ class Encoder:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    @staticmethod
-    def _submit(pool: ProcessPoolExecutor, batch: Batch) -> "Future[EncodedBatch]":
+    def _submit(self, pool: ProcessPoolExecutor, batch: Batch) -> "Future[EncodedBatch]":
         # A task may start a worker, which inherits the mask: Ctrl-C, which a terminal sends to all, is for this process
         # to answer.
-        with postponed():
+        with self._interrupts.held:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 return pool.submit(_encode, batch)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ecp_scale.data.manifest import unread_lines
 from ecp_scale.data.shards import token_type
 from ecp_scale.data.tokenizer import load_tokenizer
 from ecp_scale.data.tokenizer_kinds import UnencodableError
@@ -31,6 +32,8 @@ class Estimate:
     output_bytes: int
     shards: int
     seconds: float
+    not_read: tuple[str, ...] = ()
+    """What lies in the input folders and is not read, a line for each reason."""
 
     def __str__(self) -> str:
         took = f"{self.seconds / 60:,.1f} minutes" if self.seconds > 90 else f"{self.seconds:.1f} seconds"
@@ -42,6 +45,7 @@ class Estimate:
                 f"tokens      about {self.tokens:,}",
                 f"output      about {self.output_bytes / 1e9:,.3f} GB in {self.shards:,} shards",
                 f"time        about {took} of tokenizing",
+                *(f"not read    {line}" for line in self.not_read),
             )
         )
 
@@ -59,7 +63,8 @@ def estimate(
     Raises:
         InputError: if an input or the tokenizer cannot be used, or the sample has no text.
     """
-    sources = [source for source in find_sources(inputs).sources if source.size]
+    found = find_sources(inputs)
+    sources = [source for source in found.sources if source.size]
     if not sources:
         raise InputError("nothing to extrapolate from: hub datasets, standard input and empty files have no size")
     tokenizer = load_tokenizer(tokenizer_spec, end_token)
@@ -90,6 +95,7 @@ def estimate(
         output_bytes=whole * width + documents * 20,
         shards=max(1, -(-whole // shard_tokens)),
         seconds=seconds * scale / workers,
+        not_read=tuple(unread_lines(found.reasons)),
     )
 
 

@@ -2,34 +2,16 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 
-@contextmanager
-def postponed() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block.
+class Interrupts:
+    """Lets Ctrl-C raise ``KeyboardInterrupt`` at once, but where it is held: then when the outermost hold ends.
 
     Trap: a signal mask is not enough. Another thread of the process may take the signal, and the main thread, whose
     mask blocks it, runs the handler all the same.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
-
-
-class Interrupts:
-    """Lets Ctrl-C raise ``KeyboardInterrupt`` at once, but where it is held: then when that ends."""
 
     def __init__(self) -> None:
         self.held = _Held()
@@ -41,7 +23,7 @@ class Interrupts:
         return self
 
     def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self.held.is_held:
+        if self.held.depth:
             self.held.came = True
         else:
             raise KeyboardInterrupt
@@ -55,16 +37,16 @@ class Interrupts:
 
 class _Held:
     def __init__(self) -> None:
-        self.is_held = False
+        self.depth = 0
         self.came = False
 
     def __enter__(self) -> None:
-        self.is_held = True
+        self.depth += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.is_held = False
-        if self.came and kind is None:
+        self.depth -= 1
+        if self.came and kind is None and not self.depth:
             self.came = False
             raise KeyboardInterrupt

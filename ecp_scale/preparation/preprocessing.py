@@ -205,13 +205,13 @@ def _write_shards(job: Job, tokenizer: Tokenizer, journal: Journal, workers: int
                 smoothing=0.05,
             )
         )
-        encoder = stack.enter_context(Encoder(job.encoding, workers))
+        interrupts = stack.enter_context(Interrupts())
+        encoder = stack.enter_context(Encoder(job.encoding, workers, interrupts))
         cutter = Cutter(tokenizer, job.encoding.control, journal.block_characters or PIECE_CHARACTERS)
         digest = hashlib.sha256()
         collector = Collector(job, tokenizer, journal, digest, blocks, bar)
         outputs = stack.enter_context(closing(Outputs(job, tokenizer.vocab_size, journal)))
         raw = batches(job, journal.state, digest, cutter, blocks)
-        interrupts = stack.enter_context(Interrupts())
         snapshot: Snapshot | None = None
         try:
             for collected in collector.documents(encoder(raw)):

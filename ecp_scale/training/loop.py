@@ -36,9 +36,10 @@ from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
+from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
-from ecp_scale.training.starting import check_rate, check_view, open_data, write_settings
+from ecp_scale.training.starting import check_rate, write_settings
 from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
 from ecp_scale.training.trackers import check_trackers, start_trackers
 from ecp_scale.zero import json_config

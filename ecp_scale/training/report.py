@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ecp_scale.checkpoint.saving import Progress, Start
 from ecp_scale.config import Config
-from ecp_scale.console import say, terminal
+from ecp_scale.console import counted, say, terminal
 from ecp_scale.data.blend import Blend
 
 
@@ -27,20 +27,16 @@ def describe_run(config: Config, blend: Blend, hosts: Sequence[str], zero_stage:
     names = list(dict.fromkeys(hosts))
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     replicas = parallel.data_parallel_size(len(hosts))
-    corpora = "; ".join(
-        f"{corpus.prefix} ({corpus.tokens:,} tokens, shown {times:.2f} times)"
-        for corpus, times in blend.epochs(run_tokens)
-    )
     lines = {
         "model": [
             f"{model.architecture}, {model.layers} layers, width {model.width}, {model.parameters:,} parameters",
             f"{model.vocab_size:,} entries, sequences of {model.sequence_length:,}",
         ],
         "layout": [
-            f"{_count(len(hosts), 'rank')} on {_count(len(names), 'host')} ({shown}): tensor {parallel.tensor}",
+            f"{counted(len(hosts), 'rank')} on {counted(len(names), 'host')} ({shown}): tensor {parallel.tensor}",
             f"context {parallel.context}, data {replicas}, ZeRO-{zero_stage}, {training.precision}",
         ],
-        "data": [corpora],
+        "data": [blend.describe(run_tokens)],
         "run": [
             f"{training.steps:,} steps, {run_tokens:,} tokens, {training.global_batch_size} sequences a step",
             f"saved every {config.checkpoint.every_steps:,} steps",
@@ -56,10 +52,6 @@ def describe_start(start: Start, run: Path) -> list[str]:
         return [*lines, f"start       fresh, in {run}"]
     done = start.progress
     return [*lines, f"start       resumed from {start.folder}: step {done.step:,}, {done.tokens:,} tokens"]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 class StepReport:
@@ -127,5 +119,5 @@ def describe_end(run: Path, done: Progress, loss: float | None, reason: str | No
         )
     return (
         f"finished    step {done.step:,}{last}; {saved}\n"
-        f"next        python launch/convert_checkpoint.py --checkpoint {run} --output {run / 'model'}"
+        f"next        ecp-convert --checkpoint {run} --output {run / 'model'}"
     )

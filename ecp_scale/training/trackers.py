@@ -74,16 +74,13 @@ class Wandb:
     def __init__(self, config: Config, folder: Path) -> None:
         import wandb
 
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            write_text(identity, uuid.uuid4().hex[:8])
         mode: Any = os.environ.get("WANDB_MODE", config.logging.wandb)
         if mode == "online" and not wandb.api.api_key:  # it would ask at a terminal
             raise RuntimeError("no API key: set WANDB_API_KEY, run `wandb login`, or logging.wandb offline")
         self._run = wandb.init(
             project=config.logging.wandb_project,
             name=config.logging.run_name or folder.name,
-            id=identity.read_text(),
+            id=wandb_identity(folder),
             resume="allow",
             mode=mode,
             dir=folder,
@@ -116,6 +113,16 @@ class TensorBoard:
     def finish(self, failed: bool) -> None:
         """The run has ended."""
         self._writer.close()
+
+
+def wandb_identity(folder: Path) -> str:
+    """The id of the run of this folder; a copy of the folder, where a run goes on by itself, gets another one."""
+    path, of = folder / "wandb_id", str(folder.resolve())
+    found, _, owner = path.read_text().partition("\n") if path.exists() else ("", "", "")
+    if not found or owner not in ("", of):  # an earlier version did not write whose it is
+        found = uuid.uuid4().hex[:8]
+    write_text(path, f"{found}\n{of}")
+    return found
 
 
 def start_trackers(config: Config, folder: Path) -> list[Tracker]:

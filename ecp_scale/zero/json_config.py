@@ -7,6 +7,7 @@ that is not in the list of what is known to work: DeepSpeed ignores what it does
 
 import difflib
 import json
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,16 +84,28 @@ OFFLOADED = {"offload_optimizer": (2, 3), "offload_param": (3,)}
 """What ZeRO can keep in CPU memory, and at which stages."""
 
 
+def ready_made() -> dict[str, Path]:
+    """The files of ds_configs/ by name: of the checkout, or where a wheel puts them."""
+    checkout = Path(__file__).resolve().parents[2] / "ds_configs"
+    installed = Path(sysconfig.get_path("data")) / "share" / "ecp-scale" / "ds_configs"
+    return {path.stem: path for folder in (installed, checkout) for path in sorted(folder.glob("*.json"))}
+
+
 def read(path: str | None) -> dict[str, Any]:
-    """Read the JSON; no path means that of ds_configs/zero1.json.
+    """Read the JSON, which may be named as one of ds_configs/; None means what ``zero1`` there says.
 
     Raises:
         InputError: if the file is missing or is not a JSON object.
     """
     if path is None:
         return {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1, "overlap_comm": False}}
+    file = Path(path)
+    if not file.exists() and "/" not in path and not file.suffix:
+        if path not in ready_made():
+            raise InputError(f"DeepSpeed JSON {path}: no such file, and none of {', '.join(ready_made())}")
+        file = ready_made()[path]
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(file.read_text())
     except OSError as error:
         raise InputError(f"DeepSpeed JSON {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -18,6 +18,7 @@ import pytest
 from ecp_scale.command_line import load_preset, preset_names
 from ecp_scale.planning.proposals import SUGGESTED
 from ecp_scale.preparation.preprocessing import preprocess
+from tests.corpus import ShardedText
 from tests.launching import ROOT, metrics, run, run_successfully
 
 SCRIPT = "tests/planning/measure_layouts.py"
@@ -170,6 +171,13 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     assert done.returncode == 1, done.stderr
     assert "does not fit" in done.stdout
     assert "proposal 1" in done.stdout
+
+
+def test_a_plan_takes_vocabulary_and_tokens_from_the_run(sharded_text: ShardedText) -> None:
+    words = ("--config", "demo", "--gpus", 1, "--training.steps=7")
+    assert "set it, or data.prefix" in run("launch/plan.py", *words).stderr
+    out = run_successfully("launch/plan.py", *words, "--data.prefix", sharded_text.prefix)
+    assert f"days for {7 * 4 * 512:,} tokens" in out
 
 
 def test_impossible_layouts_are_refused_with_every_reason() -> None:

@@ -377,6 +377,10 @@ def test_the_tools_print(documents: list[str], tmp_path: Path) -> None:
     flags = ("--input", source, "--tokenizer", "byte", "--output-prefix", prefix)
     out = run_successfully("data_tools/preprocess.py", *flags, "--dry-run")
     assert f"documents   about {len(documents)}" in out
+    assert "not read" not in out
+    (tmp_path / "picture.png").write_bytes(b"x")
+    in_folder = ("--input", tmp_path, *flags[2:])
+    assert "not read    1 " in run_successfully("data_tools/preprocess.py", *in_folder, "--dry-run")
     assert not manifest_path(prefix).exists()
     assert f"{len(documents)} documents" in run_successfully("data_tools/preprocess.py", *flags)
     assert "all well" in run_successfully("data_tools/verify_shards.py", prefix, "--deep")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.training import trackers
 from ecp_scale.training.loop import train
 from ecp_scale.training.metrics import FILE, MetricsFile, read_metrics, unreadable_metrics
-from ecp_scale.training.trackers import Background, check_trackers, start_trackers
+from ecp_scale.training.trackers import Background, check_trackers, start_trackers, wandb_identity
 from tests.corpus import ShardedText
 from tests.launching import environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
@@ -144,10 +145,22 @@ def test_the_environment_chooses_the_mode_of_wandb_and_a_run_keeps_its_identity(
     words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--logging.wandb=online"]
     for steps in (2, 4):
         train(parse([*words, f"--training.steps={steps}", "--resume=auto", "--allow-rate-jump"], ""))
-    identity = (tmp_path / "run" / "wandb_id").read_text()
+    identity = wandb_identity(tmp_path / "run")
     parts = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert parts
     assert all(part.name.endswith(identity) for part in parts)
+
+
+def test_a_copied_run_folder_gets_a_wandb_run_of_its_own(tmp_path: Path) -> None:
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    first.mkdir()
+    identity = wandb_identity(first)
+    assert wandb_identity(first) == identity
+    shutil.copytree(first, copy)
+    assert wandb_identity(copy) not in ("", identity)
+    assert wandb_identity(copy) == wandb_identity(copy)
+    (first / "wandb_id").write_text("of-before")
+    assert wandb_identity(first) == "of-before"
 
 
 def test_tensorboard_gets_every_number_where_it_is_installed(sharded_text: ShardedText, tmp_path: Path) -> None:
@@ -227,4 +240,4 @@ def test_long_work_is_announced_and_brought_to_mind(
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "work"
     assert len(said) > 2
-    assert all("still at it after" in line for line in said[1:])
+    assert all("still running after" in line for line in said[1:])

@@ -1,0 +1,87 @@
+"""The corpora of a run, and what they say of its config: the vocabulary and the end of documents."""
+
+import dataclasses
+import socket
+from pathlib import Path
+
+from ecp_scale.cluster.ranks import Ranks
+from ecp_scale.config import Config
+from ecp_scale.data.blend import Blend, check_same_tokenizer
+from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.manifest import Manifest
+from ecp_scale.errors import InputError
+
+
+def check_prefixes(config: Config) -> None:
+    """Refuse prefixes without shards, before libraries load.
+
+    Raises:
+        InputError: if a manifest cannot be read.
+    """
+    names = dict.fromkeys(name for _, weights in config.data.phases for name in weights)
+    for name in [*names, *filter(None, [config.data.validation_prefix])]:
+        Manifest.read(Path(name))
+
+
+def open_data(config: Config) -> tuple[Config, Blend, Corpus | None]:
+    """The corpora of a run, and its config with the vocabulary known; for one rank to ask.
+
+    Raises:
+        InputError: if a corpus cannot be used, or does not fit the config.
+    """
+    blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
+    validation = None
+    if config.data.validation_prefix is not None:
+        validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
+        check_same_tokenizer(validation, blend.corpora[0])
+    return with_vocabulary(config, blend.corpora[0]), blend, validation
+
+
+def check_view(blend: Blend, validation: Corpus | None) -> None:
+    """Refuse a host that sees other corpora than the first rank, which has opened these; one rank of a host looks.
+
+    Raises:
+        InputError: naming the corpus.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.local_rank != 0 or ranks.rank == 0:  # which has opened them
+        return
+    for corpus in [*blend.corpora, *([validation] if validation is not None else [])]:
+        seen = Corpus(str(corpus.prefix), corpus.sequence_length)
+        if seen.digest != corpus.digest:
+            raise InputError(
+                f"corpus {corpus.prefix} on host {socket.gethostname()} is {seen.tokens:,} tokens with the hash "
+                f"{seen.digest[:12]}..., for the first rank {corpus.tokens:,} with {corpus.digest[:12]}..."
+            )
+
+
+def with_vocabulary(config: Config, corpus: Corpus) -> Config:
+    """The config with the vocabulary and the end of documents of the corpus, unless it names its own.
+
+    Raises:
+        InputError: if its own is too small.
+    """
+    entries = corpus.tokenizer.vocab_size
+    ignored_ids = set(config.data.loss_ignore_ids)
+    beyond = sorted(token for token in ignored_ids if not 0 <= token < entries)
+    if beyond or len(ignored_ids) == entries:
+        raise InputError(
+            f"data.loss_ignore_ids holds {f'the ids {beyond[:10]}' if beyond else 'every id'}, but the tokenizer of "
+            f"{corpus.prefix} has the {entries} entries 0 to {entries - 1}, of which some must be trained"
+        )
+    if (config.attention.end_of_document or 0) >= entries:
+        raise InputError(
+            f"attention.end_of_document is {config.attention.end_of_document}, but the tokenizer of {corpus.prefix} "
+            f"has {entries} entries"
+        )
+    if config.attention.end_of_document is None:
+        attention = dataclasses.replace(config.attention, end_of_document=corpus.tokenizer.end_of_document)
+        config = dataclasses.replace(config, attention=attention)
+    if config.model.vocab_size is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=entries))
+    if config.model.vocab_size < entries:
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {corpus.prefix} has {entries} "
+            "entries; set model.vocab_size to null to take the tokenizer's"
+        )
+    return config
