@@ -17,6 +17,7 @@ from typing import NamedTuple
 from tests.launching import ROOT, environment
 
 ATTENTION = "tests/attention/test_segment.py tests/attention/test_sdpa.py tests/attention/test_rotary.py"
+KERNELS = "tests/attention/test_kernels.py"
 SEQUENCES = "tests/parallel/test_sequences.py -k 2"
 RANDOMNESS = "tests/models/test_randomness.py"
 STEP = "tests/training/test_step.py"
@@ -34,11 +35,24 @@ class Bug(NamedTuple):
 
 
 BUGS = (
-    Bug("attention/sdpa.py", "visible.tril(behind)", "visible.tril(behind + 1)", ATTENTION),
+    Bug("attention/sdpa.py", "seen.tril(behind)", "seen.tril(behind + 1)", ATTENTION),
     Bug("attention/sdpa.py", "triu(behind - window + 1)", "triu(behind - window)", ATTENTION),
     Bug("attention/sdpa.py", "documents[:, behind:, None] ==", "documents[:, behind:, None] >=", ATTENTION),
     Bug("attention/sdpa.py", "if number and look_back", "if number > 1 and look_back", ATTENTION),
     Bug("attention/sdpa.py", "segments[number - 1], segments[number])", "segments[0], segments[number])", ATTENTION),
+    Bug("attention/calls.py", "left, place = before * pattern.look_back", "left, place = before", KERNELS),
+    Bug("attention/flash.py", "torch.logaddexp(of_rows, of_part)", "of_part.clone()", ATTENTION),
+    Bug("attention/flash.py", "                of_rows.copy_(of_whole)", "                pass", ATTENTION),
+    Bug("attention/flash.py", "self._x.narrow(0, 0, first).zero_()", "pass", KERNELS),
+    Bug("attention/pieces.py", "np.maximum(document_begin[begins], reach[begins])", "reach[begins]", KERNELS),
+    Bug(
+        "attention/pieces.py",
+        "rows_k = np.repeat(np.concatenate(begins_k), counts_k) + offsets * batch",
+        "rows_k = np.repeat(np.concatenate(begins_k), counts_k) + offsets",
+        KERNELS,
+    ),
+    Bug("attention/flex.py", "near & nearest", "near | nearest", KERNELS),
+    Bug("attention/flex.py", "whole & far &", "far &", KERNELS),
     Bug("attention/rotary.py", "theta**-exponents", "theta**-(exponents / 2)", ATTENTION),
     Bug("attention/rotary.py", "even * sin + odd * cos", "even * sin - odd * cos", ATTENTION),
     Bug("attention/cache.py", "border - self.segment_length, border)", "border - 1, border)", ATTENTION),

@@ -27,7 +27,7 @@ LIBRARIES = {
     "config": {"jsonargparse"},
     "command_line": {"yaml"},
     "cluster": {"filelock", "psutil", "torch"},
-    "attention": {"torch"},
+    "attention": {"numpy", "torch"},
     "data": {"filelock", "huggingface_hub", "numpy", "sentencepiece", "tokenizers", "torch"},
     "preparation": {"backports", "datasets", "numpy", "pyarrow", "sentencepiece", "tqdm"},
 }

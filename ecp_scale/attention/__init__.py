@@ -1,9 +1,10 @@
 """Pure maths on this rank's heads: imports torch and a type of the config, and knows no process group."""
 
 from ecp_scale.attention.cache import SegmentCache
+from ecp_scale.attention.key_value import KeyValue
 from ecp_scale.attention.latent import latent_attention
 from ecp_scale.attention.rotary import Rotation, rotate, rotation
-from ecp_scale.attention.sdpa import KeyValue, attend
+from ecp_scale.attention.sdpa import attend
 from ecp_scale.attention.segment import segment_attention
 
 __all__ = [

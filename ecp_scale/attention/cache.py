@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from ecp_scale.attention.sdpa import KeyValue, join
+from ecp_scale.attention.key_value import KeyValue, join
 from ecp_scale.attention.segment import segment_attention
+from ecp_scale.config import AttentionBackend
 
 
 class SegmentCache:
@@ -20,10 +21,12 @@ class SegmentCache:
         look_back: bool = True,
         window: int | None = None,
         first_length: int | None = None,
+        backend: AttentionBackend = "auto",
     ) -> None:
         self.segment_length = segment_length
         self.look_back = look_back
         self.window = window
+        self.backend = backend
         self.open_length = first_length or segment_length
         self.left: KeyValue | None = None
         self.open: KeyValue | None = None
@@ -54,6 +57,7 @@ class SegmentCache:
             window=self.window,
             first_length=self.open_length,
             documents=chunk.documents,
+            backend=self.backend,
         )
         end = chunk.positions
         if end < self.open_length:

@@ -1,11 +1,7 @@
-"""Segment attention as two dense calls for all segments at once: each with itself, and each with its left neighbour.
+"""Segment attention by a flash kernel: no mask, no compiler, no operand copied, in memory linear in the length.
 
-A flash kernel (arXiv 2205.14135) also returns the logarithm of the sum that normalises each row, by which the two are
-weighed into one. Its backward kernel takes the rows' output and normaliser as arguments; given those of the whole, it
-returns the gradients of each part of the whole. No scores are masked away that have been computed: n * 1.5m pairs, as
-many as the pattern has.
-
-Shapes as in ``ecp_scale.attention.sdpa``; S segments, m positions each.
+Shapes: N positions outermost, as a linear leaves them; H heads, batch and heads folded, so that grouped heads stay
+grouped; E head width. Otherwise as in ``ecp_scale.attention.key_value``.
 """
 
 from typing import Any
@@ -13,81 +9,130 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecp_scale.attention.sdpa import KeyValue, attend, join
+from ecp_scale.attention.calls import Call
+from ecp_scale.attention.kernels import Kernel, Settings
 from ecp_scale.precision import product_type
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, calls: tuple[Call, ...], kernel: Kernel, settings: Settings
+) -> Tensor:
+    """Queries (B, H, Nq, E) of the last positions of keys and values (B, G, Nk, E) to attended values (B, H, Nq, E)."""
+    return _Flash.apply(q, k, v, calls, kernel, settings)
 
 
-def flash_segments(q: Tensor, chunk: KeyValue, segment_length: int, look_back: bool = True) -> Tensor:
-    """Segment attention on a CPU without window, documents and dropout.
-
-    Args:
-        q: queries (B, H, Nq, E) of all positions, or of all but the first segment.
-        chunk: keys and values of the chunk's positions, two full segments at least; the last one may be shorter.
-        segment_length: m.
-        look_back: whether segments see their left neighbours.
-
-    Returns:
-        The attended values (B, H, Nq, E).
-    """
-    tail = chunk.positions % segment_length
-    if not tail:
-        return _FlashSegments.apply(q, chunk.keys, chunk.values, segment_length, look_back)
-    full, last = q.split([q.shape[-2] - tail, tail], dim=-2)
-    whole, open_segment = chunk.split([chunk.positions - tail, tail])
-    left = whole.split([whole.positions - segment_length, segment_length])[1]
-    out = _FlashSegments.apply(full, whole.keys, whole.values, segment_length, look_back)
-    return torch.cat((out, attend(last, join(left, open_segment) if look_back else open_segment)), dim=-2)
-
-
-def _segments(x: Tensor, m: int) -> Tensor:
-    """(B, H, S * m, E) -> (S, B * H, m, E), in the type of its products.
-
-    A view, but for the type, where positions are outermost in memory, as a linear leaves them.
-    """
-    return x.to(product_type(x)).unflatten(2, (-1, m)).permute(2, 0, 1, 3, 4).flatten(1, 2)
-
-
-def _positions(x: Tensor, like: Tensor) -> Tensor:
-    """(S, B * H, m, E) -> (B, H, S * m, E), in the type of ``like`` (B, ...)."""
-    return x.unflatten(1, (len(like), -1)).permute(1, 2, 0, 3, 4).flatten(2, 3).to(like.dtype)
-
-
-class _FlashSegments(torch.autograd.Function):
+class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, m: int, look_back: bool) -> Tensor:
-        queries, keys, values = (_segments(x, m) for x in (q, k, v))
-        own = len(keys) - len(queries)  # the first segment of keys that has queries
-        out, normaliser = _forward(queries, keys[own:], values[own:], 0.0, True)
-        seeing = 1 - own  # the first segment of queries with a left neighbour
-        if look_back and len(queries) > seeing:
-            left, of_left = _forward(queries[seeing:], keys[:-1], values[:-1], 0.0, False)
-            whole = torch.logaddexp(normaliser[seeing:], of_left)
-            share = (of_left - whole).exp_()[..., None].to(out.dtype)
-            out[seeing:].lerp_(left, share)
-            normaliser[seeing:] = whole
-        attended = _positions(out, q)
-        ctx.save_for_backward(q, k, v, attended, normaliser)
-        ctx.m, ctx.look_back = m, look_back
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: tuple[Call, ...], kernel: Kernel, settings: Settings
+    ) -> Tensor:
+        q_NHE, k_NHE, v_NHE = (_rows(x) for x in (q, k, v))
+        places = _Places(len(q_NHE), len(k_NHE), q_NHE.shape[1])
+        out, states = _Filled(q_NHE.shape), []
+        normalisers = q_NHE.new_empty(0)
+        for call in calls:
+            operands = places.queries(q_NHE, call), places.keys(k_NHE, call), places.keys(v_NHE, call)
+            part, of_part, state = kernel.forward(*operands, call.causal, settings)
+            states.append(state)
+            if not len(normalisers):
+                normalisers = of_part.new_empty(q_NHE.shape[0] * q_NHE.shape[1])
+            of_rows = places.normalisers(normalisers, call)
+            if call.own:
+                out.put(call.first_query - places.first, part)
+                of_rows.copy_(of_part)
+            else:
+                of_whole = torch.logaddexp(of_rows, of_part)
+                share = (of_part - of_whole).exp_().transpose(1, 2)[..., None].to(part.dtype)
+                places.queries(out.x, call).lerp_(part, share)
+                of_rows.copy_(of_whole)
+        attended = _heads(out.x, q)
+        ctx.save_for_backward(q, k, v, attended, normalisers)
+        ctx.calls, ctx.kernel, ctx.settings, ctx.states = calls, kernel, settings, states
         return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, normaliser = ctx.saved_tensors
-        queries, keys, values, out, gradient = (_segments(x, ctx.m) for x in (*operands, gradients[0]))
-        own = len(keys) - len(queries)
-        of_whole = (out, normaliser)
-        of_q, of_k, of_v = _backward(gradient, queries, keys[own:], values[own:], *of_whole, 0.0, True)
-        if own:  # keys that only their right neighbour sees
-            of_k, of_v = (torch.cat((torch.zeros_like(x[:1]), x)) for x in (of_k, of_v))
-        seeing = 1 - own
-        if ctx.look_back and len(queries) > seeing:
-            of_whole = (out[seeing:], normaliser[seeing:])
-            left = _backward(gradient[seeing:], queries[seeing:], keys[:-1], values[:-1], *of_whole, 0.0, False)
-            # add_, since += on a slice copies the sum onto itself once more.
-            of_q[seeing:].add_(left[0])
-            of_k[:-1].add_(left[1])
-            of_v[:-1].add_(left[2])
-        return *(_positions(x, operands[0]) for x in (of_q, of_k, of_v)), None, None
+        q, k, v, attended, normalisers = ctx.saved_tensors
+        q_NHE, k_NHE, v_NHE, out_NHE, gradient_NHE = (_rows(x) for x in (q, k, v, attended, gradients[0]))
+        places = _Places(len(q_NHE), len(k_NHE), q_NHE.shape[1])
+        of_q, of_k, of_v = (_Filled(x.shape) for x in (q_NHE, k_NHE, v_NHE))
+        for call, state in zip(ctx.calls, ctx.states, strict=True):
+            operands = places.queries(q_NHE, call), places.keys(k_NHE, call), places.keys(v_NHE, call)
+            whole = places.queries(out_NHE, call), places.normalisers(normalisers, call)
+            gradient = places.queries(gradient_NHE, call)
+            parts = ctx.kernel.backward(gradient, operands, whole, call.causal, ctx.settings, state)
+            first = call.first_query - places.first
+            of_q.put(first, parts[0]) if call.own else of_q.add(first, parts[0])
+            for found, part in ((of_k, parts[1]), (of_v, parts[2])):
+                if call.own:
+                    found.put(call.first_key + call.left, part.narrow(1, call.left, call.own))
+                if call.left:
+                    found.add(call.first_key, part.narrow(1, 0, call.left))
+        return *(_heads(found.x, x) for found, x in ((of_q, q), (of_k, k), (of_v, v))), None, None, None
+
+
+class _Places:
+    """Views of what a call works on."""
+
+    def __init__(self, n_query: int, n_key: int, heads: int) -> None:
+        self.first, self.heads = n_key - n_query, heads
+
+    def queries(self, x_NHE: Tensor, call: Call) -> Tensor:
+        """(C, Q, H, E) of what has a row per query."""
+        return x_NHE.narrow(0, call.first_query - self.first, call.stretches * call.queries).unflatten(
+            0, (call.stretches, -1)
+        )
+
+    def keys(self, x_NHE: Tensor, call: Call) -> Tensor:
+        """(C, K, H, E) of what has a row per key; stretches overlap where each has its neighbour's."""
+        keys, step = call.left + call.own, call.queries
+        stretches = x_NHE.narrow(0, call.first_key, (call.stretches - 1) * step + keys).unfold(0, keys, step)
+        return stretches.permute(0, 3, 1, 2)
+
+    def normalisers(self, all_of_them: Tensor, call: Call) -> Tensor:
+        """(C, H, Q), contiguous as kernels want them: rows of a stretch lie together, by heads."""
+        start, size = (call.first_query - self.first) * self.heads, call.stretches * call.queries * self.heads
+        return all_of_them.narrow(0, start, size).view(call.stretches, self.heads, call.queries)
+
+
+class _Filled:
+    """A tensor (N, H, E) that is filled from parts (C, n, H, E); a part that is all of it is taken and not copied."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = shape
+        self._x: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The tensor."""
+        assert self._x is not None
+        return self._x
+
+    def put(self, first: int, part: Tensor) -> None:
+        """Set the rows from ``first`` on; what lies before the first ones that are put is zero."""
+        rows = part.shape[0] * part.shape[1]
+        if self._x is None and rows == self._shape[0]:
+            self._x = part.flatten(0, 1)
+            return
+        if self._x is None:
+            self._x = part.new_empty(self._shape)
+            self._x.narrow(0, 0, first).zero_()
+        self._view(first, part).copy_(part)
+
+    def add(self, first: int, part: Tensor) -> None:
+        """Add to the rows from ``first`` on, which have been set."""
+        # add_, since += on a slice copies the sum onto itself once more.
+        self._view(first, part).add_(part)
+
+    def _view(self, first: int, part: Tensor) -> Tensor:
+        return self.x.narrow(0, first, part.shape[0] * part.shape[1]).unflatten(0, part.shape[:2])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, H, N, E) -> (N, B * H, E), in the type of its products; else a view where positions are outermost."""
+    return x.to(product_type(x)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _heads(x_NHE: Tensor, like: Tensor) -> Tensor:
+    """(N, B * H, E) -> (B, H, N, E), in the type of ``like`` (B, ...)."""
+    return x_NHE.unflatten(1, (len(like), -1)).permute(1, 2, 0, 3).to(like.dtype)

@@ -7,7 +7,9 @@ without a causal mask, which is legal because no loss is taken there and every l
 import torch
 from torch import Tensor
 
-from ecp_scale.attention.sdpa import KeyValue, attend, segment_lengths
+from ecp_scale.attention.key_value import KeyValue, segment_lengths
+from ecp_scale.attention.sdpa import attend
+from ecp_scale.config import AttentionBackend
 
 
 def latent_attention(
@@ -18,6 +20,7 @@ def latent_attention(
     *,
     dropout: float = 0.0,
     context_dropout: float = 0.0,
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
     """Attend from the context to its own segment in both directions, and from the latents to everything.
 
@@ -28,6 +31,7 @@ def latent_attention(
         context_segment_length: positions per segment of the context; None makes it one segment.
         dropout: probability of dropping an attention weight of the latents.
         context_dropout: the same for the context.
+        backend: how it is computed.
 
     Returns:
         The attended values (B, H, N, E).
@@ -37,8 +41,8 @@ def latent_attention(
     *context_queries, latent_queries = q.split([*lengths, latents], dim=-2)
     *seen, _ = key_value.split([*lengths, latents])
     outputs = [
-        attend(queries, segment, causal=False, dropout=context_dropout)
+        attend(queries, segment, causal=False, dropout=context_dropout, backend=backend)
         for queries, segment in zip(context_queries, seen, strict=True)
     ]
-    outputs.append(attend(latent_queries, key_value, dropout=dropout))
+    outputs.append(attend(latent_queries, key_value, dropout=dropout, backend=backend))
     return torch.cat(outputs, dim=-2)

@@ -1,55 +1,36 @@
-"""Attention by torch's scaled_dot_product_attention: of queries over keys, of which every pattern is made.
+"""Attention by torch's scaled_dot_product_attention, of queries over keys: every pattern, by a mask where it must be.
 
-Shapes: B batch, H query heads (local), G key/value heads (local, H a multiple of G), Nq and Nk positions,
-E head width.
+Shapes as in ``ecp_scale.attention.key_value``; Nq queries, of the last of Nk positions.
 """
 
 import itertools
-from typing import NamedTuple
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ecp_scale.attention.calls import Call
+from ecp_scale.attention.flash import flash_attention
+from ecp_scale.attention.kernels import Settings, kernel_for
+from ecp_scale.attention.key_value import KeyValue, join
+from ecp_scale.attention.reference import reference_attention
+from ecp_scale.config import AttentionBackend
 from ecp_scale.precision import product_type
 
-
-class KeyValue(NamedTuple):
-    """Keys and values, each (B, G, N, E); the same tensor twice where K and V are tied.
-
-    ``documents`` (B, N) numbers the document of each position, None where attention may cross documents.
-    """
-
-    keys: Tensor
-    values: Tensor
-    documents: Tensor | None = None
-
-    @property
-    def positions(self) -> int:
-        """Number of positions, N."""
-        return self.keys.shape[-2]
-
-    def split(self, lengths: list[int]) -> list["KeyValue"]:
-        """Cut along the positions, keeping tied keys and values one tensor."""
-        # split() and not slices: the gradient of S slices is S tensors of full length, that of a split is one.
-        keys = self.keys.split(lengths, dim=-2)
-        values = keys if self.values is self.keys else self.values.split(lengths, dim=-2)
-        documents = [None] * len(lengths) if self.documents is None else self.documents.split(lengths, dim=-1)
-        return [KeyValue(*parts) for parts in zip(keys, values, documents, strict=True)]
-
-
-def join(left: KeyValue, right: KeyValue) -> KeyValue:
-    """Concatenate along the positions, keeping tied keys and values one tensor."""
-    keys = torch.cat((left.keys, right.keys), dim=-2)
-    tied = left.keys is left.values and right.keys is right.values
-    values = keys if tied else torch.cat((left.values, right.values), dim=-2)
-    if left.documents is None or right.documents is None:
-        return KeyValue(keys, values)
-    return KeyValue(keys, values, torch.cat((left.documents, right.documents), dim=-1))
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels whose dropout is what was asked for. Trap: cuDNN, which torch prefers on Hopper, rounds it to sixteenths."""
 
 
 def attend(
-    q: Tensor, key_value: KeyValue, *, causal: bool = True, window: int | None = None, dropout: float = 0.0
+    q: Tensor,
+    key_value: KeyValue,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    dropout: float = 0.0,
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
     """Attend from the last Nq of the Nk positions that ``key_value`` covers.
 
@@ -61,47 +42,64 @@ def attend(
         causal: whether a query is blind to the positions after its own.
         window: of a causal pattern, how many positions a query sees at most, its own included.
         dropout: probability of dropping an attention weight.
+        backend: how it is computed.
 
     Returns:
         The attended values (B, H, Nq, E).
     """
     n_query, n_key = q.shape[-2], key_value.positions
-    if window is not None and window >= n_key:
-        window = None
-    mask = None
-    plain = window is None and key_value.documents is None
-    if not plain or (causal and 1 < n_query < n_key):
-        mask = _visible(n_query, n_key, causal, window, key_value.documents, q.device)
+    keys, values, documents = key_value
+    window = None if window is None or window >= n_key else window
+    plain = window is None and documents is None
+    causal = causal and n_query > 1
+    square = plain and (not causal or n_query == n_key)
+    settings = Settings(window, dropout)
+    # Of kernels that need no mask, torch chooses the best where nothing is dropped.
+    kernel = None if backend in ("sdpa", "reference") else kernel_for(q, settings, documents is not None)
+    if kernel is not None and kernel.lower_right and documents is None and (dropout or not square):
+        call = Call(n_key - n_query, n_query, 0, 0, n_key, causal or window is not None)
+        return flash_attention(q, keys, values, (call,), kernel, settings)
+    mask = None if square else visible(n_query, n_key, causal, window, documents, q.device)
+    if backend == "reference":
+        if mask is None and causal:
+            mask = visible(n_query, n_key, True, None, None, q.device)
+        return reference_attention(q, keys, values, mask, dropout)
     wide = product_type(q)
-    attended = scaled_dot_product_attention(
-        q.to(wide),
-        key_value.keys.to(wide),
-        key_value.values.to(wide),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None and n_query > 1,
-        enable_gqa=q.shape[1] != key_value.keys.shape[1],
-    )
+    with sdpa_kernel(WITHOUT_CUDNN) if dropout and q.is_cuda else nullcontext():
+        attended = scaled_dot_product_attention(
+            q.to(wide),
+            keys.to(wide),
+            values.to(wide),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
     return attended.to(q.dtype)
 
 
-def _visible(
+def visible(
     n_query: int, n_key: int, causal: bool, window: int | None, documents: Tensor | None, device: torch.device
 ) -> Tensor:
     """Who sees whom: (Nq, Nk), or (B, 1, Nq, Nk) with documents."""
     behind = n_key - n_query
-    visible = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
+    seen = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
     if causal:
-        visible = visible.tril(behind)
+        seen = seen.tril(behind)
     if window is not None:
-        visible = visible.triu(behind - window + 1)
+        seen = seen.triu(behind - window + 1)
     if documents is not None:
-        visible = visible & (documents[:, behind:, None] == documents[:, None, :])[:, None]
-    return visible
+        documents = documents.to(device)
+        seen = seen & (documents[:, behind:, None] == documents[:, None, :])[:, None]
+    return seen
 
 
-def sdpa_segments(
-    q: Tensor, segments: list[KeyValue], look_back: bool, window: int | None, dropout: float
+def attend_by_segment(
+    q: Tensor,
+    segments: list[KeyValue],
+    look_back: bool,
+    settings: Settings,
+    backend: AttentionBackend,
 ) -> list[Tensor]:
     """Segment attention by one call per segment; the arguments are those of ``segment_attention``.
 
@@ -109,8 +107,8 @@ def sdpa_segments(
         q: queries (B, H, Nq, E) of the last Nq positions of the segments.
         segments: keys, values and documents of every segment.
         look_back: whether segments see their left neighbours.
-        window: how many positions a query sees at most, its own included.
-        dropout: probability of dropping an attention weight.
+        settings: window and dropout.
+        backend: how each is computed.
 
     Returns:
         The attended values, one tensor (B, H, N, E) for each segment that has queries.
@@ -122,12 +120,5 @@ def sdpa_segments(
     for number, queries in enumerate(q.split(counts, dim=-2)):
         if queries.shape[-2]:
             seen = join(segments[number - 1], segments[number]) if number and look_back else segments[number]
-            outputs.append(attend(queries, seen, window=window, dropout=dropout))
+            outputs.append(attend(queries, seen, window=settings.window, dropout=settings.dropout, backend=backend))
     return outputs
-
-
-def segment_lengths(positions: int, segment_length: int, first_length: int | None = None) -> list[int]:
-    """Lengths of the segments that ``positions`` fall into; the last may be shorter, and so may the first."""
-    first = min(positions, first_length or segment_length)
-    full, tail = divmod(positions - first, segment_length)
-    return [first] + [segment_length] * full + [tail] * (tail > 0)

@@ -14,9 +14,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ecp_scale.attention.flash import flash_segments
-from ecp_scale.attention.flex import flex_segments
-from ecp_scale.attention.sdpa import KeyValue, attend, join, sdpa_segments, segment_lengths
+from ecp_scale.attention.calls import Pattern, segment_calls
+from ecp_scale.attention.flash import flash_attention
+from ecp_scale.attention.flex import flex_attention
+from ecp_scale.attention.kernels import Settings, kernel_for
+from ecp_scale.attention.key_value import KeyValue, join, segment_lengths
+from ecp_scale.attention.pieces import document_pieces, flash_pieces, once_for
+from ecp_scale.attention.sdpa import attend, attend_by_segment
 from ecp_scale.config import AttentionBackend
 
 Exchange: TypeAlias = Callable[[KeyValue], Callable[[], KeyValue]]
@@ -66,9 +70,9 @@ def segment_attention(
     """
     _check_shapes(q, k, v, segment_length, left)
     lengths = segment_lengths(k.shape[-2], segment_length, first_length)
-    before = None
-    if documents is not None:
-        before, documents = documents.tensor_split([documents.shape[-1] - k.shape[-2]], dim=-1)
+    with_left = documents
+    if with_left is not None and with_left.shape[-1] > k.shape[-2]:
+        documents = once_for(with_left, k.shape[-2], lambda: with_left[:, -k.shape[-2] :])
     chunk = KeyValue(k, v, documents)
     segments = chunk.split(lengths)
     # The first segment comes last: the others need not wait for its neighbour.
@@ -77,46 +81,49 @@ def segment_attention(
     outputs = []
     first, rest = q.split([waiting, q.shape[-2] - waiting], dim=-2) if waiting else (None, q)
     if rest.shape[-2]:
-        kernel = _kernel(backend, rest, chunk, lengths, segment_length, window, dropout)
-        if kernel == "flex":
-            outputs = [flex_segments(rest, chunk, lengths[0], segment_length, look_back, window)]
-        elif kernel == "flash":
-            outputs = [flash_segments(rest, chunk, segment_length, look_back)]
-        else:
-            outputs = sdpa_segments(rest, segments, look_back, window, dropout)
+        pattern = Pattern(rest.shape[-2], k.shape[-2], segment_length, lengths[0], look_back, window)
+        outputs += _attend(rest, chunk, pattern, dropout, backend)
     if first is not None:
-        seen = _behind(promise(), before, segments[0])
-        outputs.insert(0, attend(first, seen, window=window, dropout=dropout))
+        seen = _behind(promise(), segments[0], with_left)
+        before = seen.positions - lengths[0]
+        pattern = Pattern(waiting, seen.positions, segment_length, before or lengths[0], True, window)
+        outputs = [*_attend(first, seen, pattern, dropout, backend), *outputs]
     return torch.cat(outputs, dim=-2) if len(outputs) > 1 else outputs[0], segments[-1]
 
 
-def _kernel(
-    backend: AttentionBackend,
-    q: Tensor,
-    chunk: KeyValue,
-    lengths: list[int],
-    segment_length: int,
-    window: int | None,
-    dropout: float,
-) -> AttentionBackend:
-    """The kernel that computes these shapes."""
-    wanted = ("flex" if q.is_cuda else "flash") if backend == "auto" else backend
-    if wanted == "flex" and not dropout and q.shape[-2] > 1:
-        return "flex"
-    plain = window is None and chunk.documents is None and not dropout
-    # Whole segments, with or without the queries of the first one; a single one is a plain call anyway.
-    answered = chunk.positions - q.shape[-2]
-    several = lengths[:2] == [segment_length, segment_length]
-    if wanted == "flash" and plain and several and answered in (0, segment_length) and q.device.type == "cpu":
-        return "flash"
-    return "sdpa"
+def _attend(q: Tensor, chunk: KeyValue, pattern: Pattern, dropout: float, backend: AttentionBackend) -> list[Tensor]:
+    """Attended values (B, H, Nq, E) of a chunk without a neighbour, in parts, by the kernel that serves."""
+    settings = Settings(pattern.window, dropout)
+    keys, values, documents = chunk
+    if backend in ("auto", "flash"):
+        kernel = kernel_for(q, settings, documents is not None)
+        if kernel is not None and documents is not None:
+            pieces = once_for(documents, pattern, lambda: document_pieces(documents, pattern, q.device))
+            return [flash_pieces(q, keys, values, pieces, kernel, settings)]
+        if kernel is not None:
+            calls = segment_calls(pattern, kernel.lower_right)
+            square = all(call.queries == call.left + call.own or not call.causal for call in calls)
+            serves = kernel.lower_right or (square and q.shape[-2] > 1)
+            # What one plain causal call computes, torch's own choice among its kernels computes best.
+            is_plain = square and len(calls) == calls[0].stretches == 1 and settings == Settings()
+            if serves and not is_plain:
+                return [flash_attention(q, keys, values, calls, kernel, settings)]
+    if (backend == "flex" or (backend == "auto" and q.is_cuda)) and not dropout and q.shape[-2] > 1:
+        return [flex_attention(q, chunk, pattern)]
+    lengths = pattern.lengths
+    if len(lengths) <= 1 + pattern.look_back and q.shape[-2] <= lengths[-1]:
+        return [attend(q, chunk, window=pattern.window, dropout=dropout, backend=backend)]
+    return attend_by_segment(q, chunk.split(lengths), pattern.look_back, settings, backend)
 
 
-def _behind(left: KeyValue | None, documents: Tensor | None, segment: KeyValue) -> KeyValue:
-    """What a segment sees: its neighbour, whose documents may have come apart from it, and itself."""
+def _behind(left: KeyValue | None, segment: KeyValue, with_left: Tensor | None) -> KeyValue:
+    """What a segment sees: its neighbour and itself; ``with_left`` (B, M + N) has the documents of both."""
     if left is None:
         return segment
-    return join(left._replace(documents=documents) if left.documents is None else left, segment)
+    seen = join(left, segment)
+    if with_left is None or left.documents is not None:
+        return seen
+    return seen._replace(documents=once_for(with_left, "first", lambda: with_left[:, : seen.positions]))
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | Exchange | None) -> None:

@@ -13,7 +13,7 @@ from ecp_scale.config.model import ModelConfig, not_positive, unusable
 from ecp_scale.config.optimizer import OptimizerConfig
 from ecp_scale.config.parallel import ParallelConfig
 
-AttentionBackend: TypeAlias = Literal["auto", "sdpa", "flash", "flex"]
+AttentionBackend: TypeAlias = Literal["auto", "reference", "sdpa", "flash", "flex"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ transformer, sliding_window and longlora (arXiv 2309.12307) are baselines. All o
 ``ecp_scale.models.blocks``; the numbers that belong to each are in ``ecp_scale.config.geometry``.
 """
 
-import sys
 from collections.abc import Callable
 
 from ecp_scale.config import ModelConfig
@@ -20,8 +19,8 @@ from ecp_scale.models.patterns import (
 )
 from ecp_scale.parallel.context import ParallelContext
 
-WHOLE = sys.maxsize
-"""Segment length that makes any sequence one segment."""
+WHOLE = 2**30
+"""Segment length that makes any sequence one segment. Kernels count positions in 32 bits."""
 
 
 def ecp(config: ModelConfig, layer: int, parallel: ParallelContext) -> Pattern:

@@ -95,7 +95,7 @@ class CausalSegments(Pattern):
 
     def new_cache(self) -> LayerCache:
         """An empty cache, which never holds more than two segments."""
-        return [SegmentCache(self.segment_length, window=self.window)]
+        return [SegmentCache(self.segment_length, window=self.window, backend=self.backend)]
 
 
 class ShiftedGroups(Pattern):
@@ -135,7 +135,11 @@ class ShiftedGroups(Pattern):
 
     def new_cache(self) -> LayerCache:
         """Empty caches, one for the heads with plain groups and one for those with shifted ones."""
-        return [SegmentCache(self.group_length, look_back=False, first_length=first) for _, first in self.kinds]
+        kinds = (first for _, first in self.kinds)
+        return [
+            SegmentCache(self.group_length, look_back=False, first_length=first, backend=self.backend)
+            for first in kinds
+        ]
 
     def stream(self, q: Tensor, key_value: KeyValue, cache: LayerCache) -> Tensor:
         """Each kind of heads through its own cache."""
@@ -164,7 +168,7 @@ class LatentQueries(Pattern):
 
     def attend(self, q: Tensor, key_value: KeyValue, dropout: float) -> Tensor:
         """A causal mask aligned to the end."""
-        return attend(q, key_value, dropout=dropout)
+        return attend(q, key_value, dropout=dropout, backend=self.backend)
 
     def residual(self, x: Tensor, positions: Positions) -> Tensor:
         """The rows of the latents, to which the layer's output is added."""
@@ -191,6 +195,7 @@ class LatentsAndContext(Pattern):
             self.context_segment_length,
             dropout=dropout,
             context_dropout=dropout if self.drop_context else 0.0,
+            backend=self.backend,
         )
 
 

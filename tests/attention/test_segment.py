@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ecp_scale.attention import KeyValue, SegmentCache, segment, segment_attention
-from ecp_scale.attention.flash import flash_segments
+from ecp_scale.attention.flash import flash_attention
 from ecp_scale.config import AttentionBackend
 from tests.attention.oracle import random_documents, segment_attention_oracle
 
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, m: int, backend: AttentionBackend = 
     return segment_attention(q, k, v, m, backend=backend)[0]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flash"])
 @pytest.mark.parametrize("seed", range(20))
 def test_equals_the_oracle_forward_and_backward(seed: int, backend: AttentionBackend) -> None:
     inputs, m = random_case(seed)
@@ -71,7 +71,7 @@ def test_every_backend_computes_every_pattern(kind: dict[str, Any], documents: T
     generator = torch.Generator().manual_seed(1)
     shapes = [(2, 4, 22, 8), (2, 2, 22, 8), (2, 2, 22, 8)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    backends: tuple[AttentionBackend, ...] = ("sdpa", "flash", "flex", "auto")
+    backends: tuple[AttentionBackend, ...] = ("reference", "sdpa", "flash", "flex", "auto")
     outputs = [segment_attention(q, k, v, 5, **kind, documents=documents, backend=name)[0] for name in backends]
     for out in outputs[1:]:
         assert_close(out, outputs[0], rtol=1e-6, atol=1e-6)
@@ -79,16 +79,16 @@ def test_every_backend_computes_every_pattern(kind: dict[str, Any], documents: T
 
 def test_flash_is_chosen_for_training_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(segment, "flash_segments", lambda *arguments: calls.append(1) or flash_segments(*arguments))
+    monkeypatch.setattr(segment, "flash_attention", lambda *arguments: calls.append(1) or flash_attention(*arguments))
     q = torch.randn(1, 2, 12, 4)
     for left in (None, KeyValue(q[:, :, :4], q[:, :, :4])):
         segment_attention(q, q, q, 4, left)
         segment_attention(q[:, :, :-1], q[:, :, :-1], q[:, :, :-1], 4, left)
-    assert len(calls) == 4
+    assert len(calls) == 6  # the first segment waits for its neighbour, and is a call by itself
     segment_attention(q, q, q, 4, dropout=0.1)
     segment_attention(q, q, q, 4, backend="sdpa")
     segment_attention(q[:, :, -1:], q, q, 4)
-    assert len(calls) == 4
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("seed", range(20))

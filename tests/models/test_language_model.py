@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecp_scale.attention import KeyValue, latent, segment
+from ecp_scale.attention import KeyValue, latent, sdpa, segment
 from ecp_scale.config import ModelConfig
 from ecp_scale.models import patterns
 from ecp_scale.models.language_model import LanguageModel
@@ -113,9 +113,9 @@ def test_flops_of_the_config_equal_those_counted_by_torch(
     def seen(q: Tensor, key_value: KeyValue, **_: object) -> Tensor:
         return q + 0 * (key_value.keys.sum() + key_value.values.sum())
 
-    for module in (segment, latent, patterns):
+    for module in (segment, latent, patterns, sdpa):
         monkeypatch.setattr(module, "attend", seen)
-    monkeypatch.setattr(segment, "flash_segments", lambda q, chunk, *_: seen(q, chunk))
+    monkeypatch.setattr(segment, "flash_attention", lambda q, k, v, *_: seen(q, KeyValue(k, v)))
     config = variant(config, architecture, vocab_multiple=1)
     model = build(config, groups)
     tokens = random_tokens(config, config.sequence_length + 1, batch=1)

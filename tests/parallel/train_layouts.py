@@ -18,7 +18,7 @@ from ecp_scale.command_line import Request, parse
 from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.groups import decided, process_groups
 from ecp_scale.training.loop import train
-from ecp_scale.training.starting import with_vocabulary
+from ecp_scale.training.corpora import with_vocabulary
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import build_engine
 

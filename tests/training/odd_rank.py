@@ -13,7 +13,7 @@ from pathlib import Path
 from ecp_scale import errors
 from ecp_scale.checkpoint import folder, saving
 from ecp_scale.command_line import parse
-from ecp_scale.training import agreement, loop, starting
+from ecp_scale.training import agreement, corpora, loop
 from ecp_scale.training.step import DivergedError
 from ecp_scale.zero import checkpoint_engine
 from ecp_scale.zero.state_files import FileRecord
@@ -40,13 +40,13 @@ def make_odd(what: str, options: list[str]) -> None:
 
         FileRecord.problem = other  # type: ignore[assignment, method-assign]
     elif what == "shards":
-        opened = starting.Corpus.__init__
+        opened = corpora.Corpus.__init__
 
-        def open_other(corpus: starting.Corpus, prefix: str, sequence_length: int) -> None:
+        def open_other(corpus: corpora.Corpus, prefix: str, sequence_length: int) -> None:
             opened(corpus, prefix, sequence_length)
             corpus.__dict__["digest"] = "0" * 64
 
-        starting.Corpus.__init__ = open_other  # type: ignore[method-assign, assignment]
+        corpora.Corpus.__init__ = open_other  # type: ignore[method-assign, assignment]
         os.environ["LOCAL_RANK"] = "0"  # of its own host
     elif what == "full":
 

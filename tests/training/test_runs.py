@@ -25,7 +25,7 @@ from ecp_scale.data.digest import sample_digest
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.preprocessing import preprocess
-from ecp_scale.training.starting import with_vocabulary
+from ecp_scale.training.corpora import with_vocabulary
 from tests.corpus import ShardedText
 from tests.launching import command, environment, metrics, run, run_successfully
 from tests.parallel.layouts import Layout, trained

@@ -1,0 +1,136 @@
+"""Flash kernels (arXiv 2205.14135) as torch has them: forward with the rows' normalisers, and backward given both.
+
+A backward kernel that is given the output and the normaliser of the whole returns the gradients of its part of the
+whole, so that calls over parts of the keys add up. Tensors are (C, Q, H, E) and (C, K, G, E): C stretches of positions,
+in the type of their products; with ``Lengths`` they are (rows, heads, E), stretches of any length one behind the other.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+FLASH_TYPES = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256
+
+
+class Lengths(NamedTuple):
+    """Where stretches of queries and of keys begin in their rows, (C + 1) int32 each, and the longest of both."""
+
+    of_queries: Tensor
+    of_keys: Tensor
+    most_queries: int
+    most_keys: int
+
+
+class Settings(NamedTuple):
+    """What every call of a pattern shares: the window, None where there is none, and dropout of attention weights."""
+
+    window: int | None = None
+    dropout: float = 0.0
+
+
+class Kernel(Protocol):
+    """A flash kernel of some device."""
+
+    lower_right: bool
+    """Whether a causal call may have fewer queries than keys, the last of which stand together."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Output as the queries, normalisers (C, H, Q), and what the backward pass needs of the random state."""
+
+    def backward(
+        self,
+        gradient: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        whole: tuple[Tensor, Tensor],
+        causal: bool,
+        settings: Settings,
+        state: tuple[Tensor, ...],
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values, given output and normalisers of the whole."""
+
+
+class CpuKernel:
+    """torch's flash kernel for CPUs: no windows, no dropout, and a causal mask for as many queries as keys."""
+
+    lower_right = False
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """See ``Kernel``."""
+        operands = (x.transpose(1, 2) for x in (q, k, v))
+        out, normalisers = _aten._scaled_dot_product_flash_attention_for_cpu(*operands, 0.0, causal)
+        return out.transpose(1, 2), normalisers, ()
+
+    def backward(
+        self,
+        gradient: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        whole: tuple[Tensor, Tensor],
+        causal: bool,
+        settings: Settings,
+        state: tuple[Tensor, ...],
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Kernel``."""
+        heads_first = (x.transpose(1, 2) for x in (gradient, *operands, whole[0]))
+        backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+        of_q, of_k, of_v = backward(*heads_first, whole[1], 0.0, causal)
+        return of_q.transpose(1, 2), of_k.transpose(1, 2), of_v.transpose(1, 2)
+
+
+class CudaKernel:
+    """torch's FlashAttention for CUDA: windows, dropout and stretches of any length; FlashAttention-3 where active."""
+
+    lower_right = True
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """See ``Kernel``."""
+        sizes = lengths or Lengths(None, None, q.shape[1], k.shape[1])  # type: ignore[arg-type]
+        out, normalisers, *state, _ = _aten._flash_attention_forward(
+            q, k, v, *sizes, settings.dropout, causal, False, **_window(settings)
+        )
+        return out, normalisers, tuple(state)
+
+    def backward(
+        self,
+        gradient: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        whole: tuple[Tensor, Tensor],
+        causal: bool,
+        settings: Settings,
+        state: tuple[Tensor, ...],
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Kernel``."""
+        sizes = lengths or Lengths(None, None, operands[0].shape[1], operands[1].shape[1])  # type: ignore[arg-type]
+        return _aten._flash_attention_backward(
+            gradient, *operands, *whole, *sizes, settings.dropout, causal, *state, **_window(settings)
+        )
+
+
+def _window(settings: Settings) -> dict[str, Any]:
+    """The kernel counts the positions before the query's own."""
+    return {} if settings.window is None else {"window_size_left": settings.window - 1, "window_size_right": 0}
+
+
+def kernel_for(q: Tensor, settings: Settings, documents: bool) -> Kernel | None:
+    """The flash kernel for these queries (..., E), if there is one."""
+    if q.device.type == "cuda":
+        fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
+        return CudaKernel() if fits and has_flash(q.device) else None
+    plain = settings == Settings() and not documents
+    return CpuKernel() if plain and q.device.type == "cpu" else None
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether this GPU runs FlashAttention: from Ampere on, and where torch is built with it."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
