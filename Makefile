@@ -35,7 +35,7 @@ format: install
 
 docs: install
 	$(BIN)/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
-	$(BIN)/mkdocs build
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
