@@ -15,6 +15,8 @@ from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.preparation.tokenizer_training import train_tokenizer
 
 MODULES: tuple[ModuleType, ...] = (argparse, ast, inspect, json, textwrap)
+LONGEST_DOCUMENT = 130_000
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class ShardedText:
 def write_sharded_text(folder: Path, vocab_size: int = 400) -> ShardedText:
     """Write the documents, train a tokenizer on them and shard them, into several shards."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = ShardedText(folder, tuple(inspect.getsource(module) for module in MODULES))
+    # Modules grow with every Python; a document must fit into a shard.
+    text = ShardedText(folder, tuple(inspect.getsource(module)[:LONGEST_DOCUMENT] for module in MODULES))
     text.text.write_text("".join(json.dumps({"text": document}) + "\n" for document in text.documents))
     train_tokenizer([str(text.text)], str(text.tokenizer), vocab_size)
-    preprocess([str(text.text)], f"sentencepiece:{text.tokenizer}", text.prefix, shard_tokens=80_000)
+    preprocess([str(text.text)], f"sentencepiece:{text.tokenizer}", text.prefix, shard_tokens=85_000)
     return text

@@ -136,3 +136,12 @@ def test_the_readme_is_short_and_every_page_is_in_the_index() -> None:
 def test_the_configuration_page_is_what_the_dataclasses_say() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "configuration.py"))["page"]
     assert (ROOT / "docs" / "configuration.md").read_text() == page(), "run python docs/configuration.py"
+
+
+def test_a_machine_with_a_gpu_keeps_its_torch() -> None:
+    here, on_gpu = (
+        [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        for name in ("constraints.txt", "constraints-gpu.txt")
+    )
+    assert on_gpu == [line for line in here if not line.startswith("torch==")]
+    assert len(on_gpu) == len(here) - 1

@@ -27,23 +27,23 @@ class _Flash(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: tuple[Call, ...], kernel: Kernel, settings: Settings
     ) -> Tensor:
         q_NHE, k_NHE, v_NHE = (_rows(x) for x in (q, k, v))
-        places = _Places(len(q_NHE), len(k_NHE), q_NHE.shape[1])
+        views = _Views(len(q_NHE), len(k_NHE), q_NHE.shape[1])
         out, states = _Filled(q_NHE.shape), []
         normalisers = q_NHE.new_empty(0)
         for call in calls:
-            operands = places.queries(q_NHE, call), places.keys(k_NHE, call), places.keys(v_NHE, call)
+            operands = views.queries(q_NHE, call), views.keys(k_NHE, call), views.keys(v_NHE, call)
             part, of_part, state = kernel.forward(*operands, call.causal, settings)
             states.append(state)
             if not len(normalisers):
                 normalisers = of_part.new_empty(q_NHE.shape[0] * q_NHE.shape[1])
-            of_rows = places.normalisers(normalisers, call)
+            of_rows = views.normalisers(normalisers, call)
             if call.own:
-                out.put(call.first_query - places.first, part)
+                out.put(call.first_query - views.first, part)
                 of_rows.copy_(of_part)
             else:
                 of_whole = torch.logaddexp(of_rows, of_part)
                 share = (of_part - of_whole).exp_().transpose(1, 2)[..., None].to(part.dtype)
-                places.queries(out.x, call).lerp_(part, share)
+                views.queries(out.x, call).lerp_(part, share)
                 of_rows.copy_(of_whole)
         attended = _heads(out.x, q)
         ctx.save_for_backward(q, k, v, attended, normalisers)
@@ -54,14 +54,14 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, attended, normalisers = ctx.saved_tensors
         q_NHE, k_NHE, v_NHE, out_NHE, gradient_NHE = (_rows(x) for x in (q, k, v, attended, gradients[0]))
-        places = _Places(len(q_NHE), len(k_NHE), q_NHE.shape[1])
+        views = _Views(len(q_NHE), len(k_NHE), q_NHE.shape[1])
         of_q, of_k, of_v = (_Filled(x.shape) for x in (q_NHE, k_NHE, v_NHE))
         for call, state in zip(ctx.calls, ctx.states, strict=True):
-            operands = places.queries(q_NHE, call), places.keys(k_NHE, call), places.keys(v_NHE, call)
-            whole = places.queries(out_NHE, call), places.normalisers(normalisers, call)
-            gradient = places.queries(gradient_NHE, call)
+            operands = views.queries(q_NHE, call), views.keys(k_NHE, call), views.keys(v_NHE, call)
+            whole = views.queries(out_NHE, call), views.normalisers(normalisers, call)
+            gradient = views.queries(gradient_NHE, call)
             parts = ctx.kernel.backward(gradient, operands, whole, call.causal, ctx.settings, state)
-            first = call.first_query - places.first
+            first = call.first_query - views.first
             of_q.put(first, parts[0]) if call.own else of_q.add(first, parts[0])
             for found, part in ((of_k, parts[1]), (of_v, parts[2])):
                 if call.own:
@@ -71,7 +71,7 @@ class _Flash(torch.autograd.Function):
         return *(_heads(found.x, x) for found, x in ((of_q, q), (of_k, k), (of_v, v))), None, None, None
 
 
-class _Places:
+class _Views:
     """Views of what a call works on."""
 
     def __init__(self, n_query: int, n_key: int, heads: int) -> None:

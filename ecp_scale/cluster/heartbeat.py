@@ -2,7 +2,8 @@
 
 Ranks tell each other through the key-value store that the launch has anyway, never through a collective, which would
 wait for the missing one. A thread of every rank sends a heartbeat each second and looks for failures, so a rank that
-waits in a collective for ever (or in a kernel of NCCL, which raises nothing) stops too.
+waits in a collective for ever (or in a kernel of NCCL, which raises nothing) stops too. With its heartbeat a rank tells
+what it is at: one that hangs in a kernel is alive, and is the one that still computes where others wait.
 """
 
 import json
@@ -14,12 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from ecp_scale.cluster.ranks import Process, Ranks, expected_hosts
 from ecp_scale.console import say
-from ecp_scale.errors import InputError, LostRankError
+from ecp_scale.errors import AgreedError, InputError, LostRankError
 
 HEARTBEAT_SECONDS = 1.0
 """Between two heartbeats."""
@@ -27,6 +29,39 @@ GRACE_SECONDS = 5.0
 """How long a failure may take to be announced, and a rank to stop by itself after that."""
 NOTICE_SECONDS = 5.0
 """After which the first rank says for whom the launch waits."""
+
+
+COMPUTES, WAITS, HAS_FINISHED = "computes", "waits for the others in", "has finished"
+"""What a rank does with a step, in this order."""
+_ORDER = (COMPUTES, WAITS, HAS_FINISHED)
+
+
+class Progress(NamedTuple):
+    """What a rank is at: ``phase`` of a step, and for how long."""
+
+    step: int = 0
+    phase: str = HAS_FINISHED
+    seconds: float = 0.0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Further is larger."""
+        return self.step, _ORDER.index(self.phase)
+
+    def __str__(self) -> str:
+        return f"{self.phase} step {self.step:,}, for {self.seconds:.0f} s"
+
+
+class _Reached:
+    """Where this rank is."""
+
+    progress = Progress()
+    since = time.monotonic()
+
+
+def report_progress(step: int, phase: str) -> None:
+    """Tell with the next heartbeats what this rank is at."""
+    _Reached.progress, _Reached.since = Progress(step, phase), time.monotonic()
 
 
 class FailureDetector:
@@ -51,6 +86,8 @@ class FailureDetector:
         self._processes: dict[int, Process] = {}
         self._local_processes: dict[int, Process] = {}
         self._ended = threading.Event()
+        self._beats = 0
+        self._noticed_at: int | None = None
 
     def wait_for_all(self) -> None:
         """Wait until all ranks have come.
@@ -68,6 +105,23 @@ class FailureDetector:
         self._local_processes = {
             rank: process for rank, process in self._processes.items() if process.host == here and process.is_seen()
         }
+
+    def check_one_rank_per_gpu(self, gpu: str) -> None:
+        """Refuse ranks that share a GPU; all ranks take part, each with what tells its GPU from others.
+
+        Raises:
+            AgreedError: on all ranks, naming those that share.
+        """
+        self._store.set(f"gpu/{self.ranks.rank}", gpu)
+        keys = [f"gpu/{rank}" for rank in range(self.ranks.world_size)]
+        self._store.wait(keys, timedelta(seconds=self.timeout_seconds))
+        users: dict[bytes, list[int]] = {}
+        for rank, other in enumerate(self._store.multi_get(keys)):
+            users.setdefault(other, []).append(rank)
+        shared = {other: ranks for other, ranks in users.items() if other and len(ranks) > 1}
+        if shared:
+            lines = [f"  - {', '.join(map(self._name, ranks))}: {other.decode()}" for other, ranks in shared.items()]
+            raise AgreedError("ranks share a GPU, expected one each:\n" + "\n".join(lines))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -114,7 +168,7 @@ class FailureDetector:
             ) from error
 
     def _arrived(self) -> dict[int, Process]:
-        self._store.set(f"heartbeat/{self.ranks.rank}", "0")
+        self._store.set(f"heartbeat/{self.ranks.rank}", self._heartbeat())
         self._store.set(f"process/{self.ranks.rank}", json.dumps(asdict(Process.this())))
         keys = [f"process/{rank}" for rank in range(self.ranks.world_size)]
         deadline = time.monotonic() + self.timeout_seconds
@@ -177,13 +231,14 @@ class FailureDetector:
                 return self._announce(dead)
             return dead
         try:
-            self._store.add(f"heartbeat/{self.ranks.rank}", 1)
+            self._store.set(f"heartbeat/{self.ranks.rank}", self._heartbeat())
             if self._store.check(["lost"]):
                 return self._store.get("lost").decode()
             if self.ranks.rank == 0:
                 silent = self._silent(heartbeats, self.timeout_seconds / 2)
                 if silent:
                     return self._announce(silent)
+                self._notice_who_is_behind(heartbeats)
         except dist.DistError:
             time.sleep(HEARTBEAT_SECONDS / 4)  # a connection ends before the process is seen to
             return self._dead_process() or f"{self._name(0)} is gone: its store does not answer"
@@ -205,6 +260,32 @@ class FailureDetector:
         lost = [rank for rank, (_, since) in heartbeats.items() if now - since >= patience]
         return f"{'; '.join(map(self._name, lost))} sent no heartbeat for {patience:.0f} s" if lost else None
 
+    def _heartbeat(self) -> str:
+        """A number that grows, and what this rank is at."""
+        self._beats += 1
+        seconds = time.monotonic() - _Reached.since
+        return json.dumps([self._beats, *_Reached.progress._replace(seconds=seconds)])
+
+    def _behind(self) -> str | None:
+        """Which ranks are behind the others, as text; None where none is."""
+        keys = [f"heartbeat/{rank}" for rank in self._processes]
+        found = [Progress(*json.loads(heartbeat)[1:]) for heartbeat in self._store.multi_get(keys)]
+        least, most = min(found, key=lambda one: one.place), max(found, key=lambda one: one.place)
+        if least.place == most.place:
+            return None
+        names = [self._name(rank) for rank, one in enumerate(found) if one.place == least.place]
+        return f"{'; '.join(names)} {least}, where another {most}"
+
+    def _notice_who_is_behind(self, heartbeats: dict[int, tuple[bytes, float]]) -> None:
+        """Say once for each step who keeps the others waiting."""
+        stuck = min(json.loads(heartbeat)[3] for heartbeat, _ in heartbeats.values())
+        step = _Reached.progress.step
+        if stuck >= self.timeout_seconds / 2 and step != self._noticed_at:
+            self._noticed_at = step
+            behind = self._behind()
+            if behind is not None:
+                say(f"waiting     {behind}")
+
     def _failure_behind(self, error: Exception) -> str | None:
         """Who was lost before ``error``; None where it is this rank's own, which is announced to the others."""
         # gloo raises a plain RuntimeError, NCCL one of torch's classes.
@@ -220,6 +301,10 @@ class FailureDetector:
                 if failure is not None:
                     return failure
                 time.sleep(HEARTBEAT_SECONDS / 2)
+            with suppress(dist.DistError):
+                behind = self._behind()
+                if behind is not None:
+                    return self._announce(f"{behind}; {str(error).partition(chr(10))[0]}")
         with suppress(dist.DistError):
             first_line = str(error).partition("\n")[0]
             self._announce(f"{self._name(self.ranks.rank)} stopped with {type(error).__name__}: {first_line}")
@@ -227,12 +312,18 @@ class FailureDetector:
 
 
 @contextmanager
-def rendezvous(backend: str, timeout_seconds: int) -> Iterator[None]:
+def rendezvous(backend: str, timeout_seconds: int, gpu: str = "") -> Iterator[None]:
     """The default process group of the launch: all ranks come, are watched, and leave together.
 
     Without a launcher it is a group of one on a store in memory.
 
+    Args:
+        backend: of torch.distributed.
+        timeout_seconds: how long a rank is waited for.
+        gpu: what tells this rank's GPU from every other one; empty on a CPU.
+
     Raises:
+        AgreedError: on all ranks, if several have one GPU, which NCCL refuses in a message of its own.
         LostRankError: on the ranks that are there, if another does not come or is lost.
     """
     timeout = timedelta(seconds=timeout_seconds)
@@ -246,6 +337,7 @@ def rendezvous(backend: str, timeout_seconds: int) -> Iterator[None]:
     ranks = Ranks.from_environment()
     detector = FailureDetector(ranks, timeout_seconds)
     detector.wait_for_all()
+    detector.check_one_rank_per_gpu(gpu)
     try:
         with detector.watched():
             dist.init_process_group(

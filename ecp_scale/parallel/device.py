@@ -1,19 +1,76 @@
 """Where CPU and GPU differ."""
 
 import ctypes
+import os
 import resource
+import socket
 import sys
+from pathlib import Path
 
 import torch
 
+from ecp_scale.errors import InputError
+
+DRIVER = Path("/dev/nvidiactl")
+"""What an NVIDIA driver that is loaded shows on Linux."""
+
 
 def local_device(local_rank: int) -> torch.device:
-    """This rank's device, made current: its GPU, or the CPU where there is none."""
+    """This rank's device, made current: its GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: if the host has fewer GPUs than ranks, or a driver that this torch cannot use.
+    """
     if torch.cuda.is_available():
+        count = torch.cuda.device_count()
         # Slurm's --gpus-per-task=1 shows each task a GPU of its own, as number 0.
-        number = 0 if torch.cuda.device_count() == 1 else local_rank
+        number = 0 if count == 1 else local_rank
+        if number >= count:
+            raise InputError(
+                f"local rank {local_rank} on host {socket.gethostname()}, which shows {count} GPUs; start one per GPU"
+            )
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
+    _check_driver()
+    return cpu()
+
+
+def gpu_identity(device: torch.device) -> str:
+    """What tells a GPU from every other one; empty for a CPU, which ranks may share."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """Refuse a GPU without instructions for bf16, where torch would emulate them.
+
+    Raises:
+        InputError: naming the GPU.
+    """
+    if device.type == "cuda" and precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        name, host = torch.cuda.get_device_name(device), socket.gethostname()
+        raise InputError(
+            f"training.precision is bf16, but {name} on host {host} has no bf16; use fp32, or a GPU from Ampere on"
+        )
+
+
+def _check_driver() -> None:
+    """Refuse to train on the CPU in silence where there is a GPU that torch is built for and cannot use."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or hidden or not DRIVER.exists():
+        return
+    try:
+        torch.cuda.init()
+        reason = "it finds no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+    raise InputError(
+        f"host {socket.gethostname()} has an NVIDIA driver, but torch {torch.__version__} cannot use it: {reason}; "
+        "install a torch built for its CUDA, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+    )
+
+
+def cpu() -> torch.device:
+    """The CPU, with everything set for training on it."""
     # Trap: Megatron-core allocates its gather and reduce buffers on torch.cuda.current_device(), without asking
     # where the tensors are. On a machine without a GPU the answer is the CPU.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]

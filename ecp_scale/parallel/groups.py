@@ -14,7 +14,7 @@ from ecp_scale.cluster.heartbeat import rendezvous
 from ecp_scale.cluster.ranks import Ranks
 from ecp_scale.config import ParallelConfig
 from ecp_scale.errors import AgreedError, InputError
-from ecp_scale.parallel.device import backend, local_device
+from ecp_scale.parallel.device import backend, gpu_identity, local_device
 from ecp_scale.parallel.megatron import parallel_state
 
 T = TypeVar("T")
@@ -46,7 +46,9 @@ class Groups:
 
 
 @contextmanager
-def process_groups(config: ParallelConfig, joined: Callable[[], None] = lambda: None) -> Iterator[Groups]:
+def process_groups(
+    config: ParallelConfig, joined: Callable[[], None] = lambda: None, device: torch.device | None = None
+) -> Iterator[Groups]:
     """Join the launch, build Megatron's groups, and leave both in order.
 
     One program, whatever the number of ranks: see ``rendezvous``. Where torch.distributed is up already, its world
@@ -55,18 +57,20 @@ def process_groups(config: ParallelConfig, joined: Callable[[], None] = lambda: 
     Args:
         config: how ranks share the work.
         joined: called when all ranks have come, before any group is made, such as to compare their configs.
+        device: of this rank; None takes its GPU if there is one.
 
     Raises:
+        InputError: if this rank's GPU cannot be used, or another rank's is the same.
         LostRankError: on the ranks that are there, if another does not come or is lost.
     """
     ranks = Ranks.from_environment()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
-    device = local_device(ranks.local_rank)
+    device = device or local_device(ranks.local_rank)
     with ExitStack() as stack:
         if dist.is_initialized():
             stack.callback(_end_groups)
         else:
-            stack.enter_context(rendezvous(backend(device), config.timeout_seconds))
+            stack.enter_context(rendezvous(backend(device), config.timeout_seconds, gpu_identity(device)))
             stack.callback(parallel_state.destroy_model_parallel)
         joined()
         parallel_state.initialize_model_parallel(

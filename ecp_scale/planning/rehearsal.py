@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def rehearse(request: Request) -> str:
         (folder / "deepspeed.json").write_text(json.dumps(request.deepspeed))
         words = [*torchrun(ranks), "--module", "ecp_scale.commands.pretrain", "--config", str(folder / "run.yaml")]
         words += ["--deepspeed_config", str(folder / "deepspeed.json")]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # more ranks than a node has GPUs
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=on_cpu)
         if done.returncode:
             raise InputError(f"the rehearsal on {ranks} ranks failed:\n{done.stderr[-3000:]}")
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

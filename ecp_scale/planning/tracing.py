@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ class Trace:
 
 def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
     """Trace one rank of a launch; ``config`` must fit ``world_size`` and know its vocabulary."""
-    with as_on_a_gpu(), _fake_launch(world_size, rank), process_groups(config.parallel) as groups:
+    with as_on_a_gpu(), _fake_launch(world_size, rank), _groups(config) as groups:
         found = _deepened(config, groups)
         with FakeTensorMode():
             whole = LanguageModel(config.model, _context(config, groups), config.attention)
@@ -135,6 +136,17 @@ class _Messages(TorchDispatchMode):
                 kind = self.names.get(group.group_name, "data")
                 self.sent[kind, operation.strip("_")] += message.numel() * message.element_size()
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _groups(config: Config) -> Iterator[Groups]:
+    """Groups of ranks on a CPU, also where there is a GPU, which Megatron-core would allocate on without asking."""
+    device = torch.device("cpu")
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value=device),
+        process_groups(config.parallel, device=device) as groups,
+    ):
+        yield groups
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ecp_scale.checkpoint.saving import (
     load,
     save,
 )
+from ecp_scale.cluster.heartbeat import COMPUTES, HAS_FINISHED, WAITS, report_progress
 from ecp_scale.cluster.signals import (
     LAUNCHER_SECONDS,
     STOP,
@@ -32,7 +33,7 @@ from ecp_scale.data.batches import TrainingBatches, validation_batches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.digest import from_parts
-from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
+from ecp_scale.parallel.device import check_precision, known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
@@ -72,6 +73,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
         groups = stack.enter_context(process_groups(request.config.parallel, lambda: check_same(mine)))
+        agreed(lambda: check_precision(groups.device, request.config.training.precision))
         agreed(lambda: check_trackers(request.config))
         stack.enter_context(only_launch(run))
         start = decided(lambda: find_start(run, request.resume))
@@ -188,19 +190,23 @@ class _Run:
         return record
 
     def _step(self, step: int, rate: float, batches: TrainingBatches, tokens: int, sequences: int) -> StepResult:
+        report_progress(step, COMPUTES)
         set_learning_rate(self.engine, rate)
         seed_step(self.config.training.seed, step, self.groups)
         set_batch(self.engine, sequences * self.config.parallel.context)
         try:
-            return optimizer_step(
+            result = optimizer_step(
                 self.engine,
                 batches.after(tokens, sequences),
                 self.groups,
                 self.stop.reason is not None,
                 self.config.data.loss_ignore_ids,
+                lambda: report_progress(step, WAITS),
             )
         except DivergedError as error:
             raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint or 'none'}") from None
+        report_progress(step, HAS_FINISHED)
+        return result
 
     def _validation_loss(self, corpus: Corpus) -> float:
         replicas = self.groups.replicas

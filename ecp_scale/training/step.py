@@ -1,7 +1,7 @@
 """One optimizer step: accumulation, one message about loss and stop requests, and the checks before and after."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,13 @@ def optimizer_step(
     groups: Groups,
     stop_requested: bool,
     ignored_ids: Sequence[int] = (),
+    wait_for_others: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate over the micro-batches (micro, n + 1) and update the weights.
 
     The loss is the mean over all targets of the step, on all ranks, that are not among ``ignored_ids``. Ranks and
     micro-batches may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to
-    what makes that mean the right one.
+    what makes that mean the right one. ``wait_for_others`` is called when this rank has computed its part.
 
     Raises:
         DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the
@@ -59,6 +60,7 @@ def optimizer_step(
         if number < len(batches):
             engine.step()
 
+    wait_for_others()
     # One all-reduce tells everybody the mean loss and whether anybody was asked to stop. Ranks of one tensor group
     # hold the same loss, those of a context group the losses of their runs, so the mean over all ranks is that of all.
     shared = torch.stack([torch.stack(losses).mean(), torch.tensor(float(stop_requested), device=groups.device)])

@@ -6,11 +6,12 @@ Every rank prints "together" once all have met, then works in collectives until 
 import os
 import signal
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 
-from ecp_scale.cluster.heartbeat import rendezvous
+from ecp_scale.cluster.heartbeat import COMPUTES, HAS_FINISHED, WAITS, rendezvous, report_progress
 from ecp_scale.errors import input_errors_exit
 
 
@@ -18,21 +19,27 @@ def fail(how: str) -> None:
     """End this rank, or stop it where it stands."""
     if how == "raises":
         raise ValueError("out of ideas\nand of more")
+    if how == "busy":  # in a kernel that does not end: the process lives, and so does its heartbeat
+        time.sleep(1000)
     os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
 
 
 def main() -> None:
     """Join, work, and be lost or find out who is."""
     timeout, lost, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    with rendezvous("gloo", timeout):
+    gpu = {"shared": "GPU-1", "own": f"GPU-{os.environ['RANK']}"}.get(how, "")
+    with rendezvous("gloo", timeout, gpu):
         dist.all_reduce(torch.ones(1))
         print("together", flush=True)
-        for _ in range(2000 if how != "nothing" else 20):
+        for step in range(1, 2000 if how not in ("nothing", "own") else 20):
+            report_progress(step, COMPUTES)
             if dist.get_rank() == lost:
                 fail(how)
             if how == "mistaken":
                 torch.ones(2) + torch.ones(3)
+            report_progress(step, WAITS)
             dist.all_reduce(torch.ones(1))
+            report_progress(step, HAS_FINISHED)
 
 
 if __name__ == "__main__":

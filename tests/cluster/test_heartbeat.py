@@ -104,6 +104,32 @@ def test_a_rank_that_hangs_is_named_before_the_collectives_give_up() -> None:
     assert stopped(errors) == [f"stopped: rank 1 of 2 on host {HOST} sent no heartbeat for 5 s"]
 
 
+def test_a_rank_that_hangs_in_a_kernel_is_named_by_where_it_is() -> None:
+    processes = start((0, 1, 2), 3, 12, 1, "busy")
+    first, _, third = processes
+    try:
+        _, errors = first.communicate(timeout=90)
+        third.wait(timeout=30)
+    finally:
+        for process in processes:
+            process.kill()
+    assert first.returncode == third.returncode == 1
+    said = f"rank 1 of 3 on host {HOST} computes step 1, for "
+    assert [line for line in errors.splitlines() if line.startswith(f"waiting     {said}")]
+    (line,) = stopped(errors)
+    assert line.startswith(f"stopped: {said}")
+    assert "where another waits for the others in step 1, for " in line
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    for rank, (code, _, errors) in enumerate(ends(start((0, 1), 2, 30, -1, "shared"), 60)):
+        assert code == 2
+        if rank == 0:
+            assert "error: ranks share a GPU, expected one each:" in errors
+            assert f"rank 0 of 2 on host {HOST}, rank 1 of 2 on host {HOST}: GPU-1" in errors
+    assert [code for code, _, _ in ends(start((0, 1), 2, 30, 5, "own"), 60)] == [0, 0]
+
+
 def test_a_mistake_of_every_rank_keeps_its_traceback() -> None:
     for code, _, errors in ends(start((0, 1), 2, 300, -1, "mistaken"), 60):
         assert code == 1

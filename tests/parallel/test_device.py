@@ -1,0 +1,66 @@
+"""Devices that cannot be used are refused by name; GPUs are played by torch.cuda's answers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ecp_scale.errors import InputError
+from ecp_scale.parallel import device
+from ecp_scale.parallel.device import check_precision, gpu_identity, local_device
+
+GPU = torch.device("cuda", 0)
+
+
+def play(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
+    """Let torch.cuda answer so."""
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+
+
+def test_each_rank_takes_its_gpu_or_the_only_one_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, is_available=True, device_count=4, set_device=None)
+    assert local_device(3) == torch.device("cuda", 3)
+    play(monkeypatch, device_count=1)
+    assert local_device(3) == torch.device("cuda", 0)
+    play(monkeypatch, device_count=2)
+    with pytest.raises(InputError, match=r"local rank 3 on host .* shows 2 GPUs; start one per GPU"):
+        local_device(3)
+
+
+def test_a_gpu_without_bf16_is_refused_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, get_device_capability=(7, 5), get_device_name="Tesla T4")
+    with pytest.raises(InputError, match="training.precision is bf16, but Tesla T4 on host .* has no bf16"):
+        check_precision(GPU, "bf16")
+    check_precision(GPU, "fp32")
+    check_precision(torch.device("cpu"), "bf16")
+    play(monkeypatch, get_device_capability=(8, 0))
+    check_precision(GPU, "bf16")
+
+
+def test_a_driver_that_torch_cannot_use_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(device, "DRIVER", tmp_path)
+    play(monkeypatch, is_available=False)
+    with pytest.raises(
+        InputError, match=r"has an NVIDIA driver, but torch .* too old \(found version 11040\)\.; install"
+    ):
+        local_device(0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local_device(0).type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "absent")
+    assert local_device(0).type == "cpu"
+
+
+def test_gpus_are_told_apart_and_cpus_may_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, get_device_properties=SimpleNamespace(uuid="1234"))
+    assert gpu_identity(GPU) == "1234"
+    assert gpu_identity(torch.device("cpu")) == ""
