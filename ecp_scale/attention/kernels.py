@@ -15,6 +15,10 @@ FLASH_TYPES = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
 
 
+GROUPS_ON_CPU = torch.__version__ >= (2, 9)
+"""Trap: before, torch's kernel for CPUs takes grouped heads without a word, and reads and writes beyond the keys."""
+
+
 class Lengths(NamedTuple):
     """Where stretches of queries and of keys begin in their rows, (C + 1) int32 each, and the longest of both."""
 
@@ -122,13 +126,14 @@ def _window(settings: Settings) -> dict[str, Any]:
     return {} if settings.window is None else {"window_size_left": settings.window - 1, "window_size_right": 0}
 
 
-def kernel_for(q: Tensor, settings: Settings, documents: bool) -> Kernel | None:
-    """The flash kernel for these queries (..., E), if there is one."""
+def kernel_for(q: Tensor, k: Tensor, settings: Settings, documents: bool) -> Kernel | None:
+    """The flash kernel for queries (B, H, Nq, E) and keys (B, G, Nk, E), if there is one."""
     if q.device.type == "cuda":
         fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
         return CudaKernel() if fits and has_flash(q.device) else None
     plain = settings == Settings() and not documents
-    return CpuKernel() if plain and q.device.type == "cpu" else None
+    groups = q.shape[1] == k.shape[1] or GROUPS_ON_CPU
+    return CpuKernel() if plain and groups and q.device.type == "cpu" else None
 
 
 def has_flash(device: torch.device) -> bool:

@@ -55,7 +55,7 @@ def attend(
     square = plain and (not causal or n_query == n_key)
     settings = Settings(window, dropout)
     # Of kernels that need no mask, torch chooses the best where nothing is dropped.
-    kernel = None if backend in ("sdpa", "reference") else kernel_for(q, settings, documents is not None)
+    kernel = None if backend in ("sdpa", "reference") else kernel_for(q, keys, settings, documents is not None)
     if kernel is not None and kernel.lower_right and documents is None and (dropout or not square):
         call = Call(n_key - n_query, n_query, 0, 0, n_key, causal or window is not None)
         return flash_attention(q, keys, values, (call,), kernel, settings)

@@ -96,7 +96,7 @@ def _attend(q: Tensor, chunk: KeyValue, pattern: Pattern, dropout: float, backen
     settings = Settings(pattern.window, dropout)
     keys, values, documents = chunk
     if backend in ("auto", "flash"):
-        kernel = kernel_for(q, settings, documents is not None)
+        kernel = kernel_for(q, keys, settings, documents is not None)
         if kernel is not None and documents is not None:
             pieces = once_for(documents, pattern, lambda: document_pieces(documents, pattern, q.device))
             return [flash_pieces(q, keys, values, pieces, kernel, settings)]

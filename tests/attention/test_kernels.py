@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.testing import assert_close
 
-from ecp_scale.attention import KeyValue, SegmentCache, attend, sdpa, segment, segment_attention
+from ecp_scale.attention import KeyValue, SegmentCache, attend, kernels, sdpa, segment, segment_attention
 from ecp_scale.attention.calls import Pattern, segment_calls
 from ecp_scale.attention.flash import _Flash
 from ecp_scale.attention.flex import BLOCK, block_mask
@@ -146,6 +146,13 @@ def test_a_cache_takes_the_backend_of_its_layer(monkeypatch: pytest.MonkeyPatch)
     x = torch.zeros(1, 1, 1, 4)
     SegmentCache(4, backend="reference").attend(x, KeyValue(x, x))
     assert asked == ["reference"]
+
+
+def test_grouped_heads_are_kept_from_a_kernel_that_reads_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.zeros(1, 4, 8, 8), torch.zeros(1, 2, 8, 8)
+    monkeypatch.setattr(kernels, "GROUPS_ON_CPU", False)
+    assert kernels.kernel_for(q, k, Settings(), False) is None
+    assert kernels.kernel_for(q, q, Settings(), False) is not None
 
 
 SCHEMAS = {
