@@ -7,9 +7,9 @@ what attention with documents, windows or dropout keeps of a segment.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ecp_scale.config import Config
 
+_AS_ON_A_GPU = ContextVar("as_on_a_gpu", default=False)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types of the weights by the words of ``training.precision``."""
 
@@ -28,14 +29,23 @@ def weight_type(config: Config) -> torch.dtype:
 
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which products of ``x`` are computed: its own, or float32 where the processor cannot."""
-    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _widens() else x.dtype
+    wide = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not is_on_a_gpu(x) and _widens()
+    return torch.float32 if wide else x.dtype
 
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Widen nothing meanwhile, so that what is kept is what a GPU keeps."""
-    with mock.patch(f"{__name__}._widens", return_value=False):
+    """Compute meanwhile as on a GPU: nothing is widened, and pieces are as large as there."""
+    token = _AS_ON_A_GPU.set(True)
+    try:
         yield
+    finally:
+        _AS_ON_A_GPU.reset(token)
+
+
+def is_on_a_gpu(x: Tensor) -> bool:
+    """Whether ``x`` is on a GPU, or what is computed is to be what a GPU computes."""
+    return x.is_cuda or _AS_ON_A_GPU.get()
 
 
 @cache

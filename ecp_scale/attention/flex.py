@@ -29,10 +29,17 @@ def flex_attention(q: Tensor, key_value: KeyValue, pattern: Pattern) -> Tensor:
         blocks = once_for(documents, pattern, lambda: block_mask(pattern, q.device, documents.to(q.device)))
     width = q.shape[-1]
     lacking = (0, max(0, NARROWEST_HEAD - width))
-    operands = (pad(x, lacking) if lacking[1] else x for x in (q, key_value.keys, key_value.values))
+    # Trap: where a view begins is a graph of its own, too.
+    operands = (x.clone() if x.storage_offset() else x for x in (q, key_value.keys, key_value.values))
+    operands = (pad(x, lacking) if lacking[1] else x for x in operands)
     grouped = q.shape[1] != key_value.keys.shape[1]
     attend = _kernel(q.is_cuda)
     return attend(*operands, block_mask=blocks, enable_gqa=grouped, scale=width**-0.5)[..., :width]
+
+
+def flex_serves(q: Tensor) -> bool:
+    """Whether the kernel is for so many queries (B, H, Nq, E): one block, or none, would be graphs of their own."""
+    return q.shape[-2] >= 2 * BLOCK or not q.is_cuda
 
 
 @cache

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ecp_scale.attention.calls import Pattern, segment_calls
 from ecp_scale.attention.flash import flash_attention
-from ecp_scale.attention.flex import flex_attention
+from ecp_scale.attention.flex import flex_attention, flex_serves
 from ecp_scale.attention.kernels import Settings, kernel_for
 from ecp_scale.attention.key_value import KeyValue, join, segment_lengths
 from ecp_scale.attention.pieces import document_pieces, flash_pieces, once_for
@@ -108,7 +108,8 @@ def _attend(q: Tensor, chunk: KeyValue, pattern: Pattern, dropout: float, backen
             is_plain = square and len(calls) == calls[0].stretches == 1 and settings == Settings()
             if serves and not is_plain:
                 return [flash_attention(q, keys, values, calls, kernel, settings)]
-    if (backend == "flex" or (backend == "auto" and q.is_cuda)) and not dropout and q.shape[-2] > 1:
+    wanted = backend == "flex" or (backend == "auto" and q.is_cuda)
+    if wanted and not dropout and q.shape[-2] > 1 and flex_serves(q):
         return [flex_attention(q, chunk, pattern)]
     lengths = pattern.lengths
     if len(lengths) <= 1 + pattern.look_back and q.shape[-2] <= lengths[-1]:

@@ -112,8 +112,9 @@ class TrainingConfig:
     """Other sizes of the global batch, from how many tokens of the run on, as {1000000: 32, 4000000: 64}."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of weights in the forward pass; bf16 keeps fp32 master weights."""
-    compile: bool = False
-    """Compile norms, rotary positions and SwiGLU with torch.compile; the first step then takes up to minutes longer."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile norms, rotary positions, SwiGLU and the softmax of the loss with torch.compile; the first step then takes
+    up to minutes longer. auto does so on a GPU."""
     validation_every_steps: int = 100
     """Optimizer steps between two validations."""
     validation_windows: int = 64

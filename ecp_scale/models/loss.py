@@ -5,19 +5,23 @@ are made for some positions, turned into losses and gradients, and dropped: sinc
 known but for one factor when the forward pass has seen the targets.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from ecp_scale.models.pointwise import losses_and_gradients, maybe_compile
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.linear import ColumnLinear
-from ecp_scale.precision import linear, product_type
+from ecp_scale.precision import is_on_a_gpu, linear, product_type
 
-CHUNK_ELEMENTS = 1 << 24
-"""Scores that exist at a time on this rank; as floats 64 MiB. With fewer, the products with the weights slow down."""
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "gpu": 1 << 27}
+"""Scores that exist at a time on this rank; as floats 64 and 512 MiB. With fewer, the products with the weights slow
+down, and on a GPU each chunk reads and writes the gradient of the weights once more."""
+ROWS_OF_A_TILE = 128
+"""Of which chunks are multiples, for the tiles of matrix products."""
 
 
 class OutputLayer(ColumnLinear):
@@ -33,7 +37,7 @@ class OutputLayer(ColumnLinear):
 
     def __init__(self, width: int, padded: int, known: int, bias: bool, parallel: ParallelContext) -> None:
         super().__init__(width, padded, bias, parallel)
-        self.group = parallel.tp_group
+        self.group, self.compiled = parallel.tp_group, parallel.compiled
         self.first_row = parallel.tp_rank * (padded // parallel.tp_size)
         self.rows = min(max(known - self.first_row, 0), padded // parallel.tp_size)
         for parameter in self.parameters():
@@ -54,7 +58,7 @@ class OutputLayer(ColumnLinear):
         if targets is None:
             return _scores(x, self.weight, self.bias, self.rows)
         trained = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained
-        place = (self.rows, self.first_row, self.group)
+        place = _Place(self.rows, self.first_row, self.group, self.compiled)
         return _Loss.apply(x, self.weight, self.bias, targets, trained, place, torch.is_grad_enabled())
 
 
@@ -62,6 +66,21 @@ def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor
     scores = linear(x, weight, bias)
     scores[..., rows:] = -torch.inf
     return scores
+
+
+class _Place(NamedTuple):
+    """Which rows of the vocabulary this rank holds, with whom, and whether there is a compiler."""
+
+    rows: int
+    first_row: int
+    group: ProcessGroup
+    compiled: bool
+
+
+def chunk_rows(x: Tensor, vocabulary: int) -> int:
+    """Rows whose scores of ``vocabulary`` (local) are made at a time."""
+    rows = max(1, CHUNK_ELEMENTS["gpu" if is_on_a_gpu(x) else "cpu"] // vocabulary)
+    return rows - rows % ROWS_OF_A_TILE if rows > ROWS_OF_A_TILE else rows
 
 
 class _Loss(torch.autograd.Function):
@@ -73,7 +92,7 @@ class _Loss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         trained: Tensor,
-        place: tuple[int, int, ProcessGroup],
+        place: _Place,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = product_type(x)
@@ -83,7 +102,7 @@ class _Loss(torch.autograd.Function):
         if with_gradients:
             of_x, of_weight = torch.empty_like(flat), torch.zeros_like(weight, dtype=losses.dtype)
             of_bias = None if bias is None else torch.zeros_like(bias, dtype=losses.dtype)
-        size = max(1, CHUNK_ELEMENTS // len(weight))
+        size = chunk_rows(x, len(weight))
         for start in range(0, len(flat), size):
             chunk = slice(start, start + size)
             gradients = (of_x[chunk], of_weight, of_bias) if with_gradients else None
@@ -112,36 +131,39 @@ def _losses_of_chunk(
     bias: Tensor | None,
     targets: Tensor,
     counts: Tensor,
-    place: tuple[int, int, ProcessGroup],
+    place: _Place,
     gradients: tuple[Tensor, Tensor, Tensor | None] | None,
 ) -> Tensor:
     """Losses (T,) of some rows (T, D). Gradients, if asked for: that of x is written, those of weight and bias grow."""
-    rows, first_row, group = place
-    scores = _scores(x, weight, bias, rows)
-    scores = scores.to(torch.promote_types(x.dtype, torch.float32))
-    local = targets - first_row
-    mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
-    losses, scores = _losses_and_probabilities(scores, mine, row, group)
+    scores = _scores(x, weight, bias, place.rows)
+    if place.compiled and place.group.size() == 1:
+        losses, of_scores = maybe_compile(losses_and_gradients, True)(scores, targets, counts)
+    else:
+        losses, of_scores = _losses_and_gradients(scores, targets, counts, place)
     if gradients is not None:
         of_x, of_weight, of_bias = gradients
-        scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
-        scores *= counts[:, None]
-        rounded = scores.to(x.dtype)
+        rounded = of_scores.to(x.dtype)
         torch.mm(rounded, weight, out=of_x)
         if of_weight.dtype == x.dtype:
             torch.addmm(of_weight, rounded.t(), x, out=of_weight)
+        elif x.is_cuda:
+            of_weight += torch.mm(rounded.t(), x, out_dtype=of_weight.dtype)  # summed in float32, and never rounded
         else:
             of_weight += rounded.t() @ x
         if of_bias is not None:
-            of_bias += scores.sum(0)
+            of_bias += of_scores.sum(0, dtype=of_bias.dtype)
     return losses
 
 
-def _losses_and_probabilities(scores: Tensor, mine: Tensor, row: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (T,), and the softmax in place of scores (T, V / t).
+def _losses_and_gradients(scores: Tensor, targets: Tensor, counts: Tensor, place: _Place) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (T,), and the gradients of scores (T, V / t), in place of them where the type allows.
 
-    ``mine`` (T,) says whether a target is among this rank's rows, ``row`` (T, 1) which one it is.
+    ``losses_and_gradients`` on a vocabulary that ranks share, in as little memory as there is without a compiler.
     """
+    rows, first_row, group, _ = place
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    local = targets - first_row
+    mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
     top = scores.amax(-1)
     if group.size() > 1:
         dist.all_reduce(top, ReduceOp.MAX, group=group)
@@ -152,4 +174,6 @@ def _losses_and_probabilities(scores: Tensor, mine: Tensor, row: Tensor, group: 
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
     scores /= sums[1][:, None]
+    scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
+    scores *= counts[:, None]
     return sums[1].log() - sums[0], scores

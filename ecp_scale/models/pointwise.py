@@ -51,3 +51,16 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> t
 def swiglu(up: Tensor, gate: Tensor) -> Tensor:
     """The hidden layer of SwiGLU (arXiv 2002.05202)."""
     return functional.silu(gate) * up
+
+
+def losses_and_gradients(scores: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods of targets (T,), and the gradients of their sum by scores (T, V), in their type.
+
+    ``counts`` (T,) says which of them the sum has. Scores of rows that are none are -inf.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    normaliser = torch.logsumexp(wide, -1)
+    is_target = torch.arange(scores.shape[1], device=scores.device) == targets[:, None]
+    of_target = torch.where(is_target, wide, 0.0).sum(-1)
+    gradients = ((wide - normaliser[:, None]).exp() - is_target.to(wide.dtype)) * counts[:, None]
+    return normaliser - of_target, gradients.to(scores.dtype)

@@ -45,7 +45,9 @@ class ParallelContext:
         """The context of a rank of a training run."""
         parallel = config.parallel
         cp_group = groups.context if parallel.context > 1 else None
-        return cls(groups.tensor, dtype, parallel.sequence, cp_group, parallel.recompute, config.training.compile)
+        compiled = config.training.compile
+        compiled = groups.device.type == "cuda" if compiled == "auto" else compiled
+        return cls(groups.tensor, dtype, parallel.sequence, cp_group, parallel.recompute, compiled)
 
     @classmethod
     def single(cls, dtype: torch.dtype = torch.float32) -> "ParallelContext":

@@ -2,17 +2,18 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.testing import assert_close
 
-from ecp_scale.attention import KeyValue, SegmentCache, attend, kernels, sdpa, segment, segment_attention
+from ecp_scale.attention import KeyValue, SegmentCache, attend, flex, kernels, sdpa, segment, segment_attention
 from ecp_scale.attention.calls import Pattern, segment_calls
 from ecp_scale.attention.flash import _Flash
 from ecp_scale.attention.flex import BLOCK, block_mask
@@ -291,3 +292,37 @@ def test_flex_equals_the_definition_forward_and_backward(case: dict[str, Any], m
     pairs = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, expected))
     for got, wanted in zip(*pairs, strict=True):
         assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Compile FlexAttention as on a GPU, but for the code of it; returns how many graphs there are."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    compiled = torch.compile(torch_flex.flex_attention, dynamic=True, backend="eager")
+    monkeypatch.setattr(flex, "_kernel", lambda _: compiled)
+    monkeypatch.setattr(segment, "flex_serves", lambda q: q.shape[-2] >= 2 * BLOCK)
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def test_flex_is_compiled_for_no_length_anew(graphs: Callable[[], int]) -> None:
+    def tensors(positions: int, trains: bool = False) -> list[Tensor]:
+        shapes = [(1, positions, heads, 16) for heads in (4, 2, 2)]
+        return [torch.randn(shape).transpose(1, 2).requires_grad_(trains) for shape in shapes]
+
+    lengths = (512, 640, 768, 1000, 333, 700, 701, 702, 703, 704, 705)
+    for n in lengths:
+        out, _ = segment_attention(*tensors(n, trains=True), 128, backend="flex")
+        out.sum().backward()
+    assert graphs() <= 2
+    with torch.no_grad():
+        for n in lengths:
+            segment_attention(*tensors(n), 128, backend="flex")
+            documents = torch.zeros(1, n, dtype=torch.int64)
+            segment_attention(*tensors(n), 128, documents=documents, backend="flex")
+        cache = SegmentCache(128, backend="flex")
+        for n in (5, 300, 333, 1, 1, 77, 300, 290, 128, 129, 290, 130, 131, 777):
+            q, k, v = tensors(n)
+            cache.attend(q, KeyValue(k, v))
+    assert graphs() <= 6 < torch._dynamo.config.recompile_limit

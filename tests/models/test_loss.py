@@ -12,6 +12,7 @@ from ecp_scale.models import loss
 from ecp_scale.models.loss import OutputLayer
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
+from ecp_scale.precision import as_on_a_gpu
 
 WIDTH, PADDED, KNOWN = 8, 40, 37
 
@@ -28,6 +29,7 @@ def case(groups: Groups, dtype: torch.dtype, bias: bool) -> tuple[OutputLayer, l
     return layer, [x, targets, trained]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 22, 1000])
 @pytest.mark.parametrize(
@@ -40,9 +42,13 @@ def test_equals_cross_entropy(
     tolerance: float,
     rows_at_a_time: int,
     bias: bool,
+    compiled: bool,
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", rows_at_a_time * PADDED)
+    # What would be compiled is held to the same, uncompiled.
+    monkeypatch.setattr(loss, "maybe_compile", lambda function, compiled: function)
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", rows_at_a_time * PADDED)
     layer, (x, targets, trained) = case(groups, dtype, bias)
+    layer.compiled = compiled
     inputs = [x.requires_grad_(), *layer.parameters()]
     total, losses = layer(x, targets, trained)
     found = torch.autograd.grad(total * 0.5, inputs)
@@ -72,7 +78,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_scores_of_all_positions_never_exist(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 3 * PADDED)
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 3 * PADDED)
     layer, (x, targets, trained) = case(groups, torch.float32, False)
     with LargestTensor() as largest:
         layer(x.requires_grad_(), targets, trained)[0].backward()
@@ -97,3 +103,11 @@ def test_the_factor_of_the_loss_is_not_rounded_to_bf16(groups: Groups) -> None:
     for one, other in zip(whole, scaled, strict=True):
         one, other = one.double().flatten(), other.double().flatten()
         assert float(other @ one / (one @ one) / factor) == pytest.approx(1, abs=1e-3)
+
+
+def test_chunks_are_whole_tiles_and_larger_on_a_gpu() -> None:
+    x = torch.zeros(1)
+    assert loss.chunk_rows(x, 50_304) == 256
+    assert loss.chunk_rows(x, 10**9) == 1
+    with as_on_a_gpu():
+        assert loss.chunk_rows(x, 50_304) == 2560

@@ -32,7 +32,7 @@ def test_each_rank_takes_its_gpu_or_the_only_one_it_is_shown(monkeypatch: pytest
 
 def test_a_gpu_without_bf16_is_refused_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, get_device_capability=(7, 5), get_device_name="Tesla T4")
-    with pytest.raises(InputError, match="training.precision is bf16, but Tesla T4 on host .* has no bf16"):
+    with pytest.raises(InputError, match=r"training\.precision is bf16, but Tesla T4 on host .* has no bf16"):
         check_precision(GPU, "bf16")
     check_precision(GPU, "fp32")
     check_precision(torch.device("cpu"), "bf16")

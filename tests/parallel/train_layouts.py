@@ -17,8 +17,8 @@ from ecp_scale.checkpoint.saving import find_start, load
 from ecp_scale.command_line import Request, parse
 from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.groups import decided, process_groups
-from ecp_scale.training.loop import train
 from ecp_scale.training.corpora import with_vocabulary
+from ecp_scale.training.loop import train
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import build_engine
 
