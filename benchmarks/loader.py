@@ -26,7 +26,7 @@ def tokens_per_second(prefix: str, sequence_length: int) -> float:
     for _ in range(5):
         began, read = time.perf_counter(), 0
         while time.perf_counter() - began < SECONDS:
-            read += sum(batch[:, 1:].numel() for batch in batches.after(done, 64))
+            read += sum(batch[:, 1:].numel() for batch in batches.after(done, 64).micro_batches)
             done += 64 * sequence_length
         speeds.append(read / (time.perf_counter() - began))
     return statistics.median(speeds)

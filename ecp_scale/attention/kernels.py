@@ -15,7 +15,7 @@ FLASH_TYPES = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
 
 
-GROUPS_ON_CPU = torch.__version__ >= (2, 9)
+GROUPS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 """Trap: before, torch's kernel for CPUs takes grouped heads without a word, and reads and writes beyond the keys."""
 
 

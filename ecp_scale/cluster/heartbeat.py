@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch.distributed as dist
 
+from ecp_scale.cluster.progress import Progress, progress
 from ecp_scale.cluster.ranks import Process, Ranks, expected_hosts
 from ecp_scale.console import say
 from ecp_scale.errors import AgreedError, InputError, LostRankError
@@ -29,39 +29,6 @@ GRACE_SECONDS = 5.0
 """How long a failure may take to be announced, and a rank to stop by itself after that."""
 NOTICE_SECONDS = 5.0
 """After which the first rank says for whom the launch waits."""
-
-
-COMPUTES, WAITS, HAS_FINISHED = "computes", "waits for the others in", "has finished"
-"""What a rank does with a step, in this order."""
-_ORDER = (COMPUTES, WAITS, HAS_FINISHED)
-
-
-class Progress(NamedTuple):
-    """What a rank is at: ``phase`` of a step, and for how long."""
-
-    step: int = 0
-    phase: str = HAS_FINISHED
-    seconds: float = 0.0
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Further is larger."""
-        return self.step, _ORDER.index(self.phase)
-
-    def __str__(self) -> str:
-        return f"{self.phase} step {self.step:,}, for {self.seconds:.0f} s"
-
-
-class _Reached:
-    """Where this rank is."""
-
-    progress = Progress()
-    since = time.monotonic()
-
-
-def report_progress(step: int, phase: str) -> None:
-    """Tell with the next heartbeats what this rank is at."""
-    _Reached.progress, _Reached.since = Progress(step, phase), time.monotonic()
 
 
 class FailureDetector:
@@ -263,8 +230,7 @@ class FailureDetector:
     def _heartbeat(self) -> str:
         """A number that grows, and what this rank is at."""
         self._beats += 1
-        seconds = time.monotonic() - _Reached.since
-        return json.dumps([self._beats, *_Reached.progress._replace(seconds=seconds)])
+        return json.dumps([self._beats, *progress()])
 
     def _behind(self) -> str | None:
         """Which ranks are behind the others, as text; None where none is."""
@@ -279,7 +245,7 @@ class FailureDetector:
     def _notice_who_is_behind(self, heartbeats: dict[int, tuple[bytes, float]]) -> None:
         """Say once for each step who keeps the others waiting."""
         stuck = min(json.loads(heartbeat)[3] for heartbeat, _ in heartbeats.values())
-        step = _Reached.progress.step
+        step = progress().step
         if stuck >= self.timeout_seconds / 2 and step != self._noticed_at:
             self._noticed_at = step
             behind = self._behind()
@@ -309,43 +275,3 @@ class FailureDetector:
             first_line = str(error).partition("\n")[0]
             self._announce(f"{self._name(self.ranks.rank)} stopped with {type(error).__name__}: {first_line}")
         return None
-
-
-@contextmanager
-def rendezvous(backend: str, timeout_seconds: int, gpu: str = "") -> Iterator[None]:
-    """The default process group of the launch: all ranks come, are watched, and leave together.
-
-    Without a launcher it is a group of one on a store in memory.
-
-    Args:
-        backend: of torch.distributed.
-        timeout_seconds: how long a rank is waited for.
-        gpu: what tells this rank's GPU from every other one; empty on a CPU.
-
-    Raises:
-        AgreedError: on all ranks, if several have one GPU, which NCCL refuses in a message of its own.
-        LostRankError: on the ranks that are there, if another does not come or is lost.
-    """
-    timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" not in os.environ:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-        return
-    ranks = Ranks.from_environment()
-    detector = FailureDetector(ranks, timeout_seconds)
-    detector.wait_for_all()
-    detector.check_one_rank_per_gpu(gpu)
-    try:
-        with detector.watched():
-            dist.init_process_group(
-                backend, timeout=timeout, store=detector.store, rank=ranks.rank, world_size=ranks.world_size
-            )
-            yield
-        dist.barrier()  # whoever goes is not missed any more
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        detector.end()

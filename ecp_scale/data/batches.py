@@ -1,6 +1,8 @@
 """Batches of one rank: which windows a step reads, as arithmetic on sample numbers."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,13 @@ from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.digest import PARTS, to_parts
 
 
+class StepBatches(NamedTuple):
+    """What one rank reads for one step: micro-batches (micro, n + 1), and what they add to the data digest."""
+
+    micro_batches: list[Tensor]
+    digest_parts: list[int]
+
+
 class TrainingBatches:
     """Micro-batches of one data-parallel rank.
 
@@ -21,25 +30,52 @@ class TrainingBatches:
 
     def __init__(self, blend: Blend, config: TrainingConfig, ranks: int, rank: int) -> None:
         self.blend = blend
-        # The digest of what this rank has read of the step that ``after`` was last asked for.
-        self.digest_parts = [0] * PARTS
         self.micro = config.micro_batch_size
         self.ranks = ranks
         self.rank = rank
 
-    def after(self, tokens: int, sequences: int) -> Iterator[Tensor]:
-        """Micro-batches (micro, n + 1) of the step of ``sequences`` samples that follows ``tokens`` tokens."""
+    def after(self, tokens: int, sequences: int) -> StepBatches:
+        """The step of ``sequences`` samples that follows ``tokens`` tokens."""
         stride = self.micro * self.ranks
         first = tokens // self.blend.sequence_length + self.rank * self.micro
-        self.digest_parts = [0] * PARTS
+        micro_batches, digest = [], [0] * PARTS
         for start in range(first, first + sequences, stride):
             rows = []
             for sample in range(start, start + self.micro):
                 corpus, window = self.blend.locate(sample)
                 rows.append(self.blend.read(corpus, window))
                 parts = to_parts(self.blend.digest(sample, corpus, window))
-                self.digest_parts = [total + part for total, part in zip(self.digest_parts, parts, strict=True)]
-            yield torch.from_numpy(np.stack(rows))
+                digest = [total + part for total, part in zip(digest, parts, strict=True)]
+            micro_batches.append(torch.from_numpy(np.stack(rows)))
+        return StepBatches(micro_batches, digest)
+
+
+class ReadAhead:
+    """Reads the next step in a thread while one is computed; what a step reads is the same with and without."""
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        self._batches = batches
+        self._thread = ThreadPoolExecutor(1, "read ahead")
+        self._next: tuple[tuple[int, int], Future[StepBatches]] | None = None
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def after(self, tokens: int, sequences: int, then: tuple[int, int] | None) -> StepBatches:
+        """``TrainingBatches.after``; ``then`` is what it will be asked for next, None at the end.
+
+        Raises:
+            DamagedDataError: of this step; one that is read ahead raises when it is asked for.
+        """
+        asked, ahead = (tokens, sequences), self._next
+        known = ahead is not None and ahead[0] == asked
+        reading = ahead[1] if ahead is not None and known else self._thread.submit(self._batches.after, *asked)
+        found = reading.result()
+        self._next = None if then is None else (then, self._thread.submit(self._batches.after, *then))
+        return found
 
 
 def validation_batches(corpus: Corpus, config: TrainingConfig, ranks: int, rank: int) -> Iterator[tuple[Tensor, int]]:

@@ -52,6 +52,7 @@ class LanguageModel(nn.Module):
         counted: Tensor | None = None,
         stream: Stream | None = None,
         last: int | None = None,
+        on_host: Tensor | None = None,
     ) -> Any:
         """Losses of the targets or, without targets, scores of the next token.
 
@@ -61,13 +62,14 @@ class LanguageModel(nn.Module):
             counted: which of ``trained_targets`` (B, R) count; None means all.
             stream: without targets, what came before, from ``new_stream``; it moves on.
             last: without targets, how many of the last trained positions are asked for; None means all.
+            on_host: the same ids on the host, if they are there: its documents are then found without a wait.
 
         Returns:
             With targets, of this rank's run of the sequence: the sum of the negative log-likelihoods that count, in
             nats, to train on; and all of them (B, R), without gradients; at least float32. Without targets, logits
             (B, R, V) over the true vocabulary, complete on every rank of the tensor-parallel group.
         """
-        positions = self._positions(tokens, stream)
+        positions = self._positions(tokens, stream, on_host)
         x_NBD = self.embedding(tokens[:, self._run(tokens.shape[1])])
         for number, (block, pattern) in enumerate(zip(self.layers, self._patterns(), strict=True)):
             cache = stream.caches[number] if stream else None
@@ -112,8 +114,8 @@ class LanguageModel(nn.Module):
     def _patterns(self) -> list[Pattern]:
         return [cast(Block, block).attention.pattern for block in self.layers]
 
-    def _positions(self, tokens: Tensor, stream: Stream | None) -> Positions:
-        """Positions and documents of tokens (B, N); the stream moves on."""
+    def _positions(self, tokens: Tensor, stream: Stream | None, on_host: Tensor | None = None) -> Positions:
+        """Positions of tokens (B, N), and their documents, on the host if the ids are there; the stream moves on."""
         start = stream.position if stream else 0
         run = self._run(tokens.shape[1])
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
@@ -121,10 +123,12 @@ class LanguageModel(nn.Module):
         if self.attention.document_mask:
             end = self.attention.end_of_document
             assert end is not None, "end_of_document is read from the tokenizer before the model is built"
-            found = DocumentIds.of(tokens, end, stream.documents if stream else None)
+            before = stream.documents if stream else None
+            found = DocumentIds.of(tokens if on_host is None else on_host, end, before)
             # Those of the segment to the left are known here; they need not travel with its keys and values.
             documents = found.ids[:, max(0, run.start - self.config.geometry.halo_positions) : run.stop]
-            positions = found.positions if self.attention.restart_positions else positions
+            if self.attention.restart_positions:
+                positions = DocumentIds.of(tokens, end, before).positions
             if stream:
                 stream.documents = found.next_token(tokens, end)
         if stream:

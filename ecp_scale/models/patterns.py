@@ -228,7 +228,7 @@ class CompressingContext(LatentsAndContext):
         """Attend, then compress the context's part."""
         context, latents = self._parts(super().attend(q, key_value, dropout), dim=-2)
         if key_value.documents is not None:
-            context = context * self._of_border_document(key_value.documents)[:, None, :, None]
+            context = context * self._of_border_document(key_value.documents).to(q.device)[:, None, :, None]
         return torch.cat((self.compression(context), latents), dim=-2)
 
     def residual(self, x: Tensor, positions: Positions) -> Tensor:
@@ -238,7 +238,7 @@ class CompressingContext(LatentsAndContext):
             return x[: self.compressed + self.latents]
         if positions.documents is None:
             return torch.cat((self._pool(context), latents))
-        counts = self._of_border_document(positions.documents).t()[..., None].to(x.dtype)
+        counts = self._of_border_document(positions.documents).t()[..., None].to(x)
         pooled, share = self._pool(context * counts), self._pool(counts)
         return torch.cat((pooled / share.clamp(min=1 / self.context), latents))
 

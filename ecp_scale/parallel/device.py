@@ -22,6 +22,9 @@ def local_device(local_rank: int) -> torch.device:
         InputError: if the host has fewer GPUs than ranks, or a driver that this torch cannot use.
     """
     if torch.cuda.is_available():
+        # Memory that sequences of other lengths have cut into pieces is of use again.
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         count = torch.cuda.device_count()
         # Slurm's --gpus-per-task=1 shows each task a GPU of its own, as number 0.
         number = 0 if count == 1 else local_rank
@@ -51,6 +54,11 @@ def check_precision(device: torch.device, precision: str) -> None:
         raise InputError(
             f"training.precision is bf16, but {name} on host {host} has no bf16; use fp32, or a GPU from Ampere on"
         )
+
+
+def set_tf32(allowed: bool) -> None:
+    """Say whether a GPU may round operands of fp32 products to TF32; nothing to a CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _check_driver() -> None:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ecp_scale.cluster.heartbeat import rendezvous
 from ecp_scale.cluster.ranks import Ranks
+from ecp_scale.cluster.rendezvous import rendezvous
 from ecp_scale.config import ParallelConfig
 from ecp_scale.errors import AgreedError, InputError
 from ecp_scale.parallel.device import backend, gpu_identity, local_device
@@ -66,11 +66,12 @@ def process_groups(
     ranks = Ranks.from_environment()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
     device = device or local_device(ranks.local_rank)
+    on_gpu = device if device.type == "cuda" else None
     with ExitStack() as stack:
         if dist.is_initialized():
             stack.callback(_end_groups)
         else:
-            stack.enter_context(rendezvous(backend(device), config.timeout_seconds, gpu_identity(device)))
+            stack.enter_context(rendezvous(backend(device), config.timeout_seconds, gpu_identity(device), on_gpu))
             stack.callback(parallel_state.destroy_model_parallel)
         joined()
         parallel_state.initialize_model_parallel(

@@ -18,7 +18,7 @@ from ecp_scale.checkpoint.saving import (
     load,
     save,
 )
-from ecp_scale.cluster.heartbeat import COMPUTES, HAS_FINISHED, WAITS, report_progress
+from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
 from ecp_scale.cluster.signals import (
     LAUNCHER_SECONDS,
     STOP,
@@ -29,11 +29,11 @@ from ecp_scale.cluster.signals import (
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
-from ecp_scale.data.batches import TrainingBatches, validation_batches
+from ecp_scale.data.batches import ReadAhead, StepBatches, TrainingBatches, validation_batches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.digest import from_parts
-from ecp_scale.parallel.device import check_precision, known_peak_teraflops, peak_memory_bytes
+from ecp_scale.parallel.device import check_precision, known_peak_teraflops, peak_memory_bytes, set_tf32
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
@@ -41,7 +41,14 @@ from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
 from ecp_scale.training.starting import check_rate, write_settings
-from ecp_scale.training.step import DivergedError, StepResult, any_rank, mean_loss, optimizer_step, sum_over
+from ecp_scale.training.step import (
+    DivergedError,
+    StepResult,
+    any_rank,
+    garbage_by_hand,
+    mean_loss,
+    optimizer_step,
+)
 from ecp_scale.training.trackers import check_trackers, start_trackers
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import (
@@ -94,6 +101,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, json_config.zero_stage(settings), run_tokens))
+        set_tf32(config.training.tf32)
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
             engine = build_engine(config, settings, groups)
         if start.record is not None:
@@ -138,24 +146,28 @@ class _Run:
         done, loss = start.progress, None
         self.checkpoint = start.folder
         first_step = done.step
-        batches = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
+        reader = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
+        readers = config.parallel.tensor * config.parallel.context  # ranks that read the same samples
         skipped_in_a_row = 0
         reason = self._reason()
         with ExitStack() as stack:
             record = self._recorder(stack, first_step)
+            batches = stack.enter_context(ReadAhead(reader))
+            collect_garbage = stack.enter_context(garbage_by_hand())
             while reason is None and done.step < config.training.steps:
                 began = time.perf_counter()
                 sequences = config.sequences_after(done.tokens)
                 tokens = done.tokens + sequences * config.model.sequence_length
                 rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)
-                result = self._step(done.step + 1, rate, batches, done.tokens, sequences)
-                parts = sum_over(batches.digest_parts, replicas, self.groups.device)
-                done = Progress(done.step + 1, tokens, (done.data_digest + from_parts(parts)) % 2**64)
-                loss = result.loss
+                then = (tokens, config.sequences_after(tokens)) if done.step + 1 < config.training.steps else None
+                result = self._step(done.step + 1, rate, batches.after(done.tokens, sequences, then), sequences)
+                digest = from_parts([total // readers for total in result.sums])
+                done, loss = Progress(done.step + 1, tokens, (done.data_digest + digest) % 2**64), result.loss
                 numbers = self._numbers(done, result, rate, time.perf_counter() - began, sequences)
                 if self._is_due(done.step, config.training.validation_every_steps) and self.validation is not None:
                     numbers["validation_loss"] = self._validation_loss(self.validation)
                 record(numbers)
+                collect_garbage()
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._check_skipped(done.step, skipped_in_a_row, result)
                 if result.stop_requested:
@@ -189,7 +201,7 @@ class _Run:
 
         return record
 
-    def _step(self, step: int, rate: float, batches: TrainingBatches, tokens: int, sequences: int) -> StepResult:
+    def _step(self, step: int, rate: float, batches: StepBatches, sequences: int) -> StepResult:
         report_progress(step, COMPUTES)
         set_learning_rate(self.engine, rate)
         seed_step(self.config.training.seed, step, self.groups)
@@ -197,11 +209,12 @@ class _Run:
         try:
             result = optimizer_step(
                 self.engine,
-                batches.after(tokens, sequences),
+                batches.micro_batches,
                 self.groups,
                 self.stop.reason is not None,
                 self.config.data.loss_ignore_ids,
                 lambda: report_progress(step, WAITS),
+                batches.digest_parts,
             )
         except DivergedError as error:
             raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint or 'none'}") from None

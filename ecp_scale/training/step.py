@@ -1,7 +1,10 @@
 """One optimizer step: accumulation, one message about loss and stop requests, and the checks before and after."""
 
+import gc
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +14,9 @@ from torch.distributed import ProcessGroup
 
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.zero.engine import Engine, plain_gradient_norm
+
+GARBAGE_STEPS = 100
+"""Steps between two collections of garbage."""
 
 
 class DivergedError(RuntimeError):
@@ -25,47 +31,56 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     stop_requested: bool
+    sums: tuple[int, ...] = ()
+    """Sums over all ranks of the whole numbers that each has added to the message."""
 
 
 def optimizer_step(
     engine: Engine,
-    micro_batches: Iterable[Tensor],
+    micro_batches: Sequence[Tensor],
     groups: Groups,
     stop_requested: bool,
     ignored_ids: Sequence[int] = (),
     wait_for_others: Callable[[], None] = lambda: None,
+    to_sum: Sequence[int] = (),
 ) -> StepResult:
-    """Accumulate over the micro-batches (micro, n + 1) and update the weights.
+    """Accumulate over the micro-batches (micro, n + 1), which lie on the host, and update the weights.
 
     The loss is the mean over all targets of the step, on all ranks, that are not among ``ignored_ids``. Ranks and
     micro-batches may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to
-    what makes that mean the right one. ``wait_for_others`` is called when this rank has computed its part.
+    what makes that mean the right one. ``wait_for_others`` is called when this rank has computed its part. ``to_sum``
+    are whole numbers below 2^53 in sum, which the message about the loss takes along.
 
     Raises:
         DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the
             gradients not finite and has not skipped the update.
     """
     losses = []
-    batches = [batch.to(groups.device) for batch in micro_batches]
-    trained = [has_loss(engine.module.trained_targets(ids[:, 1:]), ignored_ids) for ids in batches]
-    count = sum(mask.numel() for mask in trained) * groups.data.size()
+    targets = [engine.module.trained_targets(ids[:, 1:]) for ids in micro_batches]
+    trained = [has_loss(some, ignored_ids) if ignored_ids else None for some in targets]
+    count = sum(some.numel() for some in targets) * groups.data.size()
     if ignored_ids:
-        (count,) = sum_over([sum(int(mask.sum()) for mask in trained)], groups.data, groups.device)
-    scale = len(batches) * groups.data.size() / max(1, count)
-    for number, (ids, mask) in enumerate(zip(batches, trained, strict=True), start=1):
-        total, _ = engine(ids[:, :-1], ids[:, 1:], mask)
+        mine = sum(int(mask.sum()) for mask in trained if mask is not None)
+        (count,) = sum_over([mine], groups.data, groups.device)
+    scale = len(micro_batches) * groups.data.size() / max(1, count)
+    for number, (batch, mask) in enumerate(zip(micro_batches, trained, strict=True), start=1):
+        ids = to_device(batch, groups.device)
+        counted = None if mask is None else to_device(mask, groups.device)
+        total, _ = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
         loss = total * scale
         losses.append(loss.detach().float())
         engine.backward(loss)
-        if number < len(batches):
+        if number < len(micro_batches):
             engine.step()
 
     wait_for_others()
     # One all-reduce tells everybody the mean loss and whether anybody was asked to stop. Ranks of one tensor group
     # hold the same loss, those of a context group the losses of their runs, so the mean over all ranks is that of all.
-    shared = torch.stack([torch.stack(losses).mean(), torch.tensor(float(stop_requested), device=groups.device)])
-    dist.all_reduce(shared)
-    loss_value, stops = (shared / torch.tensor([dist.get_world_size(), 1.0], device=groups.device)).tolist()
+    told = torch.tensor([0.0, float(stop_requested), *to_sum], dtype=torch.float64).to(groups.device)
+    told[0] = torch.stack(losses).double().mean()
+    dist.all_reduce(told)
+    loss_sum, stops, *sums = told.tolist()  # the one place where the host waits for the device before the update
+    loss_value = loss_sum / dist.get_world_size()
     if not math.isfinite(loss_value):
         raise DivergedError(f"the loss is {loss_value}; the weights have not been updated with it")
 
@@ -79,7 +94,12 @@ def optimizer_step(
         gradient_norm = float(engine.get_global_grad_norm())
         if not math.isfinite(gradient_norm) and not skipped:
             raise DivergedError(f"the gradient norm is {gradient_norm} and the weights have been updated with it")
-    return StepResult(loss_value, gradient_norm, skipped, stops > 0)
+    return StepResult(loss_value, gradient_norm, skipped, stops > 0, tuple(map(int, sums)))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host for the device, which copies it by itself while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def has_loss(targets: Tensor, ignored_ids: Sequence[int]) -> Tensor:
@@ -120,3 +140,17 @@ def mean_loss(
     engine.train()
     dist.all_reduce(totals, group=groups.data)
     return (totals[0] / totals[1].clamp(min=1)).item()
+
+
+@contextmanager
+def garbage_by_hand() -> Iterator[Callable[[], object]]:
+    """Collect garbage at every so many calls of what is returned alone: else ranks stop one after another, and wait."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    steps = itertools.count(1)
+    try:
+        yield lambda: gc.collect() if next(steps) % GARBAGE_STEPS == 0 else None
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -131,10 +131,11 @@ def plain_gradient_norm(engine: Engine, groups: Groups) -> float | None:
     """
     if engine.zero_optimization() or engine.bfloat16_enabled():
         return None
-    square = torch.zeros((), device=groups.device)
-    for parameter in engine.module.parameters():
-        counts = Partition.of(parameter).partition_dim is not None or groups.tensor_rank == 0
-        if counts and parameter.grad is not None:
-            square += torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32).square()
+    gradients = [
+        parameter.grad.detach()
+        for parameter in engine.module.parameters()
+        if parameter.grad is not None and (Partition.of(parameter).partition_dim is not None or groups.tensor_rank == 0)
+    ]
+    square = torch.nn.utils.get_total_norm(gradients).square().to(groups.device)
     dist.all_reduce(square, group=groups.tensor)
     return square.sqrt().item()

@@ -11,7 +11,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from ecp_scale.cluster.heartbeat import COMPUTES, HAS_FINISHED, WAITS, rendezvous, report_progress
+from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
+from ecp_scale.cluster.rendezvous import rendezvous
 from ecp_scale.errors import input_errors_exit
 
 

@@ -109,11 +109,11 @@ def test_a_rank_that_hangs_in_a_kernel_is_named_by_where_it_is() -> None:
     first, _, third = processes
     try:
         _, errors = first.communicate(timeout=90)
-        third.wait(timeout=30)
+        _, of_third = third.communicate(timeout=30)
     finally:
         for process in processes:
             process.kill()
-    assert first.returncode == third.returncode == 1
+    assert (first.returncode, third.returncode) == (1, 1), of_third
     said = f"rank 1 of 3 on host {HOST} computes step 1, for "
     assert [line for line in errors.splitlines() if line.startswith(f"waiting     {said}")]
     (line,) = stopped(errors)

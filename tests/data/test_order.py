@@ -107,7 +107,7 @@ def test_a_step_reads_the_same_samples_in_every_layout(sharded_text: ShardedText
         config = TrainingConfig(micro_batch_size=micro, global_batch_size=8)
         found: Counter[bytes] = Counter()
         for rank in range(ranks):
-            batches = list(TrainingBatches(blend, config, ranks, rank).after(step * 8 * 64, 8))
+            batches = TrainingBatches(blend, config, ranks, rank).after(step * 8 * 64, 8).micro_batches
             assert len(batches) == 8 // (ranks * micro)
             found.update(row.numpy().tobytes() for batch in batches for row in batch)
         return found

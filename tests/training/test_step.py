@@ -34,8 +34,8 @@ class FakeEngine:
         self.micro_batches = micro_batches
         self.steps = 0
 
-    def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total, losses = self.module(*arguments)
+    def __call__(self, *arguments: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total, losses = self.module(*arguments, **named)
         return total * self.factor, losses
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -82,7 +82,9 @@ def test_the_loss_is_the_mean_over_micro_batches(groups: Groups) -> None:
     model = build(SCALED, groups, torch.float32)
     tokens = random_tokens(SCALED, 33, batch=4)
     together = optimizer_step(FakeEngine(model, 1.0), [tokens], groups, stop_requested=True)
-    apart = optimizer_step(FakeEngine(model, 1.0), list(tokens.split(1)), groups, stop_requested=False)
+    numbers = [3, 2**40 + 1]
+    apart = optimizer_step(FakeEngine(model, 1.0), list(tokens.split(1)), groups, stop_requested=False, to_sum=numbers)
+    assert (together.sums, apart.sums) == ((), tuple(numbers))
     assert apart.loss == pytest.approx(together.loss, rel=1e-6)
     assert (together.stop_requested, apart.stop_requested) == (True, False)
 
