@@ -5,10 +5,12 @@ torchrun starts in a third of the time, but ends with an exit code of its own.
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -62,6 +64,9 @@ def metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that nobody serves, below those that Linux gives to connections, so that none of them takes it first."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port")

@@ -3,6 +3,7 @@
 from ecp_scale.attention.cache import SegmentCache
 from ecp_scale.attention.key_value import KeyValue
 from ecp_scale.attention.latent import latent_attention
+from ecp_scale.attention.pieces import documents_on
 from ecp_scale.attention.rotary import Rotation, rotate, rotation
 from ecp_scale.attention.sdpa import attend
 from ecp_scale.attention.segment import segment_attention
@@ -12,6 +13,7 @@ __all__ = [
     "Rotation",
     "SegmentCache",
     "attend",
+    "documents_on",
     "latent_attention",
     "rotate",
     "rotation",

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ecp_scale.attention.calls import Pattern
 from ecp_scale.attention.key_value import KeyValue
-from ecp_scale.attention.pieces import once_for
+from ecp_scale.attention.pieces import documents_on, once_for
 
 BLOCK = 128
 NARROWEST_HEAD = 16
@@ -26,7 +26,7 @@ def flex_attention(q: Tensor, key_value: KeyValue, pattern: Pattern) -> Tensor:
     if documents is None:
         blocks = _plain_block_mask(pattern, q.device)
     else:
-        blocks = once_for(documents, pattern, lambda: block_mask(pattern, q.device, documents.to(q.device)))
+        blocks = once_for(documents, pattern, lambda: block_mask(pattern, q.device, documents_on(documents, q.device)))
     width = q.shape[-1]
     lacking = (0, max(0, NARROWEST_HEAD - width))
     # Trap: where a view begins is a graph of its own, too.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ecp_scale.attention.key_value import KeyValue, segment_lengths
+from ecp_scale.attention.pieces import documents_on
 from ecp_scale.attention.sdpa import attend
 from ecp_scale.config import AttentionBackend
 
@@ -36,6 +37,8 @@ def latent_attention(
     Returns:
         The attended values (B, H, N, E).
     """
+    if key_value.documents is not None:
+        key_value = key_value._replace(documents=documents_on(key_value.documents, q.device))
     context = q.shape[-2] - latents
     lengths = segment_lengths(context, context_segment_length or context) if context else []
     *context_queries, latent_queries = q.split([*lengths, latents], dim=-2)

@@ -31,6 +31,13 @@ def once_for(documents: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     return made[what]
 
 
+def documents_on(documents: Tensor, device: torch.device) -> Tensor:
+    """Documents where they are wanted; they are copied there once for all layers."""
+    if documents.device == device:
+        return documents
+    return once_for(documents, device, lambda: documents.to(device, non_blocking=True))
+
+
 class Pieces(NamedTuple):
     """Stretches of one packed call, and the rows (n * B + b) of the positions that it reads.
 

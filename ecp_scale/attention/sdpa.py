@@ -15,6 +15,7 @@ from ecp_scale.attention.calls import Call
 from ecp_scale.attention.flash import flash_attention
 from ecp_scale.attention.kernels import Settings, kernel_for
 from ecp_scale.attention.key_value import KeyValue, join
+from ecp_scale.attention.pieces import documents_on
 from ecp_scale.attention.reference import reference_attention
 from ecp_scale.config import AttentionBackend
 from ecp_scale.precision import product_type
@@ -89,7 +90,7 @@ def visible(
     if window is not None:
         seen = seen.triu(behind - window + 1)
     if documents is not None:
-        documents = documents.to(device)
+        documents = documents_on(documents, device)
         seen = seen & (documents[:, behind:, None] == documents[:, None, :])[:, None]
     return seen
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.functional import adaptive_avg_pool1d
 
-from ecp_scale.attention import KeyValue, SegmentCache, attend, latent_attention, segment_attention
+from ecp_scale.attention import KeyValue, SegmentCache, attend, documents_on, latent_attention, segment_attention
 from ecp_scale.config import AttentionBackend
 from ecp_scale.errors import InputError
 from ecp_scale.models.positions import LayerCache, Positions
@@ -228,7 +228,7 @@ class CompressingContext(LatentsAndContext):
         """Attend, then compress the context's part."""
         context, latents = self._parts(super().attend(q, key_value, dropout), dim=-2)
         if key_value.documents is not None:
-            context = context * self._of_border_document(key_value.documents).to(q.device)[:, None, :, None]
+            context = context * self._of_border_document(documents_on(key_value.documents, q.device))[:, None, :, None]
         return torch.cat((self.compression(context), latents), dim=-2)
 
     def residual(self, x: Tensor, positions: Positions) -> Tensor:
@@ -238,7 +238,8 @@ class CompressingContext(LatentsAndContext):
             return x[: self.compressed + self.latents]
         if positions.documents is None:
             return torch.cat((self._pool(context), latents))
-        counts = self._of_border_document(positions.documents).t()[..., None].to(x)
+        documents = documents_on(positions.documents, x.device)
+        counts = self._of_border_document(documents).t()[..., None].to(x.dtype)
         pooled, share = self._pool(context * counts), self._pool(counts)
         return torch.cat((pooled / share.clamp(min=1 / self.context), latents))
 

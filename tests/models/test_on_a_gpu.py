@@ -1,0 +1,190 @@
+"""A micro-batch on a device that stands in for a GPU: where tensors lie, what waits, how many kernels there are.
+
+The stand-in is torch's meta device, which holds shapes alone, and a flash kernel that gives what CUDA's would. Where
+ranks share the work, tensors are fake ones of a CPU, since torch.distributed knows no meta device; documents, which are
+read on the host, cannot be fake.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ecp_scale.attention import sdpa, segment
+from ecp_scale.attention.kernels import Lengths, Settings
+from ecp_scale.command_line import load_preset
+from ecp_scale.config import Config, ModelConfig
+from ecp_scale.models.architectures import ARCHITECTURES
+from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.groups import process_groups
+from ecp_scale.planning.tracing import _fake_launch
+from ecp_scale.precision import as_on_a_gpu
+
+META = torch.device("meta")
+WAITS = {"_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique", "_unique2"}
+VIEWS = {
+    *("view", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias"),
+    *("as_strided", "split", "split_with_sizes", "_unsafe_view", "unbind", "unfold", "unflatten", "_reshape_alias"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "narrow"),
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts kernels, copies from the host and waits for the device; refuses an operation on tensors of both."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.kernels: Counter[str] = Counter()
+        self.copies = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        inputs, outputs = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
+        devices = {x.device.type for x in [*inputs, *outputs]}
+        if self.device.type not in devices:
+            return out  # the host's own
+        if len(devices) > 1:
+            assert name in ("_to_copy", "copy_"), f"{name} of {devices}"
+            self.copies += 1
+        elif name in WAITS:
+            self.waits.append(name)
+        elif name not in VIEWS:
+            self.kernels[name] += 1
+        return out
+
+
+class Flash:
+    """Shapes and types of torch's FlashAttention for CUDA."""
+
+    lower_right = True
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """One kernel."""
+        rows = q.shape[:-1] if lengths is None else (1, *q.shape[:-1])
+        normalisers = q.new_zeros(rows[0], rows[2], rows[1], dtype=torch.float32)
+        return torch.empty_like(q, memory_format=torch.contiguous_format), normalisers[0 if lengths else ...], ()
+
+    def backward(
+        self,
+        gradient: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        whole: tuple[Tensor, Tensor],
+        causal: bool,
+        settings: Settings,
+        state: tuple[Tensor, ...],
+        lengths: Lengths | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One kernel."""
+        assert whole[1].is_contiguous()
+        of_q, of_k, of_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in operands)
+        return of_q.zero_(), of_k, of_v
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention serves wherever it would on a GPU."""
+    for module in (segment, sdpa):
+        monkeypatch.setattr(module, "kernel_for", lambda *_: Flash())
+
+
+def config_of(architecture: str, documents: bool, layers: int = 3, **changes: Any) -> Config:
+    """A scaled preset of 2,048 tokens in bf16."""
+    config = load_preset("scaled-125m")
+    sizes: dict[str, Any] = {"sequence_length": 2048, "segment_length": 256, "vocab_size": 1000, "latents": None}
+    sizes |= {"window": 512, "group_length": 512, "layers": layers, "allow_short_receptive_field": True}
+    model: ModelConfig = dataclasses.replace(config.model, architecture=architecture, **sizes)
+    attention = dataclasses.replace(
+        config.attention, document_mask=documents, restart_positions=documents, end_of_document=0
+    )
+    parallel = dataclasses.replace(config.parallel, **changes)
+    return dataclasses.replace(config, model=model, attention=attention, parallel=parallel)
+
+
+def micro_batch(config: Config, parallel: ParallelContext, device: torch.device) -> Watch:
+    """Forward and backward of two sequences that lie on the host."""
+    with torch.device(device):
+        model = LanguageModel(config.model, parallel, config.attention).train()
+    batch = torch.arange(2 * 2049).view(2, 2049) % 100
+    with as_on_a_gpu(), Watch(device) as watch:
+        ids = batch.to(device)
+        total, losses = model(ids[:, :-1], ids[:, 1:], on_host=batch[:, :-1])
+        total.backward()
+    assert (total.device.type, losses.device.type, losses.dtype) == (device.type, device.type, torch.float32)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad.device.type, parameter.grad.dtype) == (device.type, parameter.dtype), name
+    return watch
+
+
+KINDS = {"longlora": 2, "perceiver_ar": 2, "compressed_double_attention": 2}
+"""Patterns of an architecture that need the documents each in its own way; the others have one."""
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_waits_and_the_host_is_read_twice_at_most(architecture: str, documents: bool, recompute: Any) -> None:
+    config = config_of(architecture, documents)
+    parallel = dataclasses.replace(ParallelContext.single(torch.bfloat16), recompute=recompute)
+    watch = micro_batch(config, parallel, META)
+    assert watch.waits == []
+    assert watch.copies == 1 + documents * KINDS.get(architecture, 1)
+
+
+MOST_KERNELS = 205
+"""Of a layer, forward and backward, uncompiled: 21 products, attention, and pointwise operations, norms in parts."""
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+def test_a_layer_has_few_kernels(documents: bool) -> None:
+    parallel = ParallelContext.single(torch.bfloat16)
+    found = [micro_batch(config_of("ecp", documents, layers), parallel, META) for layers in (3, 4)]
+    added = found[1].kernels - found[0].kernels
+    assert added["mm"] == 21
+    assert sum(added.values()) <= MOST_KERNELS, added
+
+
+@contextmanager
+def launch(config: Config, rank: int) -> Iterator[ParallelContext]:
+    """One rank of a launch whose messages go nowhere."""
+    ranks = config.parallel.tensor * config.parallel.context
+    with (
+        _fake_launch(ranks, rank),
+        process_groups(config.parallel, device=torch.device("cpu")) as groups,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+        yield ParallelContext.of(config, groups, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank"),
+    [
+        ({"tensor": 2}, 1),
+        ({"tensor": 2, "sequence": True}, 1),
+        ({"context": 4}, 0),
+        ({"context": 4, "recompute": "selective"}, 2),
+        ({"context": 4, "recompute": "full"}, 3),
+        ({"tensor": 2, "sequence": True, "context": 2, "recompute": "selective"}, 3),
+    ],
+    ids=str,
+)
+def test_ranks_that_share_the_work_wait_for_nothing_but_messages(layout: dict[str, Any], rank: int) -> None:
+    config = config_of("ecp", False, **layout)
+    with launch(config, rank) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
+        watch = micro_batch(config, parallel, torch.device("cpu"))
+    assert watch.waits == []
