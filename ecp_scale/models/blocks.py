@@ -20,7 +20,7 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.linear import (
     ColumnLinear,
     RowLinear,
-    gather_to_tensor_parallel_region,
+    gathered_to_tensor_parallel_region,
     reduce_from_tensor_parallel_region,
 )
 from ecp_scale.parallel.random import TENSOR_PARALLEL
@@ -69,10 +69,11 @@ class Attention(nn.Module):
 
     def forward(self, x_NBD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         """(N, B, D) -> (N', B, D)."""
-        x_NBD = gather_to_tensor_parallel_region(x_NBD, self.parallel)
-        queries = self.pattern.query_rows(x_NBD.shape[0])
-        q, k = self.query(x_NBD[-queries:]), self.key(x_NBD)
-        v = None if self.value is None else self.value(x_NBD)
+        with gathered_to_tensor_parallel_region(x_NBD, self.parallel) as whole_NBD:
+            queries = self.pattern.query_rows(whole_NBD.shape[0])
+            q, k = self.query(whole_NBD[-queries:]), self.key(whole_NBD)
+            v = None if self.value is None else self.value(whole_NBD)
+        del whole_NBD  # it is gathered again where it is needed
         if self.training and self.parallel.recompute == "selective":
             attended = recomputed(self._attend, q, k, v, positions, cache, random=self.config.dropout > 0)
         else:
@@ -136,8 +137,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NBD: Tensor) -> Tensor:
         """(N, B, D) -> (N, B, D)."""
-        x_NBD = gather_to_tensor_parallel_region(x_NBD, self.parallel)
-        inputs = [self.up(x_NBD)] if self.gate is None else [self.up(x_NBD), self.gate(x_NBD)]
+        linears = [self.up] if self.gate is None else [self.up, self.gate]
+        with gathered_to_tensor_parallel_region(x_NBD, self.parallel) as whole_NBD:
+            inputs = [linear(whole_NBD) for linear in linears]
+        del whole_NBD
         if not self.training or self.parallel.recompute == "full":
             return self.down(self._hidden(*inputs))
         return self.down(*inputs, of=self._hidden, random=self.config.dropout > 0)

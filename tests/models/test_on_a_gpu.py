@@ -22,11 +22,13 @@ from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Lengths, Settings
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config, ModelConfig
+from ecp_scale.models import blocks
 from ecp_scale.models.architectures import ARCHITECTURES
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import process_groups
-from ecp_scale.planning.tracing import _fake_launch
+from ecp_scale.parallel.linear import gather_to_tensor_parallel_region
+from ecp_scale.planning.tracing import _fake_launch, _groups, _micro_batch
 from ecp_scale.precision import as_on_a_gpu
 
 META = torch.device("meta")
@@ -188,3 +190,26 @@ def test_ranks_that_share_the_work_wait_for_nothing_but_messages(layout: dict[st
     with launch(config, rank) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
         watch = micro_batch(config, parallel, torch.device("cpu"))
     assert watch.waits == []
+
+
+def test_sequence_parallelism_keeps_its_own_positions_and_gathers_the_others_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @contextmanager
+    def kept_whole(x: Tensor, parallel: ParallelContext) -> Iterator[Tensor]:
+        yield gather_to_tensor_parallel_region(x, parallel)
+
+    config = config_of("ecp", False, tensor=2, sequence=True)
+    kept, sent = [], []
+    for gathered in (blocks.gathered_to_tensor_parallel_region, kept_whole):
+        monkeypatch.setattr(blocks, "gathered_to_tensor_parallel_region", gathered)
+        found = []
+        for layers in (3, 4):
+            with _fake_launch(2, 0), _groups(config) as groups:
+                found.append(_micro_batch(config, layers, groups))
+        kept.append(found[1].kept - found[0].kept)
+        sent.append((found[1].sent - found[0].sent)["tensor", "allgather_base"])
+    share = config.model.sequence_length * config.model.width * torch.bfloat16.itemsize // 2
+    # The inputs of two branches, of which the other rank's half is not kept; a gather more for each.
+    assert kept[1] - kept[0] == 2 * share
+    assert sent[0] - sent[1] == 2 * share

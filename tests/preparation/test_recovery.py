@@ -25,7 +25,8 @@ from ecp_scale.cluster.lock import only_writer
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.errors import InputError
 from ecp_scale.preparation import outputs, preprocessing, sources
-from ecp_scale.preparation.encoding import Encoder
+from ecp_scale.preparation.encoding import Encoder, Encoding
+from ecp_scale.preparation.interrupts import Interrupts
 from ecp_scale.preparation.journal import Journal, journal_path
 from ecp_scale.preparation.parsing import Parsing
 from ecp_scale.preparation.preprocessing import preprocess
@@ -140,8 +141,8 @@ def test_ctrl_c_while_a_worker_starts_waits_until_it_has() -> None:
 
     thread, pool = threading.Thread(target=send), Pool()
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        Encoder._submit(pool, [])
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        Encoder(Encoding("byte"), 1, interrupts)._submit(pool, [])
     thread.join()
     assert pool.done
 
