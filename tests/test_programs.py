@@ -77,6 +77,12 @@ def test_a_dry_run_reads_the_shards_and_the_run_folder(sharded_text: ShardedText
     assert ", goes on from step-" in out
 
 
+def test_a_backend_that_cannot_serve_is_refused(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = ("--config", "demo", "--data.prefix", sharded_text.prefix, "--training.output_dir", tmp_path / "run")
+    message = refused("launch/pretrain_ecp.py", *words, "--attention.backend=flex")
+    assert "attention.backend is flex, but FlexAttention has no backward pass on a CPU; use auto" in message
+
+
 def test_a_wrong_prefix_is_found_before_libraries_load(sharded_text: ShardedText, tmp_path: Path) -> None:
     words = ("--config", "demo", "--training.output_dir", tmp_path / "run")
     for options in (

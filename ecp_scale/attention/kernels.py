@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ecp_scale.config import AttentionBackend
+
 _aten = torch.ops.aten
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
@@ -134,6 +136,37 @@ def kernel_for(q: Tensor, k: Tensor, settings: Settings, documents: bool) -> Ker
     plain = settings == Settings() and not documents
     groups = q.shape[1] == k.shape[1] or GROUPS_ON_CPU
     return CpuKernel() if plain and groups and q.device.type == "cpu" else None
+
+
+def refusal(backend: AttentionBackend, q: Tensor, settings: Settings, documents: bool) -> str | None:
+    """Why a backend that is asked for cannot train with what is asked for besides; None where it can.
+
+    Args:
+        backend: what is asked for.
+        q: an example of queries (..., E), for device, type and head width.
+        settings: window and dropout.
+        documents: whether they are masked.
+    """
+    on_cpu = q.device.type == "cpu"
+    if backend == "flex" and on_cpu:
+        return "FlexAttention has no backward pass on a CPU"
+    if backend == "flex" and settings.dropout:
+        return f"FlexAttention has no dropout, and model.dropout is {settings.dropout:g}"
+    if backend != "flash" or kernel_for(q, q, settings, documents) is not None:
+        return None
+    if on_cpu:
+        asked = {
+            f"dropout (model.dropout is {settings.dropout:g})": settings.dropout > 0,
+            "documents (attention.document_mask is true)": documents,
+            "windows (model.architecture is sliding_window)": settings.window is not None,
+        }
+        return (
+            f"torch's flash kernel for CPUs has no {', no '.join(what for what, is_asked in asked.items() if is_asked)}"
+        )
+    if has_flash(q.device):
+        width, kind = q.shape[-1], str(q.dtype).removeprefix("torch.")
+        return f"FlashAttention takes bf16 and heads of 8, 16, ... to {WIDEST_HEAD}, found {kind} and heads of {width}"
+    return "this GPU, or this build of torch, has no FlashAttention"
 
 
 def has_flash(device: torch.device) -> bool:

@@ -30,6 +30,7 @@ def read_options() -> argparse.Namespace:
     for name in GEOMETRY_FIELDS:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
     parser.add_argument("--json", type=home, metavar="FILE", help="write the result here too")
     options = parser.parse_args()
     if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
@@ -45,19 +46,23 @@ def main() -> None:
     from ecp_scale.data.tokenizer import gives_texts_back
     from ecp_scale.evaluation.perplexity import COMPARABLE_UNKNOWN_SHARE, default_protocol, evaluate, unigram_result
     from ecp_scale.evaluation.texts import count_tokens, open_shards, read_text
-    from ecp_scale.parallel.device import local_device
+    from ecp_scale.parallel.device import check_precision, local_device
+    from ecp_scale.precision import DTYPES
 
     geometry = {name: getattr(options, name) for name in GEOMETRY_FIELDS if getattr(options, name) is not None}
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
     tokenizer = exported.tokenizer
     text = read_text(options.data, tokenizer, options.text_key)
     protocol = options.protocol or default_protocol(exported.config)
-    model = exported.load(device=local_device(0))
+    device = local_device(0)
+    check_precision(device, options.precision)
+    model = exported.load(DTYPES[options.precision], device)
     result = evaluate(model, text, tokenizer.end_of_document, protocol, progress=True)
     content: dict[str, Any] = {
         "model": options.model,
         "data": options.data,
         "protocol": result.protocol,
+        "precision": options.precision,
         "bits_per_byte": result.bits_per_byte,
         "token_perplexity": result.token_perplexity,
         "word_perplexity": result.word_perplexity,

@@ -168,14 +168,19 @@ class LoggingConfig:
     """Write TensorBoard's event files to RUN/tensorboard."""
     every_steps: int = 1
     """Optimizer steps between two lines on the screen, where it is no terminal."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to profile on the first rank, as [10, 12]; RUN/profile gets a trace, on a GPU memory too."""
     peak_teraflops: float | None = None
     """Peak of one device at the run's precision, for mfu; null looks known GPUs up."""
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the logging."""
-        return not_positive(
+        found = not_positive(
             "logging", self, ("every_steps", *(["peak_teraflops"] if self.peak_teraflops is not None else []))
         )
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            found.append(f"logging.profile_steps is {list(self.profile_steps)}, expected the first step and the last")
+        return found
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
+from ecp_scale.training.profiling import profiled
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
-from ecp_scale.training.starting import check_rate, write_settings
+from ecp_scale.training.starting import check_backend, check_rate, write_settings
 from ecp_scale.training.step import (
     DivergedError,
     StepResult,
@@ -81,6 +82,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         stop = stop or stack.enter_context(StopRequest())
         groups = stack.enter_context(process_groups(request.config.parallel, lambda: check_same(mine)))
         agreed(lambda: check_precision(groups.device, request.config.training.precision))
+        agreed(lambda: check_backend(request.config, groups.device))
         agreed(lambda: check_trackers(request.config))
         stack.enter_context(only_launch(run))
         start = decided(lambda: find_start(run, request.resume))
@@ -143,19 +145,19 @@ class _Run:
     def steps(self, start: Start) -> None:
         """Train from after what is done to the end, or until any rank is asked to stop."""
         config, replicas = self.config, self.groups.replicas
-        done, loss = start.progress, None
-        self.checkpoint = start.folder
-        first_step = done.step
+        done, loss, self.checkpoint = start.progress, None, start.folder
         reader = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
         readers = config.parallel.tensor * config.parallel.context  # ranks that read the same samples
-        skipped_in_a_row = 0
-        reason = self._reason()
+        skipped_in_a_row, reason = 0, self._reason()
         with ExitStack() as stack:
-            record = self._recorder(stack, first_step)
+            record = self._recorder(stack, done.step)
             batches = stack.enter_context(ReadAhead(reader))
+            profiled_steps = config.logging.profile_steps if self.is_first else None
+            begin_step = stack.enter_context(profiled(self.folder, profiled_steps, self.groups.device))
             collect_garbage = stack.enter_context(garbage_by_hand())
             while reason is None and done.step < config.training.steps:
                 began = time.perf_counter()
+                begin_step(done.step + 1)
                 sequences = config.sequences_after(done.tokens)
                 tokens = done.tokens + sequences * config.model.sequence_length
                 rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ecp_scale.attention import Settings, refusal
 from ecp_scale.checkpoint.saving import Start
 from ecp_scale.cluster.signals import STOPPED
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.console import say
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
+from ecp_scale.precision import weight_type
 
 LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
@@ -27,6 +31,20 @@ def write_settings(run: Path, config: str, deepspeed: dict[str, Any]) -> None:
         (run / STOPPED).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename or run}: {error.strerror or error}") from error
+
+
+def check_backend(config: Config, device: torch.device) -> None:
+    """Refuse an attention backend by name that would not compute anything here.
+
+    Raises:
+        InputError: saying what it lacks.
+    """
+    model, attention = config.model, config.attention
+    example = torch.empty(1, 1, 1, model.head_width, dtype=weight_type(config), device=device)
+    window = model.geometry.segment_length if model.architecture == "sliding_window" else None
+    reason = refusal(attention.backend, example, Settings(window, model.dropout), attention.document_mask)
+    if reason is not None:
+        raise InputError(f"attention.backend is {attention.backend}, but {reason}; use auto, which takes what serves")
 
 
 def check_rate(start: Start, config: Config, run_tokens: int, allow_jump: bool) -> None:

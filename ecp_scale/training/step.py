@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ecp_scale.parallel.groups import Groups
+from ecp_scale.training.profiling import named
 from ecp_scale.zero.engine import Engine, plain_gradient_norm
 
 GARBAGE_STEPS = 100
@@ -66,10 +67,12 @@ def optimizer_step(
     for number, (batch, mask) in enumerate(zip(micro_batches, trained, strict=True), start=1):
         ids = to_device(batch, groups.device)
         counted = None if mask is None else to_device(mask, groups.device)
-        total, _ = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
+        with named("forward"):
+            total, _ = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
         loss = total * scale
         losses.append(loss.detach().float())
-        engine.backward(loss)
+        with named("backward"):
+            engine.backward(loss)
         if number < len(micro_batches):
             engine.step()
 
@@ -88,7 +91,8 @@ def optimizer_step(
     if gradient_norm is not None and not math.isfinite(gradient_norm):
         raise DivergedError(f"the gradient norm is {gradient_norm}; the weights have not been updated with it")
     skipped_before = engine.skipped_steps
-    engine.step()
+    with named("update"):
+        engine.step()
     skipped = engine.skipped_steps > skipped_before
     if gradient_norm is None:
         gradient_norm = float(engine.get_global_grad_norm())

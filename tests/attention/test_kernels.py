@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,6 +155,38 @@ def test_grouped_heads_are_kept_from_a_kernel_that_reads_beyond_them(monkeypatch
     monkeypatch.setattr(kernels, "GROUPS_ON_CPU", False)
     assert kernels.kernel_for(q, k, Settings(), False) is None
     assert kernels.kernel_for(q, q, Settings(), False) is not None
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "documents", "reason"),
+    [
+        ("flash", Settings(dropout=0.1), False, r"has no dropout \(model.dropout is 0.1\)"),
+        ("flash", Settings(window=5), True, r"no documents \(.*\), no windows \("),
+        ("flex", Settings(), False, "FlexAttention has no backward pass on a CPU"),
+        ("flash", Settings(), False, None),
+        ("auto", Settings(window=5, dropout=0.1), True, None),
+        ("sdpa", Settings(window=5, dropout=0.1), True, None),
+        ("reference", Settings(window=5, dropout=0.1), True, None),
+    ],
+)
+def test_a_backend_that_cannot_serve_says_why(backend: Any, settings: Settings, documents: bool, reason: Any) -> None:
+    said = kernels.refusal(backend, torch.zeros(1, 2, 3, 8), settings, documents)
+    assert said is None if reason is None else re.search(reason, said)
+
+
+def test_what_flash_attention_does_not_take_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        wide, odd, right = (
+            torch.empty(1, 1, 1, width, dtype=dtype, device="cuda")
+            for width, dtype in ((64, torch.float32), (20, torch.bfloat16), (64, torch.bfloat16))
+        )
+    monkeypatch.setattr(kernels, "has_flash", lambda device: True)
+    assert "found float32 and heads of 64" in (kernels.refusal("flash", wide, Settings(), False) or "")
+    assert "found bfloat16 and heads of 20" in (kernels.refusal("flash", odd, Settings(), False) or "")
+    assert kernels.refusal("flash", right, Settings(window=3, dropout=0.1), True) is None
+    assert "has no dropout" in (kernels.refusal("flex", right, Settings(dropout=0.1), False) or "")
+    monkeypatch.setattr(kernels, "has_flash", lambda device: False)
+    assert "has no FlashAttention" in (kernels.refusal("flash", right, Settings(), False) or "")
 
 
 SCHEMAS = {

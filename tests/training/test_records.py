@@ -163,6 +163,17 @@ def test_a_copied_run_folder_gets_a_wandb_run_of_its_own(tmp_path: Path) -> None
     assert wandb_identity(first) == "of-before"
 
 
+def test_steps_are_profiled_into_the_run_folder(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--training.steps=4"]
+    train(parse([*words, "--logging.profile_steps=[2,3]"], ""))
+    trace = json.loads((tmp_path / "run" / "profile" / "steps-2-3.json").read_text())
+    named = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    # Layouts accumulate over two micro-batches.
+    assert [named.count(what) for what in ("forward", "backward", "update")] == [4, 4, 2]
+    with pytest.raises(InputError, match=r"profile_steps is \[3, 2\], expected the first step and the last"):
+        parse([*words, "--logging.profile_steps=[3,2]"], "")
+
+
 def test_tensorboard_gets_every_number_where_it_is_installed(sharded_text: ShardedText, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--logging.tensorboard=true"]
