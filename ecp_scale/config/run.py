@@ -21,9 +21,9 @@ class AttentionConfig:
     """What attention does at the borders of documents, and what computes it."""
 
     backend: AttentionBackend = "auto"
-    """Kernel of segment attention: torch's scaled_dot_product_attention for each segment (sdpa), two flash calls for
-    all (flash, on a CPU), FlexAttention (flex, on a GPU), or the fastest for the device (auto). All compute the same;
-    where flash or flex cannot (dropout; on a CPU also windows and documents), sdpa does."""
+    """What computes attention: a flash kernel in a few calls for all segments (flash), FlexAttention (flex, on a GPU),
+    torch's scaled_dot_product_attention for each segment (sdpa), all scores by definition (reference), or the fastest
+    that serves (auto). All compute the same; one that cannot, as flash on a CPU with dropout, is refused by name."""
     document_mask: bool = False
     """Attention never crosses the border of a document, in any architecture."""
     restart_positions: bool = False

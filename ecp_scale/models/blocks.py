@@ -71,9 +71,11 @@ class Attention(nn.Module):
         """(N, B, D) -> (N', B, D)."""
         with gathered_to_tensor_parallel_region(x_NBD, self.parallel) as whole_NBD:
             queries = self.pattern.query_rows(whole_NBD.shape[0])
-            q, k = self.query(whole_NBD[-queries:]), self.key(whole_NBD)
+            # A slice of everything is none, but has a backward pass that fills and adds a tensor.
+            asked_NBD = whole_NBD if queries == len(whole_NBD) else whole_NBD[-queries:]
+            q, k = self.query(asked_NBD), self.key(whole_NBD)
             v = None if self.value is None else self.value(whole_NBD)
-        del whole_NBD  # it is gathered again where it is needed
+        del whole_NBD, asked_NBD  # they are gathered again where they are needed
         if self.training and self.parallel.recompute == "selective":
             attended = recomputed(self._attend, q, k, v, positions, cache, random=self.config.dropout > 0)
         else:

@@ -17,8 +17,8 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.linear import ColumnLinear
 from ecp_scale.precision import is_on_a_gpu, linear, product_type
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "gpu": 1 << 27}
-"""Scores that exist at a time on this rank; as floats 64 and 512 MiB. With fewer, the products with the weights slow
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "gpu": 1 << 28}
+"""Scores that exist at a time on this rank; as floats 64 MiB and 1 GiB. With fewer, the products with the weights slow
 down, and on a GPU each chunk reads and writes the gradient of the weights once more."""
 ROWS_OF_A_TILE = 128
 """Of which chunks are multiples, for the tiles of matrix products."""
