@@ -75,4 +75,4 @@ def _positions(chunk: KeyValue, start: int, stop: int) -> KeyValue:
     # clone(): a view would keep the whole chunk alive.
     keys = chunk.keys[..., start:stop, :].clone()
     values = keys if chunk.keys is chunk.values else chunk.values[..., start:stop, :].clone()
-    return KeyValue(keys, values, None if chunk.documents is None else chunk.documents[..., start:stop])
+    return KeyValue(keys, values, None if chunk.documents is None else chunk.documents[..., start:stop].clone())

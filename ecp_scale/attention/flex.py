@@ -4,7 +4,7 @@ For GPUs, where the flash kernel cannot serve (float32, odd head widths). Its bl
 borders of blocks: torch's own way makes all pairs of positions, ten bytes each.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +26,11 @@ def flex_attention(q: Tensor, key_value: KeyValue, pattern: Pattern) -> Tensor:
     if documents is None:
         blocks = _plain_block_mask(pattern, q.device)
     else:
-        blocks = once_for(documents, pattern, lambda: block_mask(pattern, q.device, documents_on(documents, q.device)))
+        blocks = once_for(
+            documents,
+            ("blocks", pattern, q.device),
+            lambda: block_mask(pattern, q.device, documents_on(documents, q.device)),
+        )
     width = q.shape[-1]
     lacking = (0, max(0, NARROWEST_HEAD - width))
     # Trap: where a view begins is a graph of its own, too.
@@ -51,7 +55,7 @@ def _kernel(compiled: bool) -> Any:
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
-@cache
+@lru_cache(8)
 def _plain_block_mask(pattern: Pattern, device: torch.device) -> Any:
     """Block mask of a pattern without documents, which is equal in every layer and step."""
     return block_mask(pattern, device)

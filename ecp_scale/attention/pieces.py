@@ -23,7 +23,7 @@ _MADE: Any = WeakTensorKeyDictionary()
 def once_for(documents: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     """What ``make`` made of these documents at its first call: the layers of a micro-batch share one tensor.
 
-    The tensor must not be changed in place.
+    The tensor must not be changed in place, and what is made must not hold on to it, as a view of it would.
     """
     made = _MADE.setdefault(documents, {})
     if what not in made:

@@ -21,11 +21,11 @@ def reference_attention(
     Returns:
         The attended values (B, H, Q, E).
     """
-    q_BGRQE = q_BHQE.unflatten(1, (k_BGKE.shape[1], -1))
-    scores = (q_BGRQE @ k_BGKE[:, :, None].mT).to(torch.promote_types(q_BHQE.dtype, torch.float32))
-    scores_BHQK = scores.flatten(1, 2) / math.sqrt(q_BHQE.shape[-1])
+    wide = torch.promote_types(q_BHQE.dtype, torch.float32)
+    q_BGRQE = q_BHQE.to(wide).unflatten(1, (k_BGKE.shape[1], -1))
+    scores_BHQK = (q_BGRQE @ k_BGKE.to(wide)[:, :, None].mT).flatten(1, 2) / math.sqrt(q_BHQE.shape[-1])
     if visible is not None:
         scores_BHQK = scores_BHQK.masked_fill(~visible, -torch.inf)
-    weights_BHQK = torch.dropout(scores_BHQK.softmax(-1), dropout, train=True).to(v_BGKE.dtype)
+    weights_BHQK = torch.dropout(scores_BHQK.softmax(-1), dropout, train=True)
     weights_BGRQK = weights_BHQK.unflatten(1, (k_BGKE.shape[1], -1))
-    return (weights_BGRQK @ v_BGKE[:, :, None]).flatten(1, 2)
+    return (weights_BGRQK @ v_BGKE.to(wide)[:, :, None]).flatten(1, 2).to(q_BHQE.dtype)

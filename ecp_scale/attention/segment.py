@@ -23,6 +23,8 @@ from ecp_scale.attention.pieces import document_pieces, flash_pieces, once_for
 from ecp_scale.attention.sdpa import attend, attend_by_segment
 from ecp_scale.config import AttentionBackend
 
+FEWEST_QUERIES_OF_PIECES = 128
+"""With fewer, as in a step of generation, a mask is made sooner than the pieces of documents are on the host."""
 Exchange: TypeAlias = Callable[[KeyValue], Callable[[], KeyValue]]
 """Gives ``right`` away at once, and promises ``left``."""
 
@@ -72,7 +74,7 @@ def segment_attention(
     lengths = segment_lengths(k.shape[-2], segment_length, first_length)
     with_left = documents
     if with_left is not None and with_left.shape[-1] > k.shape[-2]:
-        documents = once_for(with_left, k.shape[-2], lambda: with_left[:, -k.shape[-2] :])
+        documents = once_for(with_left, k.shape[-2], lambda: with_left[:, -k.shape[-2] :].clone())
     chunk = KeyValue(k, v, documents)
     segments = chunk.split(lengths)
     # The first segment comes last: the others need not wait for its neighbour.
@@ -95,21 +97,21 @@ def _attend(q: Tensor, chunk: KeyValue, pattern: Pattern, dropout: float, backen
     """Attended values (B, H, Nq, E) of a chunk without a neighbour, in parts, by the kernel that serves."""
     settings = Settings(pattern.window, dropout)
     keys, values, documents = chunk
-    if backend in ("auto", "flash"):
-        kernel = kernel_for(q, keys, settings, documents is not None)
-        if kernel is not None and documents is not None:
-            pieces = once_for(documents, pattern, lambda: document_pieces(documents, pattern, q.device))
-            return [flash_pieces(q, keys, values, pieces, kernel, settings)]
-        if kernel is not None:
-            calls = segment_calls(pattern, kernel.lower_right)
-            square = all(call.queries == call.left + call.own or not call.causal for call in calls)
-            serves = kernel.lower_right or (square and q.shape[-2] > 1)
-            # What one plain causal call computes, torch's own choice among its kernels computes best.
-            is_plain = square and len(calls) == calls[0].stretches == 1 and settings == Settings()
-            if serves and not is_plain:
-                return [flash_attention(q, keys, values, calls, kernel, settings)]
-    wanted = backend == "flex" or (backend == "auto" and q.is_cuda)
-    if wanted and not dropout and q.shape[-2] > 1 and flex_serves(q):
+    kernel = kernel_for(q, keys, settings, documents is not None) if backend in ("auto", "flash") else None
+    wants_flex = backend == "flex" or (backend == "auto" and q.is_cuda and kernel is None)
+    if kernel is not None and documents is not None and q.shape[-2] >= FEWEST_QUERIES_OF_PIECES:
+        key = ("pieces", pattern, q.device)
+        pieces = once_for(documents, key, lambda: document_pieces(documents, pattern, q.device))
+        return [flash_pieces(q, keys, values, pieces, kernel, settings)]
+    if kernel is not None and documents is None:
+        calls = segment_calls(pattern, kernel.lower_right)
+        square = all(call.queries == call.left + call.own or not call.causal for call in calls)
+        serves = kernel.lower_right or (square and q.shape[-2] > 1)
+        # What one plain causal call computes, torch's own choice among its kernels computes best.
+        is_plain = square and len(calls) == calls[0].stretches == 1 and settings == Settings()
+        if serves and not is_plain:
+            return [flash_attention(q, keys, values, calls, kernel, settings)]
+    if wants_flex and not dropout and q.shape[-2] > 1 and flex_serves(q):
         return [flex_attention(q, chunk, pattern)]
     lengths = pattern.lengths
     if len(lengths) <= 1 + pattern.look_back and q.shape[-2] <= lengths[-1]:
@@ -124,7 +126,7 @@ def _behind(left: KeyValue | None, segment: KeyValue, with_left: Tensor | None) 
     seen = join(left, segment)
     if with_left is None or left.documents is not None:
         return seen
-    return seen._replace(documents=once_for(with_left, "first", lambda: with_left[:, : seen.positions]))
+    return seen._replace(documents=once_for(with_left, "first", lambda: with_left[:, : seen.positions].clone()))
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | Exchange | None) -> None:

@@ -79,16 +79,27 @@ class FailureDetector:
         Raises:
             AgreedError: on all ranks, naming those that share.
         """
-        self._store.set(f"gpu/{self.ranks.rank}", gpu)
-        keys = [f"gpu/{rank}" for rank in range(self.ranks.world_size)]
-        self._store.wait(keys, timedelta(seconds=self.timeout_seconds))
-        users: dict[bytes, list[int]] = {}
-        for rank, other in enumerate(self._store.multi_get(keys)):
-            users.setdefault(other, []).append(rank)
+        users: dict[str, list[int]] = {}
+        try:
+            for rank, other in enumerate(self._told("gpu", gpu)):
+                users.setdefault(other, []).append(rank)
+            self._store.set(f"gpu_read/{self.ranks.rank}", "")
+            if self.ranks.rank == 0:  # which takes the store with it when it ends
+                readers = [f"gpu_read/{rank}" for rank in range(self.ranks.world_size)]
+                self._store.wait(readers, timedelta(seconds=self.timeout_seconds))
+        except dist.DistError as error:
+            raise LostRankError("a rank was lost before the launch began", self._reports()) from error
         shared = {other: ranks for other, ranks in users.items() if other and len(ranks) > 1}
         if shared:
-            lines = [f"  - {', '.join(map(self._name, ranks))}: {other.decode()}" for other, ranks in shared.items()]
+            lines = [f"  - {', '.join(map(self._name, ranks))}: {other}" for other, ranks in shared.items()]
             raise AgreedError("ranks share a GPU, expected one each:\n" + "\n".join(lines))
+
+    def _told(self, what: str, mine: str) -> list[str]:
+        """What every rank tells of itself; all ranks take part."""
+        self._store.set(f"{what}/{self.ranks.rank}", mine)
+        keys = [f"{what}/{rank}" for rank in range(self.ranks.world_size)]
+        self._store.wait(keys, timedelta(seconds=self.timeout_seconds))
+        return [value.decode() for value in self._store.multi_get(keys)]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -244,12 +255,12 @@ class FailureDetector:
 
     def _notice_who_is_behind(self, heartbeats: dict[int, tuple[bytes, float]]) -> None:
         """Say once for each step who keeps the others waiting."""
-        stuck = min(json.loads(heartbeat)[3] for heartbeat, _ in heartbeats.values())
+        stuck = min(Progress(*json.loads(heartbeat)[1:]).seconds for heartbeat, _ in heartbeats.values())
         step = progress().step
         if stuck >= self.timeout_seconds / 2 and step != self._noticed_at:
-            self._noticed_at = step
             behind = self._behind()
             if behind is not None:
+                self._noticed_at = step
                 say(f"waiting     {behind}")
 
     def _failure_behind(self, error: Exception) -> str | None:

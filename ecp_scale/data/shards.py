@@ -7,6 +7,7 @@ Here every document is one sequence.
 
 import resource
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,7 @@ class OpenShards:
         """Keep ``most`` open; None takes what the limit allows, which is raised as far as it may be."""
         self._most = most
         self._shards: OrderedDict[Path, TokenShard] = OrderedDict()
+        self._lock = threading.Lock()  # a step is read ahead in a thread while the loop validates
 
     def shard(self, prefix: Path) -> TokenShard:
         """A shard, opened where it is not.
@@ -111,14 +113,14 @@ class OpenShards:
         Raises:
             InputError: if it is damaged.
         """
-        if prefix in self._shards:
+        with self._lock:
+            if prefix not in self._shards:
+                self._most = self._most or _shards_by_limit()
+                while len(self._shards) >= self._most:
+                    self._shards.popitem(last=False)
+                self._shards[prefix] = TokenShard(prefix)
             self._shards.move_to_end(prefix)
             return self._shards[prefix]
-        self._most = self._most or _shards_by_limit()
-        while len(self._shards) >= self._most:
-            self._shards.popitem(last=False)
-        self._shards[prefix] = TokenShard(prefix)
-        return self._shards[prefix]
 
 
 OPEN = OpenShards()

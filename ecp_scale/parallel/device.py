@@ -5,6 +5,7 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,6 +57,15 @@ def check_precision(device: torch.device, precision: str) -> None:
         )
 
 
+def done_so_far(device: torch.device) -> Callable[[], bool]:
+    """What tells, without waiting, whether the device has done all that it has been given until now."""
+    if device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record()
+    return event.query
+
+
 def set_tf32(allowed: bool) -> None:
     """Say whether a GPU may round operands of fp32 products to TF32; nothing to a CPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
@@ -63,7 +73,7 @@ def set_tf32(allowed: bool) -> None:
 
 def _check_driver() -> None:
     """Refuse to train on the CPU in silence where there is a GPU that torch is built for and cannot use."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
     if torch.version.cuda is None or hidden or not DRIVER.exists():
         return
     try:

@@ -90,7 +90,7 @@ class _GatheredAgain:
                 self.whole = gather_to_tensor_parallel_region(self.local, self.parallel)
         found = self.whole.as_strided(*packed)
         self.waiting -= 1
-        if not self.waiting:
+        if self.waiting <= 0:  # less than none where a graph is kept for a second pass
             self.whole = None
         return found
 

@@ -18,7 +18,6 @@ from ecp_scale.checkpoint.saving import (
     load,
     save,
 )
-from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
 from ecp_scale.cluster.signals import (
     LAUNCHER_SECONDS,
     STOP,
@@ -49,6 +48,7 @@ from ecp_scale.training.step import (
     garbage_by_hand,
     mean_loss,
     optimizer_step,
+    reporter,
 )
 from ecp_scale.training.trackers import check_trackers, start_trackers
 from ecp_scale.zero import json_config
@@ -204,24 +204,21 @@ class _Run:
         return record
 
     def _step(self, step: int, rate: float, batches: StepBatches, sequences: int) -> StepResult:
-        report_progress(step, COMPUTES)
         set_learning_rate(self.engine, rate)
         seed_step(self.config.training.seed, step, self.groups)
         set_batch(self.engine, sequences * self.config.parallel.context)
         try:
-            result = optimizer_step(
+            return optimizer_step(
                 self.engine,
                 batches.micro_batches,
                 self.groups,
                 self.stop.reason is not None,
                 self.config.data.loss_ignore_ids,
-                lambda: report_progress(step, WAITS),
+                reporter(step, self.groups.device),
                 batches.digest_parts,
             )
         except DivergedError as error:
             raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint or 'none'}") from None
-        report_progress(step, HAS_FINISHED)
-        return result
 
     def _validation_loss(self, corpus: Corpus) -> float:
         replicas = self.groups.replicas

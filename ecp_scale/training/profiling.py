@@ -40,18 +40,21 @@ def profiled(run: Path, steps: tuple[int, int] | None, device: torch.device) -> 
             return
         running = False
         profiler.stop()
-        folder = run / FOLDER
-        folder.mkdir(exist_ok=True)
-        trace = folder / f"steps-{first}-{last}.json"
-        profiler.export_chrome_trace(str(trace))
-        say(f"profile     {trace}")
+        trace = run / FOLDER / f"steps-{first}-{last}.json"
+        try:
+            trace.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(trace))
+            if on_gpu:
+                torch.cuda.memory._dump_snapshot(str(trace.with_suffix(".pickle")))
+            say(f"profile     {trace}")
+        except OSError as error:  # of no use to a run that would go on
+            say(f"profile     {trace} is not written: {error.strerror or error}")
         if on_gpu:
-            torch.cuda.memory._dump_snapshot(str(trace.with_suffix(".pickle")))
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def begin(step: int) -> None:
         nonlocal running
-        if step == first:
+        if first <= step <= last and not running:  # a run may be resumed in between
             running = True
             if on_gpu:
                 torch.cuda.memory._record_memory_history()

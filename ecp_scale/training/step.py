@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
+from ecp_scale.parallel.device import done_so_far
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.profiling import named
 from ecp_scale.zero.engine import Engine, plain_gradient_norm
@@ -42,21 +44,22 @@ def optimizer_step(
     groups: Groups,
     stop_requested: bool,
     ignored_ids: Sequence[int] = (),
-    wait_for_others: Callable[[], None] = lambda: None,
+    report: Callable[[int, str], None] = lambda part, what: None,
     to_sum: Sequence[int] = (),
 ) -> StepResult:
     """Accumulate over the micro-batches (micro, n + 1), which lie on the host, and update the weights.
 
     The loss is the mean over all targets of the step, on all ranks, that are not among ``ignored_ids``. Ranks and
     micro-batches may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to
-    what makes that mean the right one. ``wait_for_others`` is called when this rank has computed its part. ``to_sum``
-    are whole numbers below 2^53 in sum, which the message about the loss takes along.
+    what makes that mean the right one. ``report`` is told which part of the step is done, before ranks wait for each
+    other. ``to_sum`` are whole numbers below 2^53 in sum, which the message about the loss takes along.
 
     Raises:
         DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the
             gradients not finite and has not skipped the update.
     """
     losses = []
+    report(0, COMPUTES)
     targets = [engine.module.trained_targets(ids[:, 1:]) for ids in micro_batches]
     trained = [has_loss(some, ignored_ids) if ignored_ids else None for some in targets]
     count = sum(some.numel() for some in targets) * groups.data.size()
@@ -69,6 +72,7 @@ def optimizer_step(
         counted = None if mask is None else to_device(mask, groups.device)
         with named("forward"):
             total, _ = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
+        report(number, f"has done forward pass {number} of")
         loss = total * scale
         losses.append(loss.detach().float())
         with named("backward"):
@@ -76,13 +80,13 @@ def optimizer_step(
         if number < len(micro_batches):
             engine.step()
 
-    wait_for_others()
+    report(len(micro_batches) + 1, WAITS)
     # One all-reduce tells everybody the mean loss and whether anybody was asked to stop. Ranks of one tensor group
     # hold the same loss, those of a context group the losses of their runs, so the mean over all ranks is that of all.
-    told = torch.tensor([0.0, float(stop_requested), *to_sum], dtype=torch.float64).to(groups.device)
+    told = to_device(torch.tensor([0.0, float(stop_requested), *to_sum], dtype=torch.float64), groups.device)
     told[0] = torch.stack(losses).double().mean()
     dist.all_reduce(told)
-    loss_sum, stops, *sums = told.tolist()  # the one place where the host waits for the device before the update
+    loss_sum, stops, *sums = told.tolist()  # where the host waits for the device
     loss_value = loss_sum / dist.get_world_size()
     if not math.isfinite(loss_value):
         raise DivergedError(f"the loss is {loss_value}; the weights have not been updated with it")
@@ -98,7 +102,13 @@ def optimizer_step(
         gradient_norm = float(engine.get_global_grad_norm())
         if not math.isfinite(gradient_norm) and not skipped:
             raise DivergedError(f"the gradient norm is {gradient_norm} and the weights have been updated with it")
+    report(len(micro_batches) + 2, HAS_FINISHED)
     return StepResult(loss_value, gradient_norm, skipped, stops > 0, tuple(map(int, sums)))
+
+
+def reporter(step: int, device: torch.device) -> Callable[[int, str], None]:
+    """What tells with this rank's heartbeat how far it is in a step, once its device is so far, too."""
+    return lambda part, what: report_progress(step, part, what, done_so_far(device))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """What a GPU would run, without one: plans of calls and of pieces by a stand-in kernel, shapes by fake CUDA."""
 
+import gc
 import itertools
 import random
 import re
@@ -14,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.testing import assert_close
 
-from ecp_scale.attention import KeyValue, SegmentCache, attend, flex, kernels, sdpa, segment, segment_attention
+from ecp_scale.attention import KeyValue, SegmentCache, attend, flex, kernels, pieces, sdpa, segment, segment_attention
 from ecp_scale.attention.calls import Pattern, segment_calls
 from ecp_scale.attention.flash import _Flash
 from ecp_scale.attention.flex import BLOCK, block_mask
 from ecp_scale.attention.kernels import CudaKernel, Lengths, Settings
 from ecp_scale.attention.pieces import Pieces, _FlashPieces, document_pieces
+from ecp_scale.attention.reference import reference_attention
 from tests.attention.oracle import dense_attention, random_documents, same_document
 from tests.attention.stand_in import StandIn
 
@@ -30,6 +32,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     kernel = StandIn()
     for module in (segment, sdpa):
         monkeypatch.setattr(module, "kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(segment, "FEWEST_QUERIES_OF_PIECES", 1)
     return kernel
 
 
@@ -106,7 +109,10 @@ def test_every_pattern_equals_its_definition_forward_and_backward(case: dict[str
     pairs = (torch.autograd.grad((x * weights).sum(), inputs, allow_unused=True) for x in (out, expected))
     for got, wanted in zip(*pairs, strict=True):
         # A neighbour that no query sees has no gradient.
-        assert_close(torch.zeros(()) if got is None else got, wanted if got is not None else torch.zeros(()))
+        if wanted is not None:
+            assert_close(torch.zeros_like(wanted) if got is None else got, wanted)
+        else:
+            assert got is None or not got.any()
     alone = case["n"] <= (case["first"] or case["m"]) and case["queries"] in (1, case["n"])
     assert stand_in.calls > 0 or (alone and not case["left"])
 
@@ -243,7 +249,7 @@ def test_shapes_and_types_with_the_real_operators_on_fake_cuda(
 def test_pieces_with_the_real_operators_on_fake_cuda() -> None:
     n, batch = 600, 2
     documents = random_documents(batch, n, 1)
-    pieces = document_pieces(documents, Pattern(n, n, 128, 128), torch.device("cpu"))
+    on_host = document_pieces(documents, Pattern(n, n, 128, 128), torch.device("cpu"))
     with FakeTensorMode(), torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         q, k, v = (
             torch.empty(n, batch, heads, 64, dtype=torch.bfloat16, device="cuda").permute(1, 2, 0, 3)
@@ -251,9 +257,9 @@ def test_pieces_with_the_real_operators_on_fake_cuda() -> None:
         )
         borders, _, rows, keys = (
             torch.empty(x.shape, dtype=torch.int32, device="cuda")
-            for x in (*pieces.lengths[:2], pieces.queries, pieces.keys)
+            for x in (*on_host.lengths[:2], on_host.queries, on_host.keys)
         )
-        on_cuda = Pieces(Lengths(borders, borders, *pieces.lengths[2:]), rows, keys)
+        on_cuda = Pieces(Lengths(borders, borders, *on_host.lengths[2:]), rows, keys)
         ctx: Any = Context()
         out = _FlashPieces.forward(ctx, q, k, v, on_cuda, CudaKernel(), Settings(window=50))
         of_q, of_k, of_v, *_ = _FlashPieces.backward(ctx, torch.empty_like(out))
@@ -359,3 +365,41 @@ def test_flex_is_compiled_for_no_length_anew(graphs: Callable[[], int]) -> None:
             q, k, v = tensors(n)
             cache.attend(q, KeyValue(k, v))
     assert graphs() <= 6 < torch._dynamo.config.recompile_limit
+
+
+def test_what_was_made_of_documents_goes_with_them(stand_in: StandIn) -> None:
+    made = pieces._MADE
+    before = len(made)
+    x = torch.randn(1, 2, 8, 4)
+    left = KeyValue(x[:, :, :4], x[:, :, :4])
+    for _ in range(3):
+        segment_attention(x, x, x, 4, left, documents=torch.zeros(1, 12, dtype=torch.int64))
+    gc.collect()
+    assert len(made) == before
+
+
+def test_one_tensor_of_documents_serves_several_kernels() -> None:
+    documents = torch.zeros(1, 256, dtype=torch.int64)
+    x = torch.randn(1, 2, 256, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "kernel_for", lambda *_: StandIn())
+        out, _ = segment_attention(x, x, x, 64, documents=documents)
+    other, _ = segment_attention(x, x, x, 64, documents=documents, backend="flex")
+    assert_close(out, other, rtol=1e-4, atol=1e-4)
+
+
+def test_one_causal_segment_is_left_to_torch(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(segment, "attend", lambda q, *_, **__: asked.append(1) or q)
+    monkeypatch.setattr(segment, "flex_attention", pytest.fail)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, 16, dtype=torch.bfloat16, device="cuda")
+        segment_attention(q, q, q, 1024)
+    assert (len(asked), stand_in.calls) == (1, 0)
+
+
+def test_the_reference_keeps_scores_in_float32() -> None:
+    q, k, v = (3 * torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    halves = [x.bfloat16() for x in (q, k, v)]
+    exact = reference_attention(*(x.double() for x in halves))
+    assert_close(reference_attention(*halves).double(), exact, rtol=2**-8, atol=2**-8)

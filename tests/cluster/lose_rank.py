@@ -33,14 +33,14 @@ def main() -> None:
         dist.all_reduce(torch.ones(1))
         print("together", flush=True)
         for step in range(1, 2000 if how not in ("nothing", "own") else 20):
-            report_progress(step, COMPUTES)
+            report_progress(step, 0, COMPUTES)
             if dist.get_rank() == lost:
                 fail(how)
             if how == "mistaken":
                 torch.ones(2) + torch.ones(3)
-            report_progress(step, WAITS)
+            report_progress(step, 1, WAITS)
             dist.all_reduce(torch.ones(1))
-            report_progress(step, HAS_FINISHED)
+            report_progress(step, 2, HAS_FINISHED)
 
 
 if __name__ == "__main__":

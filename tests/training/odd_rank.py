@@ -3,16 +3,21 @@
 ``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder
 is another. ``stale``: it does not see the newest checkpoint. ``hidden``: it cannot read the files of checkpoints.
 ``cache``: it reads other bytes of its own file of the optimizer. ``shards``: it sees other shards under the prefix.
-``full``: it cannot write its share of a checkpoint, as where its disk is full.
+``full``: it cannot write its share of a checkpoint, as where its disk is full. ``hung``: its second forward pass of all
+does not end, as a kernel that hangs.
 """
 
+import itertools
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from ecp_scale import errors
 from ecp_scale.checkpoint import folder, saving
 from ecp_scale.command_line import parse
+from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.training import agreement, corpora, loop
 from ecp_scale.training.step import DivergedError
 from ecp_scale.zero import checkpoint_engine
@@ -48,6 +53,15 @@ def make_odd(what: str, options: list[str]) -> None:
 
         corpora.Corpus.__init__ = open_other  # type: ignore[method-assign, assignment]
         os.environ["LOCAL_RANK"] = "0"  # of its own host
+    elif what == "hung":
+        forward, calls = LanguageModel.forward, itertools.count(1)
+
+        def hang(*arguments: Any, **named: Any) -> Any:
+            if next(calls) == 2:
+                time.sleep(1000)
+            return forward(*arguments, **named)
+
+        LanguageModel.forward = hang  # type: ignore[method-assign]
     elif what == "full":
 
         def fail(states: object, path: Path) -> FileRecord:

@@ -69,6 +69,17 @@ def test_ranks_that_differ_are_named_before_any_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_rank_whose_kernel_hangs_is_named_by_the_pass_that_it_is_in(
+    sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    done = odd_launch("hung", *options(sharded_text, tmp_path / "run", "--parallel.timeout_seconds=16"))
+    assert done.returncode != 0
+    # Each step of the layout has two micro-batches, which ranks reduce together in the second's backward pass.
+    named = f"rank 1 of 2 on host {socket.gethostname()} has done forward pass 1 of step 1, for "
+    assert f"stopped: {named}" in done.stderr, done.stderr[-3000:]
+    assert "where another has done forward pass 2 of step 1, for " in done.stderr
+
+
 def test_a_run_folder_that_a_host_does_not_share_is_refused(sharded_text: ShardedText, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "other").mkdir()
