@@ -4,8 +4,13 @@ import io
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+GRACE_SECONDS = 2.0
+"""How long a rank that refuses its input waits for the first one to do so."""
 
 
 class InputError(ValueError):
@@ -65,6 +70,9 @@ def input_errors_exit() -> Iterator[None]:
         yield
     except InputError as error:
         _say_input_error(error)
+        if not is_first_rank():
+            # A launcher ends all ranks when it sees the first of them end: let that be the one that says why.
+            time.sleep(GRACE_SECONDS)
         sys.exit(2)
     except LostRankError as error:
         if error.reports:

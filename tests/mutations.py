@@ -107,7 +107,7 @@ BUGS = (
     ),
     Bug(
         "training/step.py",
-        "scale = len(batches) * groups.data.size() / max(1, count)",
+        "scale = len(micro_batches) * groups.data.size() / max(1, count)",
         "scale = groups.data.size() / max(1, count)",
         STEP,
     ),

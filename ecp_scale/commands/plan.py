@@ -12,7 +12,6 @@ import re
 
 from ecp_scale.command_line import Request, parse
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.training.corpora import open_data
 
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20}
 PROPOSED = 3
@@ -40,6 +39,8 @@ def main() -> int:
     if options.gpus < 1:
         raise InputError(f"--gpus is {options.gpus}, expected at least 1")
     request = parse(rest, "", world_size=options.gpus)
+    from ecp_scale.training.corpora import open_data
+
     config = open_data(request.config)[0] if request.config.data.is_set else request.config
     if config.model.vocab_size is None:
         raise InputError("model.vocab_size is null; set it, or data.prefix to shards, whose tokenizer tells it")

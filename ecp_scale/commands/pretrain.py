@@ -19,7 +19,6 @@ from ecp_scale.cluster.signals import StopRequest
 from ecp_scale.command_line import Request, parse, to_yaml
 from ecp_scale.console import counted, quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
-from ecp_scale.training.corpora import check_prefixes, open_data
 from ecp_scale.zero import json_config
 
 
@@ -31,6 +30,8 @@ def describe(request: Request) -> str:
     """
     config, data, folder = request.config, "not set", request.config.training.output_dir or "not set"
     if config.data.is_set:
+        from ecp_scale.training.corpora import open_data
+
         config, blend, _ = open_data(config)
         data = blend.describe(config.tokens_after(config.training.steps))
     if config.training.output_dir is not None and Path(config.training.output_dir).exists():
@@ -72,6 +73,8 @@ def main() -> None:
             print(describe(request))
         return
     if on_one_host():  # else the first rank looks, and then the first of every host, in one launch
+        from ecp_scale.training.corpora import check_prefixes
+
         check_prefixes(request.config)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())

@@ -233,7 +233,7 @@ def test_a_run_says_what_it_is_how_it_goes_and_how_it_ended(sharded_text: Sharde
     assert done.stderr.count("validation loss") == 1
     assert "step 4  saved in" in done.stderr
     assert lines[-2].startswith("finished    step 5, loss ")
-    assert lines[-1].endswith(f"launch/convert_checkpoint.py --checkpoint {output} --output {output / 'model'}")
+    assert lines[-1].endswith(f"ecp-convert --checkpoint {output} --output {output / 'model'}")
     assert "WARNING" in (output / "logs" / "rank-00000.log").read_text()
     again = run("launch/pretrain_ecp.py", *words, "--training.steps=3", "--resume=auto")
     assert again.returncode == 0

@@ -49,6 +49,7 @@ WITH_OTHERS = {
     "training.steps": "every resume here",
     "training.precision": "tests/parallel: layouts",
     "training.compile": "equal up to rounding: tests/models",
+    "training.tf32": "rounds products on a GPU alone",
     "training.micro_batch_size": "equal up to rounding: tests/parallel",
     "attention.backend": "equal up to rounding: tests/attention",
     "parallel.tensor": "tests/training/test_runs.py: other ranks",
