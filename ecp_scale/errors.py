@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 GRACE_SECONDS = 2.0
 """How long a rank that refuses its input waits for the first one to do so."""
 

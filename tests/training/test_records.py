@@ -168,8 +168,8 @@ def test_steps_are_profiled_into_the_run_folder(sharded_text: ShardedText, tmp_p
     train(parse([*words, "--logging.profile_steps=[2,3]"], ""))
     trace = json.loads((tmp_path / "run" / "profile" / "steps-2-3.json").read_text())
     named = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-    # Layouts accumulate over two micro-batches.
-    assert [named.count(what) for what in ("forward", "backward", "update")] == [4, 4, 2]
+    # Layouts accumulate over four micro-batches.
+    assert [named.count(what) for what in ("forward", "backward", "update")] == [8, 8, 2]
     with pytest.raises(InputError, match=r"profile_steps is \[3, 2\], expected the first step and the last"):
         parse([*words, "--logging.profile_steps=[3,2]"], "")
 

@@ -59,6 +59,7 @@ WITH_OTHERS = {
 }
 """What may change and is tested elsewhere, or has no effect by itself."""
 WITHOUT_EFFECT = {
+    "logging.profile_steps": "[5,5]",
     "model.allow_short_receptive_field": True,
     "parallel.timeout_seconds": 300,
     "training.validation_every_steps": 1,
