@@ -30,7 +30,9 @@ def attended_and_gradients(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("device", "backend"), [("cpu", "sdpa"), ("cpu", "flash"), ("cuda", "sdpa"), ("cuda", "flex")])
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "sdpa"), ("cpu", "flash"), ("cuda", "sdpa"), ("cuda", "flash"), ("cuda", "flex")]
+)
 def test_bf16_is_near_float64_forward_and_backward(device: str, backend: AttentionBackend, case: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU, and torch finds none")
