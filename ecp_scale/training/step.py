@@ -81,13 +81,7 @@ def optimizer_step(
             engine.step()
 
     report(len(micro_batches) + 1, WAITS)
-    # One all-reduce tells everybody the mean loss and whether anybody was asked to stop. Ranks of one tensor group
-    # hold the same loss, those of a context group the losses of their runs, so the mean over all ranks is that of all.
-    told = to_device(torch.tensor([0.0, float(stop_requested), *to_sum], dtype=torch.float64), groups.device)
-    told[0] = torch.stack(losses).double().mean()
-    dist.all_reduce(told)
-    loss_sum, stops, *sums = told.tolist()  # where the host waits for the device
-    loss_value = loss_sum / dist.get_world_size()
+    loss_value, stops, sums = _shared(losses, stop_requested, to_sum, groups.device)
     if not math.isfinite(loss_value):
         raise DivergedError(f"the loss is {loss_value}; the weights have not been updated with it")
 
@@ -103,7 +97,22 @@ def optimizer_step(
         if not math.isfinite(gradient_norm) and not skipped:
             raise DivergedError(f"the gradient norm is {gradient_norm} and the weights have been updated with it")
     report(len(micro_batches) + 2, HAS_FINISHED)
-    return StepResult(loss_value, gradient_norm, skipped, stops > 0, tuple(map(int, sums)))
+    return StepResult(loss_value, gradient_norm, skipped, stops, sums)
+
+
+def _shared(
+    losses: list[Tensor], stop_requested: bool, to_sum: Sequence[int], device: torch.device
+) -> tuple[float, bool, tuple[int, ...]]:
+    """One message for all: the mean loss, whether any rank was asked to stop, and sums of whole numbers.
+
+    Ranks of one tensor group hold the same loss, those of a context group the losses of their runs, so the mean over
+    all ranks is that of all.
+    """
+    told = to_device(torch.tensor([0.0, float(stop_requested), *to_sum], dtype=torch.float64), device)
+    told[0] = torch.stack(losses).double().mean()
+    dist.all_reduce(told)
+    loss_sum, stops, *sums = told.tolist()  # where the host waits for the device
+    return loss_sum / dist.get_world_size(), stops > 0, tuple(map(int, sums))
 
 
 def reporter(step: int, device: torch.device) -> Callable[[int, str], None]:
