@@ -9,7 +9,7 @@ import torch
 
 from ecp_scale.errors import InputError
 from ecp_scale.parallel import device
-from ecp_scale.parallel.device import check_precision, gpu_identity, local_device
+from ecp_scale.parallel.device import check_precision, gpu_identity, local_device, set_tf32
 
 GPU = torch.device("cuda", 0)
 
@@ -21,6 +21,7 @@ def play(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> None:
 
 
 def test_each_rank_takes_its_gpu_or_the_only_one_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # which it would set for good
     play(monkeypatch, is_available=True, device_count=4, set_device=None)
     assert local_device(3) == torch.device("cuda", 3)
     play(monkeypatch, device_count=1)
@@ -64,3 +65,12 @@ def test_gpus_are_told_apart_and_cpus_may_be_shared(monkeypatch: pytest.MonkeyPa
     play(monkeypatch, get_device_properties=SimpleNamespace(uuid="1234"))
     assert gpu_identity(GPU) == "1234"
     assert gpu_identity(torch.device("cpu")) == ""
+
+
+def test_tf32_is_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        before = backend.allow_tf32
+        for allowed in (True, False):
+            set_tf32(allowed)
+            assert backend.allow_tf32 is allowed
+        backend.allow_tf32 = before
