@@ -74,7 +74,7 @@ def segment_attention(
     lengths = segment_lengths(k.shape[-2], segment_length, first_length)
     with_left = documents
     if with_left is not None and with_left.shape[-1] > k.shape[-2]:
-        documents = once_for(with_left, k.shape[-2], lambda: with_left[:, -k.shape[-2] :].clone())
+        documents = once_for(with_left, ("last", k.shape[-2]), lambda: with_left[:, -k.shape[-2] :].clone())
     chunk = KeyValue(k, v, documents)
     segments = chunk.split(lengths)
     # The first segment comes last: the others need not wait for its neighbour.
@@ -126,7 +126,9 @@ def _behind(left: KeyValue | None, segment: KeyValue, with_left: Tensor | None) 
     seen = join(left, segment)
     if with_left is None or left.documents is not None:
         return seen
-    return seen._replace(documents=once_for(with_left, "first", lambda: with_left[:, : seen.positions].clone()))
+    return seen._replace(
+        documents=once_for(with_left, ("first", seen.positions), lambda: with_left[:, : seen.positions].clone())
+    )
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, segment_length: int, left: KeyValue | Exchange | None) -> None:
