@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ecp_scale.attention import sdpa, segment
-from ecp_scale.attention.kernels import Lengths, Settings
+from ecp_scale.attention.kernels import Lengths, Operands, Settings, State, Whole
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
 from ecp_scale.models import blocks, loss, norms
@@ -78,36 +78,49 @@ class Counts(TorchDispatchMode):
             self.fused = False
 
 
-class Flash:
-    """Shapes and types of torch's FlashAttention for CUDA; its bytes are not counted, its FLOPs are the config's."""
+class ShapesOfFlash:
+    """Shapes and types of torch's FlashAttention for CUDA, with nothing in them."""
 
     lower_right = True
 
-    def __init__(self, counts: Counts) -> None:
-        self.counts = counts
-
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, State]:
         """One kernel."""
-        with self.counts.one_kernel():
-            normalisers = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-            return torch.empty(q.shape, dtype=q.dtype, device=q.device), normalisers, ()
+        *stretches, rows, heads, _ = q.shape
+        normalisers = q.new_empty(*stretches, heads, rows, dtype=torch.float32)
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device), normalisers, ()
 
     def backward(
         self,
         gradient: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor],
-        whole: tuple[Tensor, Tensor],
+        operands: Operands,
+        whole: Whole,
         causal: bool,
         settings: Settings,
-        state: tuple[Tensor, ...],
+        state: State,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Operands:
+        """One kernel."""
+        of_q, of_k, of_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands)
+        return of_q, of_k, of_v
+
+
+class Flash(ShapesOfFlash):
+    """Counts its calls; its bytes are not counted, its FLOPs are the config's."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+
+    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor, State]:
         """One kernel."""
         with self.counts.one_kernel():
-            of_q, of_k, of_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands)
-            return of_q, of_k, of_v
+            return super().forward(*arguments, **named)
+
+    def backward(self, *arguments: Any, **named: Any) -> Operands:
+        """One kernel."""
+        with self.counts.one_kernel():
+            return super().backward(*arguments, **named)
 
 
 def fused_by(counts: Counts) -> Callable[[Callable[..., Any], bool], Callable[..., Any]]:

@@ -5,7 +5,7 @@ whole, so that calls over parts of the keys add up. Tensors are (C, Q, H, E) and
 in the type of their products; with ``Lengths`` they are (rows, heads, E), stretches of any length one behind the other.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ WIDEST_HEAD = 256
 
 GROUPS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 """Trap: before, torch's kernel for CPUs takes grouped heads without a word, and reads and writes beyond the keys."""
+
+
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, or their gradients."""
+Whole: TypeAlias = tuple[Tensor, Tensor]
+"""Output and normalisers of rows over all of their keys."""
+State: TypeAlias = tuple[Tensor, ...]
+"""What a backward pass needs of the random state of its forward pass."""
 
 
 class Lengths(NamedTuple):
@@ -45,19 +53,19 @@ class Kernel(Protocol):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, State]:
         """Output as the queries, normalisers (C, H, Q), and what the backward pass needs of the random state."""
 
     def backward(
         self,
         gradient: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor],
-        whole: tuple[Tensor, Tensor],
+        operands: Operands,
+        whole: Whole,
         causal: bool,
         settings: Settings,
-        state: tuple[Tensor, ...],
+        state: State,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Operands:
         """Gradients of queries, keys and values, given output and normalisers of the whole."""
 
 
@@ -68,7 +76,7 @@ class CpuKernel:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, State]:
         """See ``Kernel``."""
         operands = (x.transpose(1, 2) for x in (q, k, v))
         out, normalisers = _aten._scaled_dot_product_flash_attention_for_cpu(*operands, 0.0, causal)
@@ -77,13 +85,13 @@ class CpuKernel:
     def backward(
         self,
         gradient: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor],
-        whole: tuple[Tensor, Tensor],
+        operands: Operands,
+        whole: Whole,
         causal: bool,
         settings: Settings,
-        state: tuple[Tensor, ...],
+        state: State,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Operands:
         """See ``Kernel``."""
         heads_first = (x.transpose(1, 2) for x in (gradient, *operands, whole[0]))
         backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -98,7 +106,7 @@ class CudaKernel:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, State]:
         """See ``Kernel``."""
         sizes = lengths or Lengths(None, None, q.shape[1], k.shape[1])  # type: ignore[arg-type]
         out, normalisers, *state, _ = _aten._flash_attention_forward(
@@ -109,13 +117,13 @@ class CudaKernel:
     def backward(
         self,
         gradient: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor],
-        whole: tuple[Tensor, Tensor],
+        operands: Operands,
+        whole: Whole,
         causal: bool,
         settings: Settings,
-        state: tuple[Tensor, ...],
+        state: State,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Operands:
         """See ``Kernel``."""
         sizes = lengths or Lengths(None, None, operands[0].shape[1], operands[1].shape[1])  # type: ignore[arg-type]
         return _aten._flash_attention_backward(

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from ecp_scale.attention.kernels import Lengths, Settings
+from ecp_scale.attention.kernels import Lengths, Operands, Settings, State, Whole
 
 
 class StandIn:
@@ -20,7 +20,7 @@ class StandIn:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, State]:
         """As a flash kernel: output, normalisers, and a state that the backward pass must get back."""
         self.calls += 1
         state = (torch.tensor(self.calls),)
@@ -33,13 +33,13 @@ class StandIn:
     def backward(
         self,
         gradient: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor],
-        whole: tuple[Tensor, Tensor],
+        operands: Operands,
+        whole: Whole,
         causal: bool,
         settings: Settings,
-        state: tuple[Tensor, ...],
+        state: State,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Operands:
         """As a flash kernel: gradients of the operands."""
         (number,) = state
         assert self.shapes.pop(int(number)) == operands[0].shape  # once each, and that of its own call

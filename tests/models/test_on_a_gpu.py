@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.estimate import META, VIEWS, ShapesOfFlash
 from ecp_scale.attention import sdpa, segment
-from ecp_scale.attention.kernels import Lengths, Settings
+from ecp_scale.attention.kernels import Operands, Whole
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config, ModelConfig
 from ecp_scale.models import blocks
@@ -31,13 +32,7 @@ from ecp_scale.parallel.linear import gather_to_tensor_parallel_region
 from ecp_scale.planning.tracing import _fake_launch, _groups, _micro_batch
 from ecp_scale.precision import as_on_a_gpu
 
-META = torch.device("meta")
 WAITS = {"_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique", "_unique2"}
-VIEWS = {
-    *("view", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias"),
-    *("as_strided", "split", "split_with_sizes", "_unsafe_view", "unbind", "unfold", "unflatten", "_reshape_alias"),
-    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "narrow"),
-}
 
 
 class Watch(TorchDispatchMode):
@@ -67,33 +62,13 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class Flash:
-    """Shapes and types of torch's FlashAttention for CUDA."""
+class Flash(ShapesOfFlash):
+    """Holds normalisers to what CUDA's wants."""
 
-    lower_right = True
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """One kernel."""
-        rows = q.shape[:-1] if lengths is None else (1, *q.shape[:-1])
-        normalisers = q.new_zeros(rows[0], rows[2], rows[1], dtype=torch.float32)
-        return torch.empty_like(q, memory_format=torch.contiguous_format), normalisers[0 if lengths else ...], ()
-
-    def backward(
-        self,
-        gradient: Tensor,
-        operands: tuple[Tensor, Tensor, Tensor],
-        whole: tuple[Tensor, Tensor],
-        causal: bool,
-        settings: Settings,
-        state: tuple[Tensor, ...],
-        lengths: Lengths | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, gradient: Tensor, operands: Operands, whole: Whole, *rest: Any, **named: Any) -> Operands:
         """One kernel."""
         assert whole[1].is_contiguous()
-        of_q, of_k, of_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in operands)
-        return of_q.zero_(), of_k, of_v
+        return super().backward(gradient, operands, whole, *rest, **named)
 
 
 @pytest.fixture(autouse=True)
