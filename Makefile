@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # torch comes first and bounded, so that nothing else can pull a newer build.
 TORCH := "torch>=2.8,<2.14"
 
-.PHONY: install demo test check format docs clean
+.PHONY: install demo test test-gpu check format docs clean
 
 install: $(INSTALLED)
 
@@ -23,6 +23,10 @@ demo: install
 # Two processes for two cores: most tests use one.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# On a machine with a GPU; PYTHON there is one whose torch fits its driver.
+test-gpu:
+	ECP_TEST_GPU=1 OMP_NUM_THREADS=1 $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/gpu --numprocesses 4
 
 check: install
 	$(BIN)/ruff format --check .

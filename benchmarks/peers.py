@@ -86,8 +86,9 @@ def _rotated(x: Tensor) -> Tensor:
     width = x.shape[-1]
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=x.device) / width)
     angles = torch.outer(torch.arange(x.shape[-2], device=x.device), rates)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
-    turned = (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos())
+    turned = (even * cos - odd * sin, even * sin + odd * cos)
     return torch.stack(turned, dim=-1).flatten(-2)
 
 

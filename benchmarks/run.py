@@ -35,6 +35,10 @@ MATERIALISED = (
     f"fp32 materialised by segment{KEPT}",
 )
 OTHERS = ("Hugging Face Llama", "Hugging Face GPT-2", "our transformer")
+ON_A_GPU = ("bf16 materialised n x n", "bf16 materialised by segment", "fp32 materialised by segment")
+OTHERS_ON_A_GPU = ("bf16 Hugging Face Llama", "bf16 Hugging Face GPT-2", "our transformer")
+SEQUENCES = 8
+"""Of a micro-batch of the paper's model: one alone is over before a GPU has been told of it."""
 PERCEIVER = {"tied_key_value": False, "key_value_norm": False}
 """What perceiver-ar-pytorch has of the choices of the preset."""
 NARROW = {"layers": 2, "width": 256, "heads": 2, "feed_forward_width": 1024, "vocab_size": 4096}
@@ -121,8 +125,8 @@ def gpu(sizes: Sizes) -> Suite:
     long = sizes.preset("scaled-350m", "bf16")
     long = dataclasses.replace(long, parallel=dataclasses.replace(long.parallel, recompute="full"))
     return {
-        "step bf16, materialised": sizes.steps(MATERIALISED, "paper-12l", "bf16"),
-        "step bf16, others": sizes.steps(OTHERS, "paper-12l", "bf16"),
+        "step bf16, materialised": sizes.steps(ON_A_GPU, "paper-12l", "bf16", sequences=SEQUENCES),
+        "step bf16, others": sizes.steps(OTHERS_ON_A_GPU, "paper-12l", "bf16", sequences=SEQUENCES),
         **sizes.layers(torch.bfloat16, 2048, 8192, 32_768, full_up_to=32_768),
         **sizes.utilisation("bf16", (*SMALL_PRESETS, "scaled-1b3")),
         "cost per token": partial(training.cost_per_token, long, lengths),

@@ -1,7 +1,7 @@
 """Training steps: ours against a materialised implementation, other people's models, and our own transformer.
 
-Every contender makes the same step in a process of its own: forward, backward, AdamW, on one sequence at a time,
-without dropout.
+Every contender makes the same step in a process of its own: forward, backward, AdamW, on one micro-batch, without
+dropout.
 """
 
 import dataclasses
@@ -38,19 +38,23 @@ PRODUCTS = 7
 """Matrix products in a round, of which the best is the peak."""
 
 
-def preset(name: str, precision: Literal["fp32", "bf16"], **changes: Any) -> Config:
-    """A preset without dropout and with changes of the model, one sequence per step."""
+def preset(name: str, precision: Literal["fp32", "bf16"], sequences: int = 1, **changes: Any) -> Config:
+    """A preset without dropout and with changes of the model, so many sequences per step, all in one micro-batch."""
     config = load_preset(name)
     model = dataclasses.replace(config.model, dropout=0.0, allow_short_receptive_field=True, **changes)
     training = dataclasses.replace(
-        config.training, micro_batch_size=1, global_batch_size=1, precision=precision, output_dir=None
+        config.training,
+        micro_batch_size=sequences,
+        global_batch_size=sequences,
+        precision=precision,
+        output_dir=None,
     )
     return dataclasses.replace(config, model=model, training=training)
 
 
 def tokens_of(config: Config) -> Tensor:
-    """One random sequence with its targets (1, n + 1)."""
-    shape = (1, config.model.sequence_length + 1)
+    """A micro-batch of random sequences with their targets (micro, n + 1)."""
+    shape = (config.training.micro_batch_size, config.model.sequence_length + 1)
     return torch.randint(config.model.known_vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -76,12 +80,12 @@ def our_step(config: Config) -> Iterator[Callable[[], object]]:
 
 @contextmanager
 def plain_step(
-    build: Callable[[], nn.Module], config: Config, freed_memory_kept: bool = False
+    build: Callable[[], nn.Module], config: Config, dtype: torch.dtype, freed_memory_kept: bool
 ) -> Iterator[Callable[[], object]]:
     """A step of a model that gives the mean loss of tokens and targets, with or without our choice of allocation."""
     if freed_memory_kept:
         local_device(0)  # chooses how this process allocates
-    model = build().to(device())
+    model = build().to(device(), dtype)
     tokens = tokens_of(config).to(device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -94,20 +98,21 @@ def plain_step(
 
 
 def peer(name: str, config: Config) -> Contender:
-    """One of those that we compare with."""
+    """One of those that we compare with, in fp32 unless its name begins with bf16."""
     model = config.model
     if name == "our transformer":
         full = dataclasses.replace(model, architecture="transformer", first_segment_projection=False)
         return partial(our_step, dataclasses.replace(config, model=full))
     builds: dict[str, Callable[[], nn.Module]] = {
-        "fp32 materialised n x n": partial(MaterialisedLanguageModel, model, by_segment=False),
-        "fp32 materialised by segment": partial(MaterialisedLanguageModel, model, by_segment=True),
+        "materialised n x n": partial(MaterialisedLanguageModel, model, by_segment=False),
+        "materialised by segment": partial(MaterialisedLanguageModel, model, by_segment=True),
         "Hugging Face Llama": partial(HuggingFace, "llama", model),
         "Hugging Face GPT-2": partial(HuggingFace, "gpt2", model),
         "perceiver-ar-pytorch": partial(PerceiverArPytorch, model),
     }
-    plain = name.removesuffix(KEPT)
-    return partial(plain_step, builds[plain], config, plain != name)
+    dtype = torch.bfloat16 if name.startswith("bf16 ") else torch.float32
+    build = builds[name.removeprefix("bf16 ").removeprefix("fp32 ").removesuffix(KEPT)]
+    return partial(plain_step, build, config, dtype, name.endswith(KEPT))
 
 
 def compare(config: Config, peers: tuple[str, ...], rounds: int) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def compare(config: Config, peers: tuple[str, ...], rounds: int) -> dict[str, An
         **{name: peer(name, config) for name in peers},
     }
     seconds, memory = side_by_side(contenders, rounds)
-    tokens = config.model.sequence_length
+    tokens = config.training.micro_batch_size * config.model.sequence_length
     return {
         name: {
             "tokens_per_second": tokens / middle,
@@ -139,7 +144,7 @@ def utilisation(config: Config, rounds: int) -> dict[str, float]:
     products = {f"product {number}": product for number in range(PRODUCTS)}
     with our_step(config) as ours:
         seconds = torch.tensor(list(alternate({OURS: ours, **products}, rounds).values()))
-    step = config.model.flops_per_token * config.model.sequence_length / seconds[0]
+    step = config.model.flops_per_token * tokens_of(config)[:, 1:].numel() / seconds[0]
     reached = product_flops / seconds[1:]
     peak, middle = reached.amax(dim=0), reached.median(dim=0).values
     found = {

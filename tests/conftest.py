@@ -12,6 +12,8 @@ from tests.launching import ROOT
 from tests.parallel.layouts import trained
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "ECP_TEST_GPU" not in os.environ:  # `make test-gpu` sets it, for tests/gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Trap: what nohup or a shell's background ignores stays ignored in the programs that tests send signals to.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

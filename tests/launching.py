@@ -32,11 +32,13 @@ def command(script: str, ranks: int, options: Sequence[object], launcher: Launch
     return [str(word) for word in [*start, ROOT / script, *options]]
 
 
-def environment() -> dict[str, str]:
-    """The environment of a launch: no ranks of this process, one thread per rank, no GPU."""
+def environment(gpu: bool = False) -> dict[str, str]:
+    """The environment of a launch: no ranks of this process, one thread per rank, and a GPU only if asked for."""
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    hidden_gpus = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **hidden_gpus}
 
 
 def run(
@@ -45,15 +47,18 @@ def run(
     ranks: int = 1,
     timeout: float = TIMEOUT_SECONDS,
     launcher: Launcher = "deepspeed",
+    gpu: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end and return its output."""
     words = command(script, ranks, options, launcher)
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(words, env=environment(gpu), capture_output=True, text=True, timeout=timeout)
 
 
-def run_successfully(script: str, *options: object, ranks: int = 1, timeout: float = TIMEOUT_SECONDS) -> str:
+def run_successfully(
+    script: str, *options: object, ranks: int = 1, timeout: float = TIMEOUT_SECONDS, gpu: bool = False
+) -> str:
     """Run a script that must succeed, with torchrun; return its standard output."""
-    done = run(script, *options, ranks=ranks, timeout=timeout, launcher="torchrun")
+    done = run(script, *options, ranks=ranks, timeout=timeout, launcher="torchrun", gpu=gpu)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout
 
