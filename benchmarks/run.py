@@ -35,10 +35,11 @@ MATERIALISED = (
     f"fp32 materialised by segment{KEPT}",
 )
 OTHERS = ("Hugging Face Llama", "Hugging Face GPT-2", "our transformer")
-ON_A_GPU = ("bf16 materialised n x n", "bf16 materialised by segment", "fp32 materialised by segment")
-OTHERS_ON_A_GPU = ("bf16 Hugging Face Llama", "bf16 Hugging Face GPT-2", "our transformer")
-SEQUENCES = 8
-"""Of a micro-batch of the paper's model: one alone is over before a GPU has been told of it."""
+ON_A_GPU = ("bf16 materialised by segment", "bf16 Hugging Face Llama", "bf16 Hugging Face GPT-2", "our transformer")
+PAPER_SEQUENCES = 8
+"""Of a micro-batch on a GPU, to which one alone is over before the host has told of it."""
+SEQUENCES = {"scaled-125m": 16, "scaled-350m": 6, "scaled-1b3": 3}
+"""Of a micro-batch, in 80 GB with all states on one rank."""
 PERCEIVER = {"tied_key_value": False, "key_value_norm": False}
 """What perceiver-ar-pytorch has of the choices of the preset."""
 NARROW = {"layers": 2, "width": 256, "heads": 2, "feed_forward_width": 1024, "vocab_size": 4096}
@@ -106,7 +107,7 @@ def cpu(sizes: Sizes) -> Suite:
         **sizes.utilisation("fp32", ("paper-12l",)),
         **sizes.utilisation("bf16", ("paper-12l",)),
         **sizes.utilisation("fp32", SMALL_PRESETS, layers=4),
-        "cost per token": partial(training.cost_per_token, sizes.preset("paper-12l", "fp32", **NARROW), lengths),
+        "cost per token": partial(training.cost_per_token, sizes.preset("paper-12l", "fp32", **NARROW), lengths, 1),
         "generation fp32": partial(
             generation.compare, sizes.preset("paper-12l", "fp32"), sizes.lengths(1024, 8192, 65_536), 32
         ),
@@ -119,17 +120,17 @@ def cpu(sizes: Sizes) -> Suite:
 
 def gpu(sizes: Sizes) -> Suite:
     """What only a GPU can show."""
-    # By the planner a step of a million tokens takes 131 GiB with everything computed again, of half as many 70.
-    is_large = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 140e9
-    lengths = sizes.lengths(8192, 131_072, 1_048_576 if is_large else 524_288)
-    long = sizes.preset("scaled-350m", "bf16")
+    lengths = sizes.lengths(8192, 131_072, 1_048_576)
+    long = sizes.preset("scaled-125m", "bf16")
     long = dataclasses.replace(long, parallel=dataclasses.replace(long.parallel, recompute="full"))
+    utilisation: Suite = {}
+    for name, sequences in SEQUENCES.items():
+        utilisation |= sizes.utilisation("bf16", (name,), sequences=sequences)
     return {
-        "step bf16, materialised": sizes.steps(ON_A_GPU, "paper-12l", "bf16", sequences=SEQUENCES),
-        "step bf16, others": sizes.steps(OTHERS_ON_A_GPU, "paper-12l", "bf16", sequences=SEQUENCES),
+        **utilisation,
+        "step bf16": sizes.steps(ON_A_GPU, "paper-12l", "bf16", sequences=PAPER_SEQUENCES),
         **sizes.layers(torch.bfloat16, 2048, 8192, 32_768, full_up_to=32_768),
-        **sizes.utilisation("bf16", (*SMALL_PRESETS, "scaled-1b3")),
-        "cost per token": partial(training.cost_per_token, long, lengths),
+        "cost per token": partial(training.cost_per_token, long, lengths, lengths[1]),
         "generation bf16": partial(
             generation.compare, sizes.preset("scaled-350m", "bf16"), sizes.lengths(1024, 8192, 65_536), 32
         ),

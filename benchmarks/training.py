@@ -26,7 +26,7 @@ from benchmarks.timing import (
 )
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
-from ecp_scale.parallel.device import local_device
+from ecp_scale.parallel.device import known_peak_teraflops, local_device, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.precision import weight_type
 from ecp_scale.training.step import optimizer_step
@@ -141,32 +141,46 @@ def utilisation(config: Config, rounds: int) -> dict[str, float]:
     runs at the speed of the middle one at best.
     """
     product, product_flops = matrix_product(weight_type(config))
+    tokens = tokens_of(config)[:, 1:].numel()
     products = {f"product {number}": product for number in range(PRODUCTS)}
     with our_step(config) as ours:
         seconds = torch.tensor(list(alternate({OURS: ours, **products}, rounds).values()))
-    step = config.model.flops_per_token * tokens_of(config)[:, 1:].numel() / seconds[0]
+        memory = peak_memory_bytes(device())
+    step = config.model.flops_per_token * tokens / seconds[0]
     reached = product_flops / seconds[1:]
     peak, middle = reached.amax(dim=0), reached.median(dim=0).values
     found = {
+        "tokens_per_second": tokens / seconds[0],
         "teraflops": step / 1e12,
         "peak_teraflops": peak / 1e12,
         "share_of_peak": step / peak,
         "share_of_median_product": step / middle,
     }
-    return {name: of_rounds.median().item() for name, of_rounds in found.items()}
+    datasheet = known_peak_teraflops(device(), config.training.precision)
+    if datasheet:
+        found["share_of_datasheet"] = found["teraflops"] / datasheet
+    return {"peak_bytes": memory, **{name: of_rounds.median().item() for name, of_rounds in found.items()}}
 
 
-def cost_per_token(config: Config, lengths: tuple[int, ...], rounds: int) -> dict[int, dict[str, float]]:
+def cost_per_token(
+    config: Config, lengths: tuple[int, ...], fewest_tokens: int, rounds: int
+) -> dict[int, dict[str, float]]:
     """Microseconds and bytes per token of a step as the sequence grows and the segment stays.
 
-    Each length in a process of its own: what the others freed and kept would leave too little for the longest.
+    Short sequences come several at a time, ``fewest_tokens`` together. Each length in a process of its own: what the
+    others freed and kept would leave too little for the longest.
     """
     found = {}
     for length in lengths:
-        longer = dataclasses.replace(config, model=dataclasses.replace(config.model, sequence_length=length))
+        sequences = max(1, fewest_tokens // length)
+        longer = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, sequence_length=length),
+            training=dataclasses.replace(config.training, micro_batch_size=sequences, global_batch_size=sequences),
+        )
         seconds, memory = side_by_side({OURS: partial(our_step, longer)}, rounds)
         found[length] = {
-            "microseconds_per_token": medians(seconds)[OURS] / length * 1e6,
-            "bytes_per_token": memory[OURS] / length,
+            "microseconds_per_token": medians(seconds)[OURS] / (sequences * length) * 1e6,
+            "bytes_per_token": memory[OURS] / (sequences * length),
         }
     return found

@@ -31,6 +31,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
+            if "ECP_TEST_GPU" in os.environ:
+                return nodeid
             return trained.__name__ if f"{trained.__name__}(" in (ROOT / file).read_text() else file
 
     return Scheduling(config, log)

@@ -6,6 +6,7 @@ with its neighbour; their outputs are weighed by the normalisers of their rows. 
 computed, or n * 2m less what a kernel skips, and none is masked away by a tensor.
 """
 
+import math
 from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
@@ -26,6 +27,11 @@ class Pattern(NamedTuple):
     """Whether segments see their left neighbours."""
     window: int | None = None
     """How many positions a query sees at most, its own included."""
+
+    @property
+    def grain(self) -> int:
+        """What divides the lengths of all stretches."""
+        return math.gcd(self.n_query, self.n_key, self.segment_length, self.first_length)
 
     @property
     def lengths(self) -> list[int]:

@@ -29,22 +29,21 @@ class _Flash(torch.autograd.Function):
         q_NHE, k_NHE, v_NHE = (_rows(x) for x in (q, k, v))
         views = _Views(len(q_NHE), len(k_NHE), q_NHE.shape[1])
         out, states = _Filled(q_NHE.shape), []
-        normalisers = q_NHE.new_empty(0)
+        normalisers: Tensor | None = None
         for call in calls:
             operands = views.queries(q_NHE, call), views.keys(k_NHE, call), views.keys(v_NHE, call)
             part, of_part, state = kernel.forward(*operands, call.causal, settings)
             states.append(state)
-            if not len(normalisers):
+            if normalisers is None:
                 normalisers = of_part.new_empty(q_NHE.shape[0] * q_NHE.shape[1])
             of_rows = views.normalisers(normalisers, call)
             if call.own:
                 out.put(call.first_query - views.first, part)
                 of_rows.copy_(of_part)
             else:
-                of_whole = torch.logaddexp(of_rows, of_part)
-                share = (of_part - of_whole).exp_().transpose(1, 2)[..., None].to(part.dtype)
+                torch.logaddexp(of_rows, of_part, out=of_rows)
+                share = (of_part - of_rows).exp_().transpose(1, 2).unsqueeze(-1).to(part.dtype)
                 views.queries(out.x, call).lerp_(part, share)
-                of_rows.copy_(of_whole)
         attended = _heads(out.x, q)
         ctx.save_for_backward(q, k, v, attended, normalisers)
         ctx.calls, ctx.kernel, ctx.settings, ctx.states = calls, kernel, settings, states
@@ -72,27 +71,33 @@ class _Flash(torch.autograd.Function):
 
 
 class _Views:
-    """Views of what a call works on."""
+    """Views of what a call works on, each made at once: on a GPU the host's time for views is a step's time too."""
 
     def __init__(self, n_query: int, n_key: int, heads: int) -> None:
         self.first, self.heads = n_key - n_query, heads
 
     def queries(self, x_NHE: Tensor, call: Call) -> Tensor:
         """(C, Q, H, E) of what has a row per query."""
-        return x_NHE.narrow(0, call.first_query - self.first, call.stretches * call.queries).unflatten(
-            0, (call.stretches, -1)
-        )
+        return _stretches(x_NHE, call.first_query - self.first, call.stretches, call.queries, call.queries)
 
     def keys(self, x_NHE: Tensor, call: Call) -> Tensor:
         """(C, K, H, E) of what has a row per key; stretches overlap where each has its neighbour's."""
-        keys, step = call.left + call.own, call.queries
-        stretches = x_NHE.narrow(0, call.first_key, (call.stretches - 1) * step + keys).unfold(0, keys, step)
-        return stretches.permute(0, 3, 1, 2)
+        return _stretches(x_NHE, call.first_key, call.stretches, call.left + call.own, call.queries)
 
     def normalisers(self, all_of_them: Tensor, call: Call) -> Tensor:
         """(C, H, Q), contiguous as kernels want them: rows of a stretch lie together, by heads."""
-        start, size = (call.first_query - self.first) * self.heads, call.stretches * call.queries * self.heads
-        return all_of_them.narrow(0, start, size).view(call.stretches, self.heads, call.queries)
+        rows = call.queries
+        shape = (call.stretches, self.heads, rows)
+        return all_of_them.as_strided(shape, (self.heads * rows, rows, 1), (call.first_query - self.first) * self.heads)
+
+
+def _stretches(x_NHE: Tensor, first: int, count: int, length: int, step: int) -> Tensor:
+    """(C, length, H, E): stretches of rows (N, H, E), each ``step`` rows after the one before."""
+    assert first >= 0
+    assert first + (count - 1) * step + length <= len(x_NHE)  # as_strided reads on without a word
+    row, head, element = x_NHE.stride()
+    shape = (count, length, *x_NHE.shape[1:])
+    return x_NHE.as_strided(shape, (step * row, row, head, element), x_NHE.storage_offset() + first * row)
 
 
 class _Filled:
@@ -116,7 +121,8 @@ class _Filled:
             return
         if self._x is None:
             self._x = part.new_empty(self._shape)
-            self._x.narrow(0, 0, first).zero_()
+            if first:
+                self._x.narrow(0, 0, first).zero_()
         self._view(first, part).copy_(part)
 
     def add(self, first: int, part: Tensor) -> None:
@@ -125,7 +131,7 @@ class _Filled:
         self._view(first, part).add_(part)
 
     def _view(self, first: int, part: Tensor) -> Tensor:
-        return self.x.narrow(0, first, part.shape[0] * part.shape[1]).unflatten(0, part.shape[:2])
+        return _stretches(self.x, first, part.shape[0], part.shape[1], part.shape[1])
 
 
 def _rows(x: Tensor) -> Tensor:

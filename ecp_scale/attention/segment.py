@@ -97,7 +97,8 @@ def _attend(q: Tensor, chunk: KeyValue, pattern: Pattern, dropout: float, backen
     """Attended values (B, H, Nq, E) of a chunk without a neighbour, in parts, by the kernel that serves."""
     settings = Settings(pattern.window, dropout)
     keys, values, documents = chunk
-    kernel = kernel_for(q, keys, settings, documents is not None) if backend in ("auto", "flash") else None
+    by_flash = backend in ("auto", "flash")
+    kernel = kernel_for(q, keys, settings, documents is not None, pattern.grain) if by_flash else None
     wants_flex = backend == "flex" or (backend == "auto" and q.is_cuda and kernel is None)
     if kernel is not None and documents is not None and q.shape[-2] >= FEWEST_QUERIES_OF_PIECES:
         key = ("pieces", pattern, q.device)

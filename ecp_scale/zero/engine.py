@@ -22,6 +22,7 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Partition
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
+from ecp_scale.zero.few_kernels import use_few_kernels
 from ecp_scale.zero.mpu import ModelParallelUnit
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
@@ -53,6 +54,8 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
     engine.checkpoint_engine = CheckpointFiles()
     # It would write scripts of its own beside the checkpoints, where a full disk is an error on the first rank alone.
     engine._copy_recovery_script = lambda folder: None
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        use_few_kernels(engine.optimizer)
     engine_reduces = not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer)
     if groups.data.size() == 1 and engine_reduces:
         # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.

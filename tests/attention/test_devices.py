@@ -43,9 +43,9 @@ def attended_and_gradients(
     window: int | None = None,
 ) -> list[Tensor]:
     """What a chunk attends to, and the gradients of everything that it is computed from."""
-    leaves = [x.detach().requires_grad_() for x in [*inputs, *(left or [])]]
-    neighbour = KeyValue(*leaves[3:]) if left else None
-    out, _ = segment_attention(*leaves[:3], SEGMENT, neighbour, documents=documents, backend=backend, window=window)
+    q, k, v, *beside = leaves = [x.detach().requires_grad_() for x in [*inputs, *(left or [])]]
+    neighbour = KeyValue(*beside) if left else None
+    out, _ = segment_attention(q, k, v, SEGMENT, neighbour, documents=documents, backend=backend, window=window)
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 

@@ -19,7 +19,7 @@ from ecp_scale.attention import KeyValue, SegmentCache, attend, flex, kernels, p
 from ecp_scale.attention.calls import Pattern, segment_calls
 from ecp_scale.attention.flash import _Flash
 from ecp_scale.attention.flex import BLOCK, block_mask
-from ecp_scale.attention.kernels import CudaKernel, Lengths, Settings
+from ecp_scale.attention.kernels import CudaKernel, CudnnKernel, Kernel, Lengths, Settings
 from ecp_scale.attention.pieces import Pieces, _FlashPieces, document_pieces
 from ecp_scale.attention.reference import reference_attention
 from tests.attention.oracle import dense_attention, random_documents, same_document
@@ -195,10 +195,54 @@ def test_what_flash_attention_does_not_take_on_a_gpu_is_said(monkeypatch: pytest
     assert "has no FlashAttention" in (kernels.refusal("flash", right, Settings(), False) or "")
 
 
+@pytest.mark.parametrize(
+    ("settings", "documents", "trains", "grain", "width", "expected"),
+    [
+        (Settings(), False, True, 128, 128, CudnnKernel),
+        (Settings(), False, True, 100, 128, CudaKernel),
+        (Settings(), False, False, 128, 128, CudaKernel),
+        (Settings(), True, True, 128, 128, CudaKernel),
+        (Settings(window=64), False, True, 128, 128, CudaKernel),
+        (Settings(dropout=0.1), False, True, 128, 128, CudaKernel),
+        (Settings(), False, True, 128, 256, CudaKernel),
+    ],
+)
+def test_cudnn_serves_training_of_full_segments_on_hopper(
+    settings: Settings,
+    documents: bool,
+    trains: bool,
+    grain: int,
+    width: int,
+    expected: type,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "has_flash", lambda device: True)
+    monkeypatch.setattr(kernels, "has_cudnn", lambda device: True)
+    with FakeTensorMode():
+        q = torch.empty(1, 1, 1, width, dtype=torch.bfloat16, device="cuda", requires_grad=trains)
+    assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), expected)
+    monkeypatch.setattr(kernels, "has_cudnn", lambda device: False)
+    assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), CudaKernel)
+
+
+def test_the_grain_of_a_pattern_divides_the_lengths_of_its_calls() -> None:
+    for pattern in (Pattern(512, 512, 128, 128), Pattern(500, 500, 128, 128), Pattern(64, 192, 128, 64)):
+        for lower_right in (True, False):
+            for call in segment_calls(pattern, lower_right):
+                assert all(length % pattern.grain == 0 for length in (call.queries, call.left, call.own))
+
+
 SCHEMAS = {
     "_flash_attention_forward": "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask",
     "_flash_attention_backward": (
         "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal rng_state unused"
+    ),
+    "_scaled_dot_product_cudnn_attention": (
+        "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask"
+    ),
+    "_scaled_dot_product_cudnn_attention_backward": (
+        "grad_out query key value out logsumexp philox_seed philox_offset attn_bias cum_seq_q cum_seq_k max_q max_k "
+        "dropout_p is_causal"
     ),
     "_scaled_dot_product_flash_attention_for_cpu": "query key value dropout_p is_causal",
     "_scaled_dot_product_flash_attention_for_cpu_backward": (
@@ -215,8 +259,8 @@ def test_private_operators_take_what_is_passed(name: str) -> None:
     if name.startswith("_flash"):
         named = {argument.name for argument in schema.arguments if argument.kwarg_only}
         assert {"window_size_left", "window_size_right"} <= named
-    if name == "_flash_attention_forward":
-        assert len(schema.returns) == 5
+    returned = {"_flash_attention_forward": 5, "_scaled_dot_product_cudnn_attention": 9}
+    assert len(schema.returns) == returned.get(name, len(schema.returns))
 
 
 class Context:
@@ -226,9 +270,17 @@ class Context:
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(window=300), Settings(dropout=0.1)])
+@pytest.mark.parametrize(
+    ("kernel", "settings"),
+    [
+        (CudaKernel(), Settings()),
+        (CudaKernel(), Settings(window=300)),
+        (CudaKernel(), Settings(dropout=0.1)),
+        (CudnnKernel(), Settings()),
+    ],
+)
 def test_shapes_and_types_with_the_real_operators_on_fake_cuda(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    kernel: Kernel, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The method asks for a driver; the operator does not.
     monkeypatch.setattr(torch.Tensor, "copy_", lambda x, other: torch.ops.aten.copy_(x, other))
@@ -238,9 +290,9 @@ def test_shapes_and_types_with_the_real_operators_on_fake_cuda(
             torch.empty(n, batch, heads, 64, dtype=torch.bfloat16, device="cuda").permute(1, 2, 0, 3)
             for heads in (8, 4, 4)
         )
-        calls = segment_calls(Pattern(n, n, m, m), lower_right=True)
+        calls = segment_calls(Pattern(n, n, m, m), kernel.lower_right)
         ctx: Any = Context()
-        out = _Flash.forward(ctx, q, k, v, calls, CudaKernel(), settings)
+        out = _Flash.forward(ctx, q, k, v, calls, kernel, settings)
         of_q, of_k, of_v, *_ = _Flash.backward(ctx, torch.empty_like(out))
         for x, like in ((out, q), (of_q, q), (of_k, k), (of_v, v)):
             assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
