@@ -38,7 +38,7 @@ OTHERS = ("Hugging Face Llama", "Hugging Face GPT-2", "our transformer")
 ON_A_GPU = ("bf16 materialised by segment", "bf16 Hugging Face Llama", "bf16 Hugging Face GPT-2", "our transformer")
 PAPER_SEQUENCES = 8
 """Of a micro-batch on a GPU, to which one alone is over before the host has told of it."""
-SEQUENCES = {"scaled-125m": 16, "scaled-350m": 6, "scaled-1b3": 3}
+SEQUENCES = {"scaled-1b3": 4, "scaled-350m": 8, "scaled-125m": 16}
 """Of a micro-batch, in 80 GB with all states on one rank."""
 PERCEIVER = {"tied_key_value": False, "key_value_norm": False}
 """What perceiver-ar-pytorch has of the choices of the preset."""
