@@ -1,17 +1,19 @@
-"""What a training step should take on a GPU, by arithmetic: python -m benchmarks.estimate [--presets scaled-1b3 ...].
+"""What a training step should take on GPUs, by arithmetic: python -m benchmarks.estimate [--presets scaled-1b3 ...].
 
 An ESTIMATE, not a measurement. One micro-batch runs on torch's meta device, which holds shapes alone, with a stand-in
 for FlashAttention, once as it is and once with every function that ``training.compile`` compiles counted as one kernel
 per direction. Time is what the counts take at the rates that --products, --attention and --bandwidth say, in turn:
 matrix products, attention, the bytes of everything else, and the optimizer's passes over weights and gradients. Waits,
-launches that the device is faster than, and messages between ranks are not in it.
+launches that the device is faster than, and messages between ranks are not in it. With --gpus N it is a step of the
+preset's layout on so many, with the planner's messages at --nvlink and --network, none of them hidden behind work.
 """
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,9 +26,10 @@ from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Lengths, Operands, Settings, State, Whole
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
-from ecp_scale.models import blocks, loss, norms
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.planning.compiled import compiled_in_shapes
+from ecp_scale.planning.plan import GIB, plan
 from ecp_scale.precision import as_on_a_gpu
 
 META = torch.device("meta")
@@ -79,9 +82,10 @@ class Counts(TorchDispatchMode):
 
 
 class ShapesOfFlash:
-    """Shapes and types of torch's FlashAttention for CUDA, with nothing in them."""
+    """Shapes and types of a flash kernel for CUDA, with nothing in them: those of FlashAttention-2, or of cuDNN's."""
 
-    lower_right = True
+    def __init__(self, lower_right: bool = True) -> None:
+        self.lower_right = lower_right
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
@@ -110,6 +114,7 @@ class Flash(ShapesOfFlash):
     """Counts its calls; its bytes are not counted, its FLOPs are the config's."""
 
     def __init__(self, counts: Counts) -> None:
+        super().__init__(lower_right=False)
         self.counts = counts
 
     def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor, State]:
@@ -121,47 +126,6 @@ class Flash(ShapesOfFlash):
         """One kernel."""
         with self.counts.one_kernel():
             return super().backward(*arguments, **named)
-
-
-def fused_by(counts: Counts) -> Callable[[Callable[..., Any], bool], Callable[..., Any]]:
-    """``maybe_compile`` that counts each function as a kernel forward and one backward, with what goes in and out."""
-
-    class Fused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, function: Callable[..., Any], *inputs: Any) -> Any:
-            ctx.function, ctx.inputs = function, inputs
-            with counts.one_kernel():
-                out = function(*inputs)
-            counts.count((inputs, out))
-            return out
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
-            with counts.one_kernel(), torch.enable_grad():
-                leaves = [
-                    x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in ctx.inputs
-                ]
-                outputs = tree_leaves(ctx.function(*leaves))
-                wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-                found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-                of_inputs = [next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in leaves]
-            counts.count((ctx.inputs, gradients, of_inputs))
-            return None, *of_inputs
-
-    def wrap(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-        def run(*inputs: Any) -> Any:
-            if not torch.is_grad_enabled():  # inside a function that computes gradients by itself
-                with counts.one_kernel():
-                    out = function(*inputs)
-                counts.count((inputs, out))
-                return out
-            # A rotation is a pair of tensors.
-            flat, spec = torch.utils._pytree.tree_flatten(inputs)
-            return Fused.apply(lambda *leaves: function(*torch.utils._pytree.tree_unflatten(leaves, spec)), *flat)
-
-        return run
-
-    return wrap
 
 
 def count(config: Config, layers: int, compiled: bool) -> Counts:
@@ -176,56 +140,117 @@ def count(config: Config, layers: int, compiled: bool) -> Counts:
         stack.enter_context(as_on_a_gpu())
         for module in (segment, sdpa):
             stack.enter_context(mock.patch.object(module, "kernel_for", return_value=Flash(counts)))
-        for module in (blocks, norms, loss) if compiled else ():
-            stack.enter_context(mock.patch.object(module, "maybe_compile", fused_by(counts)))
+        if compiled:
+            stack.enter_context(compiled_in_shapes(counts))
         stack.enter_context(counts)
         model(ids[:, :-1], ids[:, 1:])[0].backward()
     return counts
 
 
+def counts_of_model(config: Config, compiled: bool) -> tuple[Counts, int, int]:
+    """Counts of one layer more, and FLOPs of products and bytes of everything else of the whole model."""
+    few, more = count(config, 2, compiled), count(config, 3, compiled)
+    layer = Counts()
+    for name in ("kernels", "products", "moved"):
+        setattr(layer, name, getattr(more, name) - getattr(few, name))
+    others = config.model.layers - 2
+    return layer, few.products + others * layer.products, few.moved + others * layer.moved
+
+
+def attention_flops(config: Config) -> float:
+    """Of a sequence. Flash computes scores again in the backward pass: 3.5 times the forward pass, of which 3 count."""
+    model = config.model
+    return 3.5 * 4 * model.width * model.geometry.score_pairs(0) * model.layers
+
+
 def estimate(config: Config, options: argparse.Namespace, compiled: bool) -> dict[str, float]:
     """Counts of a layer, and milliseconds of a step of one micro-batch by what they go to."""
-    few, more = count(config, 2, compiled), count(config, 3, compiled)
-    layers, model = config.model.layers, config.model
-    products = few.products + (layers - 2) * (more.products - few.products)
-    moved = few.moved + (layers - 2) * (more.moved - few.moved)
-    sequences = config.training.micro_batch_size
-    # Flash computes scores again in the backward pass: 3.5 times the forward pass, of which 3 count as useful.
-    attention = 3.5 * 4 * model.width * model.geometry.score_pairs(0) * layers * sequences
+    layer, products, moved = counts_of_model(config, compiled)
+    model, sequences = config.model, config.training.micro_batch_size
     milliseconds = {
         "products": products / options.products / 1e9,
-        "attention": attention / options.attention / 1e9,
+        "attention": attention_flops(config) * sequences / options.attention / 1e9,
         "everything else": moved / options.bandwidth / 1e9,
         "optimizer": model.parameters * OPTIMIZER_BYTES / options.bandwidth / 1e9,
     }
-    total = sum(milliseconds.values())
     useful = model.flops_per_token * model.sequence_length * sequences
     return {
-        "kernels of a layer": more.kernels - few.kernels,
-        "GB of a layer beside products": (more.moved - few.moved) / 1e9,
-        **{f"ms, {name}": value for name, value in milliseconds.items()},
-        "ms, step": total,
-        "mfu": useful / (total * options.peak * 1e9),
+        "kernels of a layer": layer.kernels,
+        "GB of a layer beside products": layer.moved / 1e9,
+        **summed(milliseconds, useful, options),
     }
+
+
+def estimate_launch(config: Config, options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of a step of a layout, by what they go to; what ranks of a tensor group do is split evenly."""
+    parallel = config.parallel
+    planned = plan(config, json.loads(Path(f"ds_configs/zero{options.zero}.json").read_text()), options.gpus)
+    single = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=1))
+    _, products, moved = counts_of_model(single, compiled=True)
+    share = config.training.global_batch_size / options.gpus  # sequences per rank
+    data_ranks = options.gpus // parallel.tensor
+    # How often a rank sends what the planner counts: to every other, in a ring.
+    others = parallel.tensor - 1
+    times = {
+        "tensor: allgather_base": others,
+        "tensor: reduce_scatter_base": others / parallel.tensor,
+        "tensor: allreduce": 2 * others / parallel.tensor,
+        "data: gradients": 2,
+        "data: updated weights": data_ranks - 1,
+    }
+    sent = {name: size * times.get(name, 1) for name, size in planned.messages.items()}
+    of_tensor = sum(size for name, size in sent.items() if name.startswith("tensor"))
+    milliseconds = {
+        "products": products * share / options.products / 1e9,
+        "attention": attention_flops(config) * share / options.attention / 1e9,
+        "everything else": moved * share / options.bandwidth / 1e9,
+        "optimizer": planned.trace.parameters / data_ranks * OPTIMIZER_BYTES / options.bandwidth / 1e9,
+        "tensor messages": of_tensor / options.nvlink / 1e6,
+        "other messages": (sum(sent.values()) - of_tensor) / options.network / 1e6,
+    }
+    return {
+        "GiB, planned": planned.peak_bytes / GIB,
+        **summed(milliseconds, planned.flops_per_step / options.gpus, options),
+    }
+
+
+def summed(milliseconds: dict[str, float], useful: float, options: argparse.Namespace) -> dict[str, float]:
+    """The parts, their sum, and what share of the peak ``useful`` FLOPs in that time are."""
+    total = sum(milliseconds.values())
+    parts = {f"ms, {name}": value for name, value in milliseconds.items()}
+    return {**parts, "ms, step": total, "mfu": useful / (total * options.peak * 1e9)}
 
 
 def main() -> None:
     """Estimate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["scaled-125m", "scaled-350m", "scaled-1b3"], metavar="NAME")
-    parser.add_argument("--products", type=float, default=600, help="TFLOP/s of matrix products (default: 600)")
-    parser.add_argument("--attention", type=float, default=300, help="TFLOP/s of attention (default: 300)")
+    parser.add_argument("--sequences", type=int, default=1, help="of the micro-batch (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks of a launch, and a whole step of it")
+    parser.add_argument("--zero", type=int, default=2, help="stage of the launch (default: 2)")
+    parser.add_argument("--products", type=float, default=790, help="TFLOP/s of matrix products (default: 790)")
+    parser.add_argument("--attention", type=float, default=215, help="TFLOP/s of attention (default: 215)")
     parser.add_argument("--bandwidth", type=float, default=2.8, help="TB/s of memory (default: 2.8)")
+    parser.add_argument("--nvlink", type=float, default=400, help="GB/s that a rank sends in its node (default: 400)")
+    parser.add_argument("--network", type=float, default=50, help="GB/s that a rank sends beyond it (default: 50)")
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s that mfu is a share of (default: 989)")
     options = parser.parse_args()
     for name in options.presets:
         config = load_preset(name)
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 50_304)
-        training = dataclasses.replace(config.training, micro_batch_size=1)
-        config = dataclasses.replace(config, model=model, training=training)
+        config = dataclasses.replace(config, model=model)
+        if options.gpus:
+            show({"preset": name, "gpus": options.gpus}, estimate_launch(config, options))
+            continue
+        training = dataclasses.replace(config.training, micro_batch_size=options.sequences)
+        config = dataclasses.replace(config, training=training)
         for compiled in (False, True):
-            found = estimate(config, options, compiled)
-            print(json.dumps({"preset": name, "compiled": compiled, **{k: round(v, 3) for k, v in found.items()}}))
+            show({"preset": name, "compiled": compiled}, estimate(config, options, compiled))
+
+
+def show(what: dict[str, Any], found: dict[str, float]) -> None:
+    """Print a row."""
+    print(json.dumps({**what, **{key: round(value, 3) for key, value in found.items()}}))
 
 
 if __name__ == "__main__":

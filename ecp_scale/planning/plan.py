@@ -10,6 +10,10 @@ from ecp_scale.zero import json_config
 from ecp_scale.zero.memory import FP32, EngineStates, ZeroConfig, persistent, states
 
 GIB = 1 << 30
+CONTEXT_BYTES = GIB
+"""Of CUDA, its libraries' workspaces included: a rule of thumb."""
+COMMUNICATOR_BYTES = GIB // 2
+"""Of NCCL, for every kind of group that a rank shares with others: a rule of thumb."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,16 @@ class Plan:
     flops_per_step: float
 
     @property
+    def system_bytes(self) -> int:
+        """What CUDA and NCCL take beside torch's tensors."""
+        parallel = self.config.parallel
+        sizes = (parallel.tensor, parallel.context, self.world_size // parallel.tensor, self.world_size)
+        return CONTEXT_BYTES + COMMUNICATOR_BYTES * sum(size > 1 for size in sizes)
+
+    @property
     def peak_bytes(self) -> int:
         """Everything that may be there at once."""
-        return self.states.on_device + self.trace.activations
+        return self.states.on_device + self.trace.activations + self.system_bytes
 
     def days(self, tokens: int, peak_teraflops: float, utilisation: float) -> float:
         """Time to train on so many tokens, at a share of the ranks' peak."""
@@ -46,6 +57,7 @@ class Plan:
             "gradients": states.gradients,
             "buffers": states.buffers,
             "activations": self.trace.activations,
+            "CUDA and NCCL": self.system_bytes,
             "on the host instead": -states.on_host,
             "peak": self.peak_bytes,
         }

@@ -8,7 +8,7 @@ model and one with a layer more tell what every further layer adds.
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -27,6 +27,7 @@ from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.parameter_groups import weight_decay_groups
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
+from ecp_scale.planning.compiled import compiled_in_shapes
 from ecp_scale.precision import as_on_a_gpu, weight_type
 
 SHALLOW = 3
@@ -93,7 +94,9 @@ def _micro_batch(config: Config, layers: int, groups: Groups) -> _MicroBatch:
     """One forward and backward pass of a model of so many layers."""
     model_config = dataclasses.replace(config.model, layers=layers, allow_short_receptive_field=True, dropout=0.0)
     names: dict[str, str] = {groups.tensor.group_name: "tensor", groups.context.group_name: "context"}
-    with FakeTensorMode(), _Messages(names) as messages:
+    # Compiled functions keep their inputs alone; "auto" compiles them on the GPU that is planned for.
+    kernels = compiled_in_shapes() if config.training.compile else nullcontext()
+    with FakeTensorMode(), _Messages(names) as messages, kernels:
         model = LanguageModel(model_config, _context(config, groups), config.attention).train()
         tracker = MemTracker()
         tracker.track_external(model)
@@ -113,7 +116,7 @@ def _activations(tracker: MemTracker, when: Literal["current", "peak"]) -> int:
 
 def _context(config: Config, groups: Groups) -> ParallelContext:
     parallel = ParallelContext.of(config, groups, weight_type(config))
-    return dataclasses.replace(parallel, compiled=False)  # there is nothing to compile for
+    return dataclasses.replace(parallel, compiled=config.training.compile is not False)
 
 
 class _Messages(TorchDispatchMode):

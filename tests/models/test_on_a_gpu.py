@@ -184,7 +184,8 @@ def test_sequence_parallelism_keeps_its_own_positions_and_gathers_the_others_aga
                 found.append(_micro_batch(config, layers, groups))
         kept.append(found[1].kept - found[0].kept)
         sent.append((found[1].sent - found[0].sent)["tensor", "allgather_base"])
-    share = config.model.sequence_length * config.model.width * torch.bfloat16.itemsize // 2
+    tokens = config.training.micro_batch_size * config.model.sequence_length
+    share = tokens * config.model.width * torch.bfloat16.itemsize // 2
     # The inputs of two branches, of which the other rank's half is not kept; a gather more for each.
     assert kept[1] - kept[0] == 2 * share
     assert sent[0] - sent[1] == 2 * share

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import inspect
 import json
 import tarfile
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 
 from ecp_scale.command_line import load_preset, preset_names
+from ecp_scale.planning.plan import GIB
 from ecp_scale.planning.proposals import SUGGESTED
+from ecp_scale.planning.tracing import trace
 from ecp_scale.preparation.preprocessing import preprocess
 from tests.corpus import ShardedText
 from tests.launching import ROOT, metrics, run, run_successfully
@@ -33,6 +36,7 @@ BASE = {
     "model.sequence_length": 256,
     "model.segment_length": 32,
     "model.allow_short_receptive_field": True,
+    "training.compile": "false",  # a plan is for GPUs, which compile; what is measured is on a CPU
     "training.micro_batch_size": 2,
     "training.global_batch_size": 16,
 }
@@ -167,7 +171,7 @@ def test_the_suggested_layout_fits(name: str) -> None:
 def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     # Four layers are traced at once, five as three and four.
     small = [f"--{key}={value}" for key, value in {**BASE, "model.layers": 4}.items()]
-    done = run("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "10MiB", "--propose")
+    done = run("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "2058MiB", "--propose")
     assert done.returncode == 1, done.stderr
     assert "does not fit" in done.stdout
     assert "proposal 1" in done.stdout
@@ -236,3 +240,26 @@ def test_a_quarter_of_a_million_tokens_train_as_planned(tmp_path: Path) -> None:
         (real,) = json.loads((tmp_path / f"real.{rank}").read_text())
         assert real["activations"] == pytest.approx(plan["activations"], rel=0.05)
         assert real["sent"] == plan["sent"]
+
+
+def test_compiled_functions_keep_their_inputs_alone() -> None:
+    config = load_preset("scaled-1b3")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=32_000))
+    found = {}
+    for compiled in ("auto", False):
+        training = dataclasses.replace(config.training, micro_batch_size=1, compile=compiled)
+        found[compiled] = trace(dataclasses.replace(config, training=training), 32)
+    assert found["auto"].activations < 0.85 * found[False].activations
+    assert found["auto"].decayed == found[False].decayed
+
+
+def test_a_plan_grows_with_sequences_as_measured_on_gpus() -> None:
+    """A step of scaled-1b3 took 33.01 GiB at its peak for one sequence (H100), and 62.25 for four (H200)."""
+    config = load_preset("scaled-1b3")
+    parallel = dataclasses.replace(config.parallel, recompute="selective")
+    config = dataclasses.replace(config, parallel=parallel, model=dataclasses.replace(config.model, vocab_size=32_000))
+    activations = {}
+    for sequences in (1, 4):
+        training = dataclasses.replace(config.training, micro_batch_size=sequences, global_batch_size=sequences)
+        activations[sequences] = trace(dataclasses.replace(config, training=training), 1).activations / GIB
+    assert (activations[4] - activations[1]) / 3 == pytest.approx((62.25 - 33.01) / 3, rel=0.02)
