@@ -95,6 +95,18 @@ BUGS = (
         "return x",
         "tests/parallel/test_parity.py",
     ),
+    Bug(
+        "parallel/branch.py",
+        "dist.all_reduce(gradient, group=group, async_op=True)",
+        "dist.all_reduce(gradient.clone(), group=group, async_op=True)",
+        "tests/parallel/test_parity.py",
+    ),
+    Bug(
+        "parallel/branch.py",
+        "len(gradient) // group.size(), *gradient.shape[1:])\n        self.work = dist.reduce_scatter_tensor(part, gradient,",
+        "len(gradient) // group.size(), *gradient.shape[1:])\n        self.work = dist.reduce_scatter_tensor(part.clone(), gradient,",
+        SEQUENCES,
+    ),
     Bug("parallel/random.py", "* 65_536 + groups.data_rank", "* 65_536", RANDOMNESS),
     Bug("parallel/random.py", "replica * 65_536 + groups.tensor_rank + 1", "replica * 65_536 + 1", RANDOMNESS),
     Bug("parallel/recompute.py", "        TENSOR_PARALLEL.state = state\n", "        pass\n", RANDOMNESS),

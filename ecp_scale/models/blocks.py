@@ -16,13 +16,9 @@ from ecp_scale.models.architectures import ARCHITECTURES
 from ecp_scale.models.norms import LayerNorm, RMSNorm, norm
 from ecp_scale.models.pointwise import maybe_compile, swiglu
 from ecp_scale.models.positions import LayerCache, Positions
+from ecp_scale.parallel.branch import tensor_parallel_branch
 from ecp_scale.parallel.context import ParallelContext
-from ecp_scale.parallel.linear import (
-    ColumnLinear,
-    RowLinear,
-    gathered_to_tensor_parallel_region,
-    reduce_from_tensor_parallel_region,
-)
+from ecp_scale.parallel.linear import ColumnLinear, RowLinear, reduce_from_tensor_parallel_region
 from ecp_scale.parallel.random import TENSOR_PARALLEL
 from ecp_scale.parallel.recompute import recomputed
 
@@ -69,13 +65,12 @@ class Attention(nn.Module):
 
     def forward(self, x_NBD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         """(N, B, D) -> (N', B, D)."""
-        with gathered_to_tensor_parallel_region(x_NBD, self.parallel) as whole_NBD:
-            queries = self.pattern.query_rows(whole_NBD.shape[0])
-            # A slice of everything is none, but has a backward pass that fills and adds a tensor.
-            asked_NBD = whole_NBD if queries == len(whole_NBD) else whole_NBD[-queries:]
-            q, k = self.query(asked_NBD), self.key(whole_NBD)
-            v = None if self.value is None else self.value(whole_NBD)
-        del whole_NBD, asked_NBD  # they are gathered again where they are needed
+        linears = [linear for linear in (self.query, self.key, self.value) if linear is not None]
+        with tensor_parallel_branch(x_NBD, linears, self.parallel) as branch:
+            q = branch.apply(self.query, last=self.pattern.query_rows(len(branch.whole)))
+            k = branch.apply(self.key)
+            v = None if self.value is None else branch.apply(self.value)
+        del branch  # what it holds is gathered again where it is needed
         if self.training and self.parallel.recompute == "selective":
             attended = recomputed(self._attend, q, k, v, positions, cache, random=self.config.dropout > 0)
         else:
@@ -140,9 +135,9 @@ class FeedForward(nn.Module):
     def forward(self, x_NBD: Tensor) -> Tensor:
         """(N, B, D) -> (N, B, D)."""
         linears = [self.up] if self.gate is None else [self.up, self.gate]
-        with gathered_to_tensor_parallel_region(x_NBD, self.parallel) as whole_NBD:
-            inputs = [linear(whole_NBD) for linear in linears]
-        del whole_NBD
+        with tensor_parallel_branch(x_NBD, linears, self.parallel) as branch:
+            inputs = [branch.apply(linear) for linear in linears]
+        del branch
         if not self.training or self.parallel.recompute == "full":
             return self.down(self._hidden(*inputs))
         return self.down(*inputs, of=self._hidden, random=self.config.dropout > 0)

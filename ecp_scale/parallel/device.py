@@ -12,6 +12,7 @@ import torch
 
 from ecp_scale.errors import InputError
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 DRIVER = Path("/dev/nvidiactl")
 """What an NVIDIA driver that is loaded shows on Linux."""
 
@@ -37,6 +38,18 @@ def local_device(local_rank: int) -> torch.device:
         return torch.device("cuda", number)
     _check_driver()
     return cpu()
+
+
+def keep_kernels_in_order() -> str | None:
+    """Let GPUs start kernels as the host asks for them, as long as CUDA has not started; what hinders it, if anything.
+
+    Trap: with more connections a GPU may begin the products that are to hide a message before the message, which then
+    finds no room beside them.
+    """
+    found = os.environ.setdefault(CONNECTIONS, "1")
+    if found == "1":
+        return None
+    return f"{CONNECTIONS} is {found}: messages of tensor parallelism may not hide behind products; unset it"
 
 
 def gpu_identity(device: torch.device) -> str:

@@ -13,8 +13,9 @@ from torch.distributed import ProcessGroup
 from ecp_scale.cluster.ranks import Ranks
 from ecp_scale.cluster.rendezvous import rendezvous
 from ecp_scale.config import ParallelConfig
+from ecp_scale.console import say
 from ecp_scale.errors import AgreedError, InputError
-from ecp_scale.parallel.device import backend, gpu_identity, local_device
+from ecp_scale.parallel.device import backend, gpu_identity, keep_kernels_in_order, local_device
 from ecp_scale.parallel.megatron import parallel_state
 
 T = TypeVar("T")
@@ -65,7 +66,10 @@ def process_groups(
     """
     ranks = Ranks.from_environment()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
+    hindered = keep_kernels_in_order() if config.tensor > 1 else None
     device = device or local_device(ranks.local_rank)
+    if hindered and device.type == "cuda" and ranks.rank == 0:
+        say(f"{'messages':12}{hindered}")
     on_gpu = device if device.type == "cuda" else None
     with ExitStack() as stack:
         if dist.is_initialized():

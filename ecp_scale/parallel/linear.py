@@ -1,7 +1,7 @@
 """Tensor-parallel linears and the embedding, on Megatron-core's: (n, b, width) activations, one tensor out.
 
-A branch of the residual block enters the tensor-parallel region once, with ``gather_to_tensor_parallel_region``,
-passes a column-parallel and a row-parallel linear, and leaves it with the latter. Outside, every rank of the group
+A branch of the residual block enters the tensor-parallel region once (``ecp_scale.parallel.branch``), passes a
+column-parallel and a row-parallel linear, and leaves it with the latter. Outside, every rank of the group
 holds all positions, or with sequence parallelism its part of them (arXiv 2205.05198).
 
 Every parameter says how it is partitioned, by the attributes that Megatron-core and DeepSpeed read:
@@ -9,11 +9,8 @@ Every parameter says how it is partitioned, by the attributes that Megatron-core
 fills them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
@@ -30,7 +27,7 @@ from ecp_scale.parallel.megatron import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from ecp_scale.parallel.recompute import PASS, recomputed
+from ecp_scale.parallel.recompute import recomputed
 from ecp_scale.precision import linear, product_type
 
 
@@ -48,51 +45,6 @@ def gather_to_tensor_parallel_region(x: Tensor, parallel: ParallelContext) -> Te
     if parallel.sequence_parallel:
         return gather_from_sequence_parallel_region(x, group=parallel.tp_group)
     return copy_to_tensor_model_parallel_region(x, group=parallel.tp_group)
-
-
-@contextmanager
-def gathered_to_tensor_parallel_region(x: Tensor, parallel: ParallelContext) -> Iterator[Tensor]:
-    """``gather_to_tensor_parallel_region`` for the linears of a branch, which are applied in the block.
-
-    With sequence parallelism they keep this rank's positions for the backward pass, which gathers them again: kept
-    whole, the inputs of both branches are two fifths of a layer's activations.
-    """
-    whole = gather_to_tensor_parallel_region(x, parallel)
-    # What is computed again keeps nothing, and one that is computed again is used at once.
-    if parallel.tp_size == 1 or not parallel.sequence_parallel or PASS.get().which != "only":
-        yield whole
-        return
-    again = _GatheredAgain(x.detach(), whole, parallel)
-    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        yield whole
-
-
-class _GatheredAgain:
-    """What is saved of a gathered tensor, as a view of one that is gathered when it is needed, once for all."""
-
-    def __init__(self, local: Tensor, whole: Tensor, parallel: ParallelContext) -> None:
-        self.local, self.parallel = local, parallel
-        self.storage = whole.untyped_storage()._cdata  # and not the tensor, which would live on
-        self.waiting = 0
-        self.whole: Tensor | None = None
-
-    def pack(self, saved: Tensor) -> Any:
-        if saved.untyped_storage()._cdata != self.storage:
-            return saved
-        self.waiting += 1
-        return saved.shape, saved.stride(), saved.storage_offset()
-
-    def unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        if self.whole is None:
-            with torch.no_grad():
-                self.whole = gather_to_tensor_parallel_region(self.local, self.parallel)
-        found = self.whole.as_strided(*packed)
-        self.waiting -= 1
-        if self.waiting <= 0:  # less than none where a graph is kept for a second pass
-            self.whole = None
-        return found
 
 
 def reduce_from_tensor_parallel_region(x: Tensor, parallel: ParallelContext) -> Tensor:

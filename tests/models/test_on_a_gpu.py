@@ -23,12 +23,11 @@ from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Operands, Whole
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config, ModelConfig
-from ecp_scale.models import blocks
 from ecp_scale.models.architectures import ARCHITECTURES
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.parallel import branch
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import process_groups
-from ecp_scale.parallel.linear import gather_to_tensor_parallel_region
 from ecp_scale.planning.tracing import _fake_launch, _groups, _micro_batch
 from ecp_scale.precision import as_on_a_gpu
 
@@ -170,14 +169,19 @@ def test_ranks_that_share_the_work_wait_for_nothing_but_messages(layout: dict[st
 def test_sequence_parallelism_keeps_its_own_positions_and_gathers_the_others_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    @contextmanager
-    def kept_whole(x: Tensor, parallel: ParallelContext) -> Iterator[Tensor]:
-        yield gather_to_tensor_parallel_region(x, parallel)
+    class KeptWhole:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def pack(self, saved: Tensor) -> Tensor:
+            return saved
+
+        unpack = pack
 
     config = config_of("ecp", False, tensor=2, sequence=True)
     kept, sent = [], []
-    for gathered in (blocks.gathered_to_tensor_parallel_region, kept_whole):
-        monkeypatch.setattr(blocks, "gathered_to_tensor_parallel_region", gathered)
+    for kind in (branch._GatheredAgain, KeptWhole):
+        monkeypatch.setattr(branch, "_GatheredAgain", kind)
         found = []
         for layers in (3, 4):
             with _fake_launch(2, 0), _groups(config) as groups:
@@ -189,3 +193,29 @@ def test_sequence_parallelism_keeps_its_own_positions_and_gathers_the_others_aga
     # The inputs of two branches, of which the other rank's half is not kept; a gather more for each.
     assert kept[1] - kept[0] == 2 * share
     assert sent[0] - sent[1] == 2 * share
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 2, "sequence": True}], ids=str)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_of_weights_are_computed_while_that_of_the_positions_is_summed(
+    layout: dict[str, Any], recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = []
+
+    def told(of: Any, name: str, what: str) -> None:
+        before = getattr(of, name)
+
+        def call(*arguments: Any) -> Any:
+            happened.append(what)
+            return before(*arguments)
+
+        monkeypatch.setattr(of, name, staticmethod(call) if of is branch._Entering else call)
+
+    told(branch._Message, "start", "start")
+    told(branch._Message, "wait", "wait")
+    told(branch._Entering, "backward", "weight")
+    config = config_of("ecp", False, layers=2, recompute=recompute, **layout)
+    with launch(config, 1) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
+        micro_batch(config, parallel, torch.device("cpu"))
+    feed_forward, attention = (["start", *["weight"] * linears, "wait"] for linears in (2, 3))
+    assert happened == [*feed_forward, *attention] * 2

@@ -1,5 +1,6 @@
 """Devices that cannot be used are refused by name; GPUs are played by torch.cuda's answers."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from ecp_scale.errors import InputError
 from ecp_scale.parallel import device
-from ecp_scale.parallel.device import check_precision, gpu_identity, local_device, set_tf32
+from ecp_scale.parallel.device import check_precision, gpu_identity, keep_kernels_in_order, local_device, set_tf32
 
 GPU = torch.device("cuda", 0)
 
@@ -74,3 +75,12 @@ def test_tf32_is_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
             set_tf32(allowed)
             assert backend.allow_tf32 is allowed
         backend.allow_tf32 = before
+
+
+def test_kernels_start_in_order_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(device.CONNECTIONS, raising=False)
+    assert keep_kernels_in_order() is None
+    assert os.environ[device.CONNECTIONS] == "1"
+    monkeypatch.setenv(device.CONNECTIONS, "8")
+    assert "is 8: messages of tensor parallelism may not hide" in (keep_kernels_in_order() or "")
+    assert os.environ[device.CONNECTIONS] == "8"
