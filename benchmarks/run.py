@@ -129,6 +129,7 @@ def gpu(sizes: Sizes) -> Suite:
     return {
         **utilisation,
         "step bf16": sizes.steps(ON_A_GPU, "paper-12l", "bf16", sequences=PAPER_SEQUENCES),
+        "kernels": partial(attention.compare_kernels, *sizes.lengths(131_072, 512)),
         **sizes.layers(torch.bfloat16, 2048, 8192, 32_768, full_up_to=32_768),
         "cost per token": partial(training.cost_per_token, long, lengths, lengths[1]),
         "generation bf16": partial(

@@ -41,8 +41,9 @@ BUGS = (
     Bug("attention/sdpa.py", "if number and look_back", "if number > 1 and look_back", ATTENTION),
     Bug("attention/sdpa.py", "segments[number - 1], segments[number])", "segments[0], segments[number])", ATTENTION),
     Bug("attention/calls.py", "left, place = before * pattern.look_back", "left, place = before", KERNELS),
-    Bug("attention/flash.py", "torch.logaddexp(of_rows, of_part)", "of_part.clone()", ATTENTION),
-    Bug("attention/flash.py", "                of_rows.copy_(of_whole)", "                pass", ATTENTION),
+    Bug("attention/flash.py", "torch.logaddexp(of_rows, of_part, out=of_rows)", "of_rows.copy_(of_part)", ATTENTION),
+    Bug("attention/flash.py", "(of_part - of_rows).exp_()", "(of_rows - of_part).exp_()", ATTENTION),
+    Bug("attention/flash.py", "x_NHE.storage_offset() + first * row", "first * row", ATTENTION),
     Bug("attention/flash.py", "self._x.narrow(0, 0, first).zero_()", "pass", KERNELS),
     Bug("attention/pieces.py", "np.maximum(document_begin[begins], reach[begins])", "reach[begins]", KERNELS),
     Bug(
