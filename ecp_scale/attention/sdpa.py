@@ -15,7 +15,7 @@ from ecp_scale.attention.calls import Call
 from ecp_scale.attention.flash import flash_attention
 from ecp_scale.attention.kernels import Settings, kernel_for
 from ecp_scale.attention.key_value import KeyValue, join
-from ecp_scale.attention.pieces import documents_on
+from ecp_scale.attention.pieces import documents_on, once_for
 from ecp_scale.attention.reference import reference_attention
 from ecp_scale.config import AttentionBackend
 from ecp_scale.precision import product_type
@@ -60,7 +60,13 @@ def attend(
     if kernel is not None and kernel.lower_right and documents is None and (dropout or not square):
         call = Call(n_key - n_query, n_query, 0, 0, n_key, causal or window is not None)
         return flash_attention(q, keys, values, (call,), kernel, settings)
-    mask = None if square else visible(n_query, n_key, causal, window, documents, q.device)
+    if square:
+        mask = None
+    elif documents is None:
+        mask = visible(n_query, n_key, causal, window, None, q.device)
+    else:
+        asked = ("visible", n_query, n_key, causal, window, q.device)
+        mask = once_for(documents, asked, lambda: visible(n_query, n_key, causal, window, documents, q.device))
     if backend == "reference":
         if mask is None and causal:
             mask = visible(n_query, n_key, True, None, None, q.device)
