@@ -24,9 +24,9 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
-# On a machine with a GPU; PYTHON there is one whose torch fits its driver.
+# On a machine with a GPU: PYTHON is one whose torch fits its driver, with .[gpu,test] installed under constraints-gpu.txt.
 test-gpu:
-	ECP_TEST_GPU=1 OMP_NUM_THREADS=1 $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest tests/gpu --numprocesses 4
+	ECP_TEST_GPU=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu --numprocesses 8
 
 check: install
 	$(BIN)/ruff format --check .

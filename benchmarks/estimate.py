@@ -5,7 +5,8 @@ for FlashAttention, once as it is and once with every function that ``training.c
 per direction. Time is what the counts take at the rates that --products, --attention and --bandwidth say, in turn:
 matrix products, attention, the bytes of everything else, and the optimizer's passes over weights and gradients. Waits,
 launches that the device is faster than, and messages between ranks are not in it. With --gpus N it is a step of the
-preset's layout on so many, with the planner's messages at --nvlink and --network, none of them hidden behind work.
+preset's layout on so many, with the planner's messages at --nvlink and --network, none of them hidden behind work, and
+nothing computed again.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from ecp_scale.planning.compiled import compiled_in_shapes
 from ecp_scale.planning.plan import GIB, plan
 from ecp_scale.precision import as_on_a_gpu
 
+ROOT = Path(__file__).resolve().parent.parent
 META = torch.device("meta")
 PRODUCTS = {"mm", "addmm", "bmm"}
 VIEWS = {
@@ -184,7 +186,7 @@ def estimate(config: Config, options: argparse.Namespace, compiled: bool) -> dic
 def estimate_launch(config: Config, options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step of a layout, by what they go to; what ranks of a tensor group do is split evenly."""
     parallel = config.parallel
-    planned = plan(config, json.loads(Path(f"ds_configs/zero{options.zero}.json").read_text()), options.gpus)
+    planned = plan(config, json.loads((ROOT / f"ds_configs/zero{options.zero}.json").read_text()), options.gpus)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=1))
     _, products, moved = counts_of_model(single, compiled=True)
     share = config.training.global_batch_size / options.gpus  # sequences per rank

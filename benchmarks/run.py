@@ -37,9 +37,9 @@ MATERIALISED = (
 OTHERS = ("Hugging Face Llama", "Hugging Face GPT-2", "our transformer")
 ON_A_GPU = ("bf16 materialised by segment", "bf16 Hugging Face Llama", "bf16 Hugging Face GPT-2", "our transformer")
 PAPER_SEQUENCES = 8
-"""Of a micro-batch on a GPU, to which one alone is over before the host has told of it."""
+"""Of a micro-batch on a GPU, which has done one alone before the host has launched the next kernel."""
 SEQUENCES = {"scaled-1b3": 4, "scaled-350m": 8, "scaled-125m": 16}
-"""Of a micro-batch, in 80 GB with all states on one rank."""
+"""Of a micro-batch, in 80 GB with all states on one rank and attention computed again."""
 PERCEIVER = {"tied_key_value": False, "key_value_norm": False}
 """What perceiver-ar-pytorch has of the choices of the preset."""
 NARROW = {"layers": 2, "width": 256, "heads": 2, "feed_forward_width": 1024, "vocab_size": 4096}
@@ -125,7 +125,7 @@ def gpu(sizes: Sizes) -> Suite:
     long = dataclasses.replace(long, parallel=dataclasses.replace(long.parallel, recompute="full"))
     utilisation: Suite = {}
     for name, sequences in SEQUENCES.items():
-        utilisation |= sizes.utilisation("bf16", (name,), sequences=sequences)
+        utilisation |= sizes.utilisation("bf16", (name,), sequences=sequences, recompute="selective")
     return {
         **utilisation,
         "step bf16": sizes.steps(ON_A_GPU, "paper-12l", "bf16", sequences=PAPER_SEQUENCES),

@@ -25,7 +25,7 @@ from benchmarks.timing import (
     side_by_side,
 )
 from ecp_scale.command_line import load_preset
-from ecp_scale.config import Config
+from ecp_scale.config import Config, Recompute
 from ecp_scale.parallel.device import known_peak_teraflops, local_device, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.precision import weight_type
@@ -38,7 +38,13 @@ PRODUCTS = 7
 """Matrix products in a round, of which the best is the peak."""
 
 
-def preset(name: str, precision: Literal["fp32", "bf16"], sequences: int = 1, **changes: Any) -> Config:
+def preset(
+    name: str,
+    precision: Literal["fp32", "bf16"],
+    sequences: int = 1,
+    recompute: Recompute | None = None,
+    **changes: Any,
+) -> Config:
     """A preset without dropout and with changes of the model, so many sequences per step, all in one micro-batch."""
     config = load_preset(name)
     model = dataclasses.replace(config.model, dropout=0.0, allow_short_receptive_field=True, **changes)
@@ -49,7 +55,8 @@ def preset(name: str, precision: Literal["fp32", "bf16"], sequences: int = 1, **
         precision=precision,
         output_dir=None,
     )
-    return dataclasses.replace(config, model=model, training=training)
+    parallel = dataclasses.replace(config.parallel, recompute=recompute or config.parallel.recompute)
+    return dataclasses.replace(config, model=model, training=training, parallel=parallel)
 
 
 def tokens_of(config: Config) -> Tensor:

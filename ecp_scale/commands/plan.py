@@ -57,15 +57,17 @@ def main() -> int:
     days = found.days(tokens, options.peak_teraflops, options.utilisation)
     print(
         f"time                {days:,.2f} days for {tokens:,.0f} tokens at {options.utilisation:.0%} of "
-        f"{options.gpus} x {options.peak_teraflops:g} TFLOP/s"
+        f"{options.gpus} x {options.peak_teraflops:g} TFLOP/s (--utilisation, --peak-teraflops: assumed)"
     )
     fits = found.peak_bytes <= memory
     share = found.peak_bytes / memory
     print(f"verdict             {'fits' if fits else 'does not fit'}: {share:.0%} of {options.gpu_memory}")
+    if not fits and not options.propose:
+        print("try                 --deepspeed_config zero2 or zero3, --training.micro_batch_size, --propose")
     if options.propose:
         count = 0
         for proposal in proposals(request.config, options.gpus, memory):
-            print(f"\nproposal {count + 1}\n{proposal.describe()}", flush=True)
+            print(f"\nproposal {count + 1}\n{proposal.describe()}\noptions             {proposal.options}", flush=True)
             count += 1
             if count == PROPOSED:
                 break

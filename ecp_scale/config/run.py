@@ -4,6 +4,7 @@ The words that --help prints about a field are the text below it.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -252,8 +253,13 @@ class Config:
                 sizes[f"training.batch_schedule from {tokens} tokens"] = sequences
             found += [
                 f"{name} {size} is not a multiple of training.micro_batch_size * data-parallel ranks = "
-                f"{self.training.micro_batch_size} * {ranks}"
+                f"{self.training.micro_batch_size} * {ranks}; {self._that_divides(size, ranks)}"
                 for name, size in sizes.items()
                 if size % together
             ]
         return found
+
+    def _that_divides(self, sequences: int, ranks: int) -> str:
+        if sequences % ranks:
+            return f"{-(-sequences // ranks) * ranks} sequences can be shared out"
+        return f"training.micro_batch_size {math.gcd(sequences // ranks, self.training.micro_batch_size)} divides it"

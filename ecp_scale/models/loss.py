@@ -43,7 +43,9 @@ class OutputLayer(ColumnLinear):
         for parameter in self.parameters():
             parameter.vocabulary_rows = known
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, trained: Tensor | None = None) -> Any:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, trained: Tensor | None = None
+    ) -> Any:
         """Scores, or with targets their losses.
 
         Args:

@@ -1,38 +1,41 @@
 """How a branch of the residual block enters the tensor-parallel region, and how its backward pass leaves it.
 
 Forward, every rank gathers the positions that its rows of the matrices need. Backward, the gradient of the positions is
-a sum over the ranks: it is under way while the gradients of the weights are computed, which do not need it. Autograd
-runs in reverse order, so that order is all there is to it: before the gather the graph has where the sum is waited for,
-and where each weight enters.
+a sum over the ranks: it is under way while the gradients of the weights are computed, which do not need it. Of the
+nodes that can run, autograd takes the one that was made last; so they are made in the order of wait, weights, gather.
+
+Trap: that holds as long as nothing but the gather takes what the wait returns, which is in flight until then.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.linear import ColumnLinear, gather_to_tensor_parallel_region
 from ecp_scale.parallel.recompute import PASS
-from ecp_scale.precision import product_type
+from ecp_scale.precision import linear, product_type
 
 
 class Branch:
     """All positions (n, b, D) of what enters a branch, and the linears that take it."""
 
-    def __init__(self, whole: Tensor, weights: dict[ColumnLinear, "_Weight"]) -> None:
+    def __init__(self, whole: Tensor, weights: dict[ColumnLinear, "tuple[Tensor, _Operands]"]) -> None:
         self.whole = whole
         self._weights = weights
 
-    def apply(self, linear: ColumnLinear, last: int | None = None) -> Tensor:
+    def apply(self, column: ColumnLinear, last: int | None = None) -> Tensor:
         """(n, b, D) -> (n, b, out/t), or of the ``last`` positions alone."""
         # A slice of everything is none, but has a backward pass that fills and adds a tensor.
         x = self.whole if last is None or last == len(self.whole) else self.whole[-last:]
-        return linear(x) if linear not in self._weights else self._weights[linear].linear(x, linear.bias)
+        weight, operands = self._weights.pop(column, (None, None))  # of one use; a second computes its own gradient
+        return column(x) if weight is None else column(x, partial(_Linear.apply, operands, weight))
 
 
 @contextmanager
@@ -47,10 +50,14 @@ def tensor_parallel_branch(x: Tensor, linears: Sequence[ColumnLinear], parallel:
         return
     message = _Message(parallel)
     local = _Await.apply(x, message)
-    # ZeRO-3 has a weight whole in its own module's forward and backward alone.
-    weights = {linear: _Weight(linear.weight) for linear in linears if not hasattr(linear.weight, "ds_id")}
+    weights = {}
+    for column in linears:
+        # ZeRO-3 has a weight whole in its own module's forward and backward alone.
+        if column.weight.requires_grad and not hasattr(column.weight, "ds_id"):
+            operands = _Operands()
+            weights[column] = _Weight.apply(column.weight, operands), operands
     whole = _Gather.apply(local, message)
-    # What is computed again keeps nothing, and one that is computed again is used at once.
+    # In the first pass of what is computed again nothing is kept, and in the second it is used at once.
     if not parallel.sequence_parallel or PASS.get().which != "only":
         yield Branch(whole, weights)
         return
@@ -92,6 +99,7 @@ class _Await(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         ctx.message.wait()
         return gradients[0], None
@@ -105,54 +113,53 @@ class _Gather(torch.autograd.Function):
         return whole.view_as(whole) if whole is x else whole
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.message.start(gradients[0]), None
 
 
-class _Weight:
-    """A weight whose gradient is computed where it enters the graph, and not where it is used."""
+class _Operands:
+    """What the gradient of a weight is computed from, between the backward passes of its use and of itself."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.operands: tuple[Tensor, Tensor] | None = None
-        self.weight: Tensor = _Entering.apply(weight, self)
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        return _Linear.apply(x, self.weight, bias, self)
+    def __init__(self) -> None:
+        self.gradient_and_x: tuple[Tensor, Tensor] | None = None
 
 
-class _Entering(torch.autograd.Function):
+class _Weight(torch.autograd.Function):
+    """A weight whose gradient is computed here, where it enters the graph, and not where it is used."""
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, owner: _Weight) -> Tensor:
-        ctx.owner = owner
+    def forward(ctx: Any, weight: Tensor, operands: _Operands) -> Tensor:
+        ctx.operands = operands
         return weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *placeholders: Tensor) -> tuple[Tensor, None]:
-        gradient, x = ctx.owner.operands
-        ctx.owner.operands = None
+        gradient, x = ctx.operands.gradient_and_x
+        ctx.operands.gradient_and_x = None
         product = gradient.flatten(0, -2).t() @ x.flatten(0, -2).to(gradient.dtype)
         return product.to(placeholders[0].dtype), None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owner: _Weight) -> Tensor:
+    def forward(ctx: Any, operands: _Operands, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.owner, ctx.of_bias = owner, None if bias is None else bias.dtype
-        wide = product_type(x)
-        bias = None if bias is None else bias.to(wide)
-        return functional.linear(x.to(wide), weight.to(wide), bias).to(x.dtype)
+        ctx.operands = operands
+        return linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradients[0].to(product_type(x))
-        ctx.owner.operands = gradient, x
-        of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
-        of_bias = None if ctx.of_bias is None else gradient.flatten(0, -2).sum(0).to(ctx.of_bias)
-        # Autograd wants something that looks like a gradient; this one takes no memory.
-        return of_x, weight.new_zeros(()).expand_as(weight), of_bias, None
+        ctx.operands.gradient_and_x = gradient, x
+        _, _, of_x_is_wanted, of_bias_is_wanted = ctx.needs_input_grad
+        of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if of_x_is_wanted else None
+        of_bias = gradient.flatten(0, -2).sum(0).to(x.dtype) if of_bias_is_wanted else None
+        # Autograd wants something that looks like the gradient of the weight; this takes no memory.
+        return None, weight.new_zeros(()).expand_as(weight), of_x, of_bias
 
 
 class _GatheredAgain:

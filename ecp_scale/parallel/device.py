@@ -41,15 +41,18 @@ def local_device(local_rank: int) -> torch.device:
 
 
 def keep_kernels_in_order() -> str | None:
-    """Let GPUs start kernels as the host asks for them, as long as CUDA has not started; what hinders it, if anything.
+    """Let GPUs start kernels as the host asks for them, which is settled when CUDA starts; what hinders it, or None.
 
     Trap: with more connections a GPU may begin the products that are to hide a message before the message, which then
     finds no room beside them.
     """
-    found = os.environ.setdefault(CONNECTIONS, "1")
+    found = os.environ.get(CONNECTIONS)
+    if found is None and not torch.cuda.is_initialized():
+        found = os.environ[CONNECTIONS] = "1"
     if found == "1":
         return None
-    return f"{CONNECTIONS} is {found}: messages of tensor parallelism may not hide behind products; unset it"
+    reason = f"is {found}" if found else "is not set, and CUDA has started"
+    return f"{CONNECTIONS} {reason}: messages of tensor parallelism may not hide behind products; set it to 1"
 
 
 def gpu_identity(device: torch.device) -> str:

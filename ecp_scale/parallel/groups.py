@@ -66,9 +66,10 @@ def process_groups(
     """
     ranks = Ranks.from_environment()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it
-    hindered = keep_kernels_in_order() if config.tensor > 1 else None
+    on_gpu_of_its_own = device is None and torch.cuda.is_available()
+    hindered = keep_kernels_in_order() if config.tensor > 1 and on_gpu_of_its_own else None
     device = device or local_device(ranks.local_rank)
-    if hindered and device.type == "cuda" and ranks.rank == 0:
+    if hindered and ranks.rank == 0:
         say(f"{'messages':12}{hindered}")
     on_gpu = device if device.type == "cuda" else None
     with ExitStack() as stack:

@@ -92,9 +92,9 @@ class ColumnLinear(ColumnParallelLinear):
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the local rows to what ``gather_to_tensor_parallel_region`` returned."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor | None], Tensor] | None = None) -> Tensor:
+        """Apply the local rows to all positions, by ``product`` of x and bias where the weight is that of a branch."""
+        return linear(x, self.weight, self.bias) if product is None else product(x, self.bias)
 
 
 class RowLinear(RowParallelLinear):

@@ -1,6 +1,6 @@
 """What torch.compile makes of a pointwise function, in shapes alone: a kernel per direction, which keeps its inputs.
 
-There is nothing to compile for where a plan is made; run as it is, the function would keep what a compiler does not.
+A plan is made without a GPU to compile for; run as it is, the function would keep what a compiler does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ecp_scale.models import blocks, loss, norms
+
+
+MODULES = (blocks, norms, loss)
+"""Those that call ``maybe_compile``."""
 
 
 class Watch(Protocol):
@@ -44,7 +48,7 @@ def compiled_in_shapes(watch: Watch | None = None) -> Iterator[None]:
         return lambda *inputs: _run(function, inputs, watch or Unwatched())
 
     with ExitStack() as stack:
-        for module in (blocks, norms, loss):
+        for module in MODULES:
             stack.enter_context(mock.patch.object(module, "maybe_compile", maybe_compile))
         yield
 

@@ -41,6 +41,17 @@ class Plan:
         """Everything that may be there at once."""
         return self.states.on_device + self.trace.activations + self.system_bytes
 
+    @property
+    def options(self) -> str:
+        """The options of ecp-pretrain that make this layout of its config."""
+        parallel, training = self.config.parallel, self.config.training
+        return (
+            f"--parallel.tensor {parallel.tensor} --parallel.context {parallel.context} --parallel.sequence "
+            f"{str(parallel.sequence).lower()} --parallel.recompute {parallel.recompute} --training.micro_batch_size "
+            f"{training.micro_batch_size} --training.global_batch_size {training.global_batch_size} "
+            f"--deepspeed_config zero{self.stage}"
+        )
+
     def days(self, tokens: int, peak_teraflops: float, utilisation: float) -> float:
         """Time to train on so many tokens, at a share of the ranks' peak."""
         steps = tokens / self.config.tokens_per_step

@@ -1,4 +1,4 @@
-"""Layouts that fit a number of ranks and their memory, the ones that send least first."""
+"""Layouts that fit a number of ranks and their memory."""
 
 import dataclasses
 import itertools
@@ -27,35 +27,54 @@ NODE = 8
 def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
     """Plans that fit, found one after another; every one is traced, so ask for no more than are wanted.
 
-    Those with fewer ranks per replica come first, then those that compute less again; each with the lowest ZeRO stage.
+    The config's own layout comes first, then those with fewer ranks per replica. Of each layout it is the one that
+    computes least again, with the largest micro-batch up to the config's, and the lowest ZeRO stage. The global batch
+    stays, unless no layout can share it out: then it is the next larger one that a layout can.
     """
-    for tensor, context, recompute in _candidates(world_size):
-        layout = dataclasses.replace(
-            config.parallel, tensor=tensor, context=context, sequence=tensor > 1, recompute=recompute
-        )
-        candidate = _with_batch(dataclasses.replace(config, parallel=layout), world_size)
-        stages = [stage for stage in (1, 2, 3) if _least_bytes(candidate, layout, stage, world_size) <= memory]
-        if candidate.problems(world_size) or not stages:
+    own = (config.parallel.tensor, config.parallel.context)
+    layouts = [own, *(pair for pair in _layouts(world_size) if pair != own)]
+    shares = [pair for pair in layouts if _micro_batches(config, world_size // (pair[0] * pair[1]))]
+    for tensor, context in shares or layouts:
+        for recompute in get_args(Recompute):
+            layout = dataclasses.replace(
+                config.parallel, tensor=tensor, context=context, sequence=tensor > 1, recompute=recompute
+            )
+            found = _fitting(dataclasses.replace(config, parallel=layout), world_size, memory)
+            if found is not None:
+                yield found
+                break
+
+
+def _fitting(config: Config, world_size: int, memory: int) -> Plan | None:
+    """The plan of a layout with the largest micro-batch and the lowest ZeRO stage that fit."""
+    stages = [stage for stage in (1, 2, 3) if _least_bytes(config, config.parallel, stage, world_size) <= memory]
+    replicas = config.parallel.data_parallel_size(world_size)
+    for size in _micro_batches(config, replicas) or [1] if stages else []:
+        batch = -(-config.training.global_batch_size // (size * replicas)) * size * replicas
+        training = dataclasses.replace(config.training, micro_batch_size=size, global_batch_size=batch)
+        candidate = dataclasses.replace(config, training=training)
+        if candidate.problems(world_size):
             continue
         traced = trace_busiest(candidate, world_size)
         plans = (plan(candidate, {"zero_optimization": {"stage": stage}}, world_size, traced) for stage in stages)
         fitting = next((found for found in plans if found.peak_bytes <= memory), None)
         if fitting is not None:
-            yield fitting
+            return fitting
+    return None
 
 
-def _candidates(world_size: int) -> Iterator[tuple[int, int, Recompute]]:
+def _micro_batches(config: Config, replicas: int) -> list[int]:
+    """Sizes that share out the global batch, from the config's own down by halves."""
+    training = config.training
+    sizes = [training.micro_batch_size >> halved for halved in range(training.micro_batch_size.bit_length())]
+    return [size for size in sizes if training.global_batch_size % (size * max(1, replicas)) == 0]
+
+
+def _layouts(world_size: int) -> list[tuple[int, int]]:
+    """Tensor and context parallel sizes."""
     powers = [2**exponent for exponent in range(world_size.bit_length())]
     pairs = [(t, c) for t, c in itertools.product(powers, powers) if t <= NODE and t * c <= world_size]
-    for tensor, context in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
-        yield from itertools.product([tensor], [context], get_args(Recompute))
-
-
-def _with_batch(config: Config, world_size: int) -> Config:
-    """The config with a global batch that every replica can share, the next above the one that was asked for."""
-    together = config.training.micro_batch_size * config.parallel.data_parallel_size(world_size)
-    batch = -(-config.training.global_batch_size // together) * together
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=batch))
+    return sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1]))
 
 
 def _least_bytes(config: Config, layout: ParallelConfig, stage: int, world_size: int) -> float:

@@ -209,11 +209,11 @@ def test_gradients_of_weights_are_computed_while_that_of_the_positions_is_summed
             happened.append(what)
             return before(*arguments)
 
-        monkeypatch.setattr(of, name, staticmethod(call) if of is branch._Entering else call)
+        monkeypatch.setattr(of, name, staticmethod(call) if of is branch._Weight else call)
 
     told(branch._Message, "start", "start")
     told(branch._Message, "wait", "wait")
-    told(branch._Entering, "backward", "weight")
+    told(branch._Weight, "backward", "weight")
     config = config_of("ecp", False, layers=2, recompute=recompute, **layout)
     with launch(config, 1) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
         micro_batch(config, parallel, torch.device("cpu"))

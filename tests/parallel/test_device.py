@@ -78,9 +78,13 @@ def test_tf32_is_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_start_in_order_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(device.CONNECTIONS, raising=False)
+    monkeypatch.setenv(device.CONNECTIONS, "")  # so that what is set below is undone
+    monkeypatch.delenv(device.CONNECTIONS)
     assert keep_kernels_in_order() is None
     assert os.environ[device.CONNECTIONS] == "1"
     monkeypatch.setenv(device.CONNECTIONS, "8")
     assert "is 8: messages of tensor parallelism may not hide" in (keep_kernels_in_order() or "")
     assert os.environ[device.CONNECTIONS] == "8"
+    monkeypatch.delenv(device.CONNECTIONS)
+    play(monkeypatch, is_initialized=True)
+    assert "is not set, and CUDA has started" in (keep_kernels_in_order() or "")

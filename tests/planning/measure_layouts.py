@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -183,10 +184,11 @@ def counted(groups: Groups, sent: "Counter[str]") -> Iterator[None]:
     """
     names = {id(groups.tensor): "tensor", id(groups.context): "context"}
 
-    def count(operation: str, group: Any, tensor: Tensor) -> None:
+    def count(operation: str, group: Any, tensor: Tensor) -> Any:
         sent[f"{names[id(group)]} {operation}"] += size([tensor])
+        return SimpleNamespace(wait=lambda: None)
 
-    def counter(operation: str, which: int) -> Callable[..., None]:
+    def counter(operation: str, which: int) -> Callable[..., Any]:
         return lambda *arguments, group, **options: count(operation, group, arguments[which])
 
     def sends(operations: list[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from ecp_scale.command_line import load_preset, parse
 from ecp_scale.errors import InputError
-from ecp_scale.planning import rehearsal
+from ecp_scale.planning import compiled, rehearsal
 from ecp_scale.planning.tracing import trace
 
 
@@ -38,3 +39,10 @@ def test_a_rehearsal_shows_its_ranks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="not run"):
         rehearsal.rehearse(request)
     assert seen["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_every_module_that_compiles_is_planned_so() -> None:
+    package = Path(compiled.__file__).parent.parent
+    texts = {path.stem: path.read_text() for path in package.rglob("*.py")}
+    callers = {name for name, text in texts.items() if "maybe_compile(" in text and name != "compiled"}
+    assert callers - {"pointwise"} == {module.__name__.rpartition(".")[2] for module in compiled.MODULES}
