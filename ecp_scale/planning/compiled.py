@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ecp_scale.models import blocks, loss, norms
 
-
 MODULES = (blocks, norms, loss)
 """Those that call ``maybe_compile``."""
 
