@@ -186,7 +186,7 @@ def kernel_for(q: Tensor, k: Tensor, settings: Settings, documents: bool, grain:
         fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
         # Trap: cuDNN plans anew for every shape, for as long as many steps of generation.
         trains = plain and q.requires_grad and grain % CUDNN_GRAIN == 0 and q.shape[-1] <= CUDNN_WIDEST_HEAD
-        if fits and trains and has_cudnn(q.device):
+        if fits and trains and not has_newer_flash() and has_cudnn(q.device):
             return CudnnKernel()
         return CudaKernel() if fits and has_flash(q.device) else None
     groups = q.shape[1] == k.shape[1] or GROUPS_ON_CPU
@@ -222,6 +222,12 @@ def refusal(backend: AttentionBackend, q: Tensor, settings: Settings, documents:
         width, kind = q.shape[-1], str(q.dtype).removeprefix("torch.")
         return f"FlashAttention takes bf16 and heads of 8, 16, ... to {WIDEST_HEAD}, found {kind} and heads of {width}"
     return "this GPU, or this build of torch, has no FlashAttention"
+
+
+def has_newer_flash() -> bool:
+    """Whether FlashAttention-3 or later has been put in place of torch's own, by ``activate_flash_attention_impl``."""
+    asked = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)  # since torch 2.11
+    return asked() not in (None, "FA2")
 
 
 @cache

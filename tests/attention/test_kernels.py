@@ -5,6 +5,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -221,8 +222,25 @@ def test_cudnn_serves_training_of_full_segments_on_hopper(
     with FakeTensorMode():
         q = torch.empty(1, 1, 1, width, dtype=torch.bfloat16, device="cuda", requires_grad=trains)
     assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), expected)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+    assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), CudaKernel)
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "has_flash", lambda device: True)
     monkeypatch.setattr(kernels, "has_cudnn", lambda device: False)
     assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), CudaKernel)
+
+
+@pytest.mark.parametrize("fault", ["absent", "fails", "forbidden", "another"])
+def test_cudnn_that_does_not_serve_is_passed_over_with_one_line(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("no valid execution plans built")
+
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: fault != "absent")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: fault != "forbidden")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10 if fault == "another" else 9, 0))
+    monkeypatch.setattr(kernels.CudnnKernel, "forward", failing)
+    with pytest.warns(UserWarning, match="no valid execution plans") if fault == "fails" else nullcontext():
+        assert not kernels.has_cudnn.__wrapped__(torch.device("cpu"))
 
 
 def test_the_grain_of_a_pattern_divides_the_lengths_of_its_calls() -> None:
