@@ -175,6 +175,13 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     assert done.returncode == 1, done.stderr
     assert "does not fit" in done.stdout
     assert "proposal 1" in done.stdout
+    # The batch stays, the own layout comes first, and what is proposed can be pasted.
+    steps = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")}
+    assert steps == {f"{16 * 256:,}"}
+    first = done.stdout.partition("proposal 1")[2]
+    assert "tensor 1 x context 1" in first.splitlines()[1]
+    options = next(line for line in first.splitlines() if line.startswith("options")).split()[1:]
+    assert "fits" in run_successfully("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "2058MiB", *options)
 
 
 def test_a_plan_takes_vocabulary_and_tokens_from_the_run(sharded_text: ShardedText) -> None:
