@@ -38,6 +38,7 @@ from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
+from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.profiling import profiled
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
 from ecp_scale.training.starting import check_backend, check_rate, write_settings
@@ -104,6 +105,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, json_config.zero_stage(settings), run_tokens))
         set_tf32(config.training.tf32)
+        agreed(lambda: check_overlap(config, request.deepspeed, groups, request.world_size))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
             engine = build_engine(config, settings, groups)
         if start.record is not None:
