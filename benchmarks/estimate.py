@@ -149,14 +149,12 @@ def count(config: Config, layers: int, compiled: bool) -> Counts:
     return counts
 
 
-def counts_of_model(config: Config, compiled: bool) -> tuple[Counts, int, int]:
-    """Counts of one layer more, and FLOPs of products and bytes of everything else of the whole model."""
+def counts_of_model(config: Config, compiled: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Kernels, FLOPs of products and bytes of everything else: of one layer more, and of the whole model."""
     few, more = count(config, 2, compiled), count(config, 3, compiled)
-    layer = Counts()
-    for name in ("kernels", "products", "moved"):
-        setattr(layer, name, getattr(more, name) - getattr(few, name))
-    others = config.model.layers - 2
-    return layer, few.products + others * layer.products, few.moved + others * layer.moved
+    counted = ("kernels", "products", "moved")
+    layer = {name: getattr(more, name) - getattr(few, name) for name in counted}
+    return layer, {name: getattr(few, name) + (config.model.layers - 2) * layer[name] for name in counted}
 
 
 def attention_flops(config: Config) -> float:
@@ -167,18 +165,18 @@ def attention_flops(config: Config) -> float:
 
 def estimate(config: Config, options: argparse.Namespace, compiled: bool) -> dict[str, float]:
     """Counts of a layer, and milliseconds of a step of one micro-batch by what they go to."""
-    layer, products, moved = counts_of_model(config, compiled)
+    layer, whole = counts_of_model(config, compiled)
     model, sequences = config.model, config.training.micro_batch_size
     milliseconds = {
-        "products": products / options.products / 1e9,
+        "products": whole["products"] / options.products / 1e9,
         "attention": attention_flops(config) * sequences / options.attention / 1e9,
-        "everything else": moved / options.bandwidth / 1e9,
+        "everything else": whole["moved"] / options.bandwidth / 1e9,
         "optimizer": model.parameters * OPTIMIZER_BYTES / options.bandwidth / 1e9,
     }
     useful = model.flops_per_token * model.sequence_length * sequences
     return {
-        "kernels of a layer": layer.kernels,
-        "GB of a layer beside products": layer.moved / 1e9,
+        "kernels of a layer": layer["kernels"],
+        "GB of a layer beside products": layer["moved"] / 1e9,
         **summed(milliseconds, useful, options),
     }
 
@@ -188,7 +186,7 @@ def estimate_launch(config: Config, options: argparse.Namespace) -> dict[str, fl
     parallel = config.parallel
     planned = plan(config, json.loads((ROOT / f"ds_configs/zero{options.zero}.json").read_text()), options.gpus)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=1))
-    _, products, moved = counts_of_model(single, compiled=True)
+    _, whole = counts_of_model(single, compiled=True)
     share = config.training.global_batch_size / options.gpus  # sequences per rank
     data_ranks = options.gpus // parallel.tensor
     # How often a rank sends what the planner counts: to every other, in a ring.
@@ -203,9 +201,9 @@ def estimate_launch(config: Config, options: argparse.Namespace) -> dict[str, fl
     sent = {name: size * times.get(name, 1) for name, size in planned.messages.items()}
     of_tensor = sum(size for name, size in sent.items() if name.startswith("tensor"))
     milliseconds = {
-        "products": products * share / options.products / 1e9,
+        "products": whole["products"] * share / options.products / 1e9,
         "attention": attention_flops(config) * share / options.attention / 1e9,
-        "everything else": moved * share / options.bandwidth / 1e9,
+        "everything else": whole["moved"] * share / options.bandwidth / 1e9,
         "optimizer": planned.trace.parameters / data_ranks * OPTIMIZER_BYTES / options.bandwidth / 1e9,
         "tensor messages": of_tensor / options.nvlink / 1e6,
         "other messages": (sum(sent.values()) - of_tensor) / options.network / 1e6,

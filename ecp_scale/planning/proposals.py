@@ -48,8 +48,10 @@ def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
 def _fitting(config: Config, world_size: int, memory: int) -> Plan | None:
     """The plan of a layout with the largest micro-batch and the lowest ZeRO stage that fit."""
     stages = [stage for stage in (1, 2, 3) if _least_bytes(config, config.parallel, stage, world_size) <= memory]
+    if not stages:
+        return None
     replicas = config.parallel.data_parallel_size(world_size)
-    for size in _micro_batches(config, replicas) or [1] if stages else []:
+    for size in _micro_batches(config, replicas) or [1]:
         batch = -(-config.training.global_batch_size // (size * replicas)) * size * replicas
         training = dataclasses.replace(config.training, micro_batch_size=size, global_batch_size=batch)
         candidate = dataclasses.replace(config, training=training)

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import ecp_scale
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
+from ecp_scale.planning.narrow import narrow_model
 from ecp_scale.preparation.preprocessing import preprocess
 
 HEAD_WIDTH = 4
@@ -24,27 +24,20 @@ TIMEOUT_SECONDS = 1800
 
 def narrow(config: Config, world_size: int) -> tuple[Config, int]:
     """The copy and its number of ranks: heads and every parallel size stay, but for at most two replicas."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     replicas = min(REPLICAS, parallel.data_parallel_size(world_size))
-    # Two segments for every rank that shares a sequence, and as many positions as tensor ranks share.
-    segment = SEGMENT * parallel.tensor
-    sizes: dict[str, Any] = {
-        "layers": min(model.layers, 4),
-        "width": HEAD_WIDTH * model.heads,
-        "feed_forward_width": 8 * parallel.tensor,
-        "sequence_length": 4 * segment * parallel.context,
-        "segment_length": segment,
-        "latents": None,
-        "compressed_context": None,
-        "window": 2 * segment,
-        "group_length": None,
-        "vocab_size": None,
-        "vocab_multiple": 1,
-        "allow_short_receptive_field": True,
-    }
+    model = narrow_model(
+        config,
+        HEAD_WIDTH,
+        SEGMENT,
+        layers=min(config.model.layers, 4),
+        feed_forward_width=8 * parallel.tensor,
+        vocab_size=None,
+        vocab_multiple=1,
+    )
     batch = config.training.micro_batch_size * replicas * min(2, config.accumulation_steps(world_size))
     training = dataclasses.replace(config.training, global_batch_size=batch, steps=STEPS)
-    copy = dataclasses.replace(config, model=dataclasses.replace(model, **sizes), training=training)
+    copy = dataclasses.replace(config, model=model, training=training)
     return copy, parallel.tensor * parallel.context * replicas
 
 

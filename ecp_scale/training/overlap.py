@@ -13,6 +13,7 @@ import torch
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import Groups
+from ecp_scale.planning.narrow import narrow_model
 from ecp_scale.training.step import optimizer_step
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import build_engine, set_learning_rate
@@ -56,29 +57,14 @@ def compare_norms(plain: list[float], overlapped: list[float], tolerance: float)
 
 def small_model(config: Config, world_size: int) -> Config:
     """The run's layout, architecture and precision at small sizes, without dropout."""
-    model, parallel = config.model, config.parallel
-    segment = 16 * parallel.tensor
-    sizes: dict[str, Any] = {
-        "layers": 3,
-        "width": 16 * model.heads,
-        "feed_forward_width": 32 * model.heads,
-        "sequence_length": 4 * segment * parallel.context,
-        "segment_length": segment,
-        "latents": None,
-        "compressed_context": None,
-        "window": 2 * segment,
-        "group_length": None,
-        "vocab_size": 512,
-        "dropout": 0.0,
-        "allow_short_receptive_field": True,
-    }
-    batch = 2 * parallel.data_parallel_size(world_size)
+    width = 32 * config.model.heads
+    model = narrow_model(config, 16, 16, layers=3, feed_forward_width=width, vocab_size=512, dropout=0.0)
+    batch = 2 * config.parallel.data_parallel_size(world_size)
     training = dataclasses.replace(
         config.training, micro_batch_size=1, global_batch_size=batch, batch_schedule=None, compile=False
     )
     attention = dataclasses.replace(config.attention, backend="auto", document_mask=False, restart_positions=False)
-    small = dataclasses.replace(model, **sizes)
-    return dataclasses.replace(config, model=small, training=training, attention=attention)
+    return dataclasses.replace(config, model=model, training=training, attention=attention)
 
 
 def gradient_norms(config: Config, deepspeed: dict[str, Any], groups: Groups, world_size: int) -> list[float]:

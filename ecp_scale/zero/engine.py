@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
@@ -22,7 +21,7 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Partition
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
-from ecp_scale.zero.few_kernels import use_few_kernels
+from ecp_scale.zero.few_kernels import norm_over, use_few_kernels
 from ecp_scale.zero.mpu import ModelParallelUnit
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
@@ -139,6 +138,4 @@ def plain_gradient_norm(engine: Engine, groups: Groups) -> float | None:
         for parameter in engine.module.parameters()
         if parameter.grad is not None and (Partition.of(parameter).partition_dim is not None or groups.tensor_rank == 0)
     ]
-    square = torch.nn.utils.get_total_norm(gradients).square().to(groups.device)
-    dist.all_reduce(square, group=groups.tensor)
-    return square.sqrt().item()
+    return norm_over(gradients, groups.tensor, groups.device).item()

@@ -14,6 +14,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 def use_few_kernels(optimizer: BF16_Optimizer) -> None:
@@ -53,13 +54,19 @@ def _add_gradients(self: BF16_Optimizer, clear_lp_grads: bool = False) -> None:
             torch._foreach_zero_(gradients)
 
 
+def norm_over(tensors: list[Tensor], group: ProcessGroup, device: torch.device) -> Tensor:
+    """The norm of the tensors of all ranks of a group, on a device."""
+    square = torch.nn.utils.get_total_norm(tensors).square().to(device)
+    dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
 def _norm(input_tensors: list[Tensor], norm_type: float = 2, mpu: Any = None, moe_ep_group: Any = None) -> Tensor:
     """The norm over tensors of the ranks of a model; -1 where it is no number, as DeepSpeed has it."""
     assert norm_type == 2
     assert moe_ep_group is None
-    square = torch.nn.utils.get_total_norm(input_tensors).square().to(get_accelerator().current_device_name())
-    dist.all_reduce(square, group=mpu.get_model_parallel_group())
-    norm = square.sqrt()
+    device = torch.device(get_accelerator().current_device_name())
+    norm = norm_over(input_tensors, mpu.get_model_parallel_group(), device)
     mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
     return norm
 

@@ -1,4 +1,4 @@
-"""Backends in the type and at the sizes in which they train, on every device that is here, against float64."""
+"""Backends in the type and at the sizes in which they train, against float64; tests/gpu does the same on a GPU."""
 
 from typing import NamedTuple
 
