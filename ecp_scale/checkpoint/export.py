@@ -1,4 +1,4 @@
-"""The exported model: model.safetensors with whole tensors, config.json, and the tokenizer."""
+"""The exported model: whole tensors in the safetensors format, config.json, and the tokenizer."""
 
 import dataclasses
 import json
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ecp_scale.checkpoint.folder import CheckpointRecord
-from ecp_scale.checkpoint.full_tensors import full_weights
+from ecp_scale.checkpoint.weights_file import SavedWeights, write_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.config.renames import renamed_fields
@@ -26,13 +24,14 @@ from ecp_scale.files import sync_folder, write_text
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.partition import load_full
-from ecp_scale.zero.state_files import damages, free_bytes, write_error
+from ecp_scale.zero.saved_states import SavedStates
+from ecp_scale.zero.state_files import damages, write_error
 
 FORMAT = "ecp-scale"
 FORMAT_VERSION = 3
 READABLE = (2, 3)
 """Version 2 has former names of some fields (``ecp_scale.config.renames``)."""
-OURS = re.compile(r"config\.json|model\.safetensors|tokenizer(\.\w+)?")
+OURS = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(\.\w+)?")
 """Names of the files of an exported model."""
 
 
@@ -105,15 +104,11 @@ class ExportedModel:
         Raises:
             InputError: if the weights are missing, damaged or do not fit config.json.
         """
-        path = self.folder / "model.safetensors"
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from error
+        weights = SavedWeights(self.folder)
         parallel = parallel or ParallelContext.single(dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = LanguageModel(self.config, parallel, self.attention)
-        load_full(model, parallel, tensors, str(path))
+        load_full(model, parallel, weights, str(weights.path))
         return model.to(device).eval()
 
 
@@ -142,8 +137,6 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
         sync_folder(output.parent)
     except OSError as error:
         raise InputError(write_error(output, error)) from error
-    except SafetensorError as error:  # which hides the error of the disk
-        raise InputError(f"{output} cannot be written ({error}), {free_bytes(output):,} bytes are free") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record
@@ -171,13 +164,9 @@ def _check_output(output: Path, record: CheckpointRecord) -> None:
 
 
 def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, dtype: torch.dtype) -> None:
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in full_weights(checkpoint, record)}
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    # Trap: safetensors makes its file for the owner alone.
-    umask = os.umask(0)
-    os.umask(umask)
-    weights.chmod(0o666 & ~umask)
+    saved = SavedStates(checkpoint, record.partitions, record.tensor_parallel)
+    shapes = {name: saved.shape(name) for name in record.partitions}
+    write_weights(folder, shapes, dtype, lambda name, start, stop: saved.weight(name, start, stop))
     tokenizer_file = ""
     if record.tokenizer_file:
         tokenizer_file = f"tokenizer{Path(record.tokenizer_file).suffix}"
@@ -191,6 +180,4 @@ def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, dtype
         "step": record.step,
         "tokens": record.tokens,
     }
-    with weights.open("rb") as file:
-        os.fsync(file.fileno())
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")

@@ -25,7 +25,6 @@ from ecp_scale.checkpoint.folder import (
     saved_folders,
     tag,
 )
-from ecp_scale.checkpoint.full_tensors import full_states
 from ecp_scale.checkpoint.identity import check_continues, identity
 from ecp_scale.config import Config
 from ecp_scale.console import say
@@ -35,7 +34,8 @@ from ecp_scale.parallel.groups import agreed, decided
 from ecp_scale.parallel.partition import partitions
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.engine import Engine
-from ecp_scale.zero.filling import fill, optimizer_order
+from ecp_scale.zero.filling import fill, optimizer_order, share_weights
+from ecp_scale.zero.saved_states import SavedStates
 from ecp_scale.zero.state_files import FileRecord, copy_hashed, damages, write_error
 
 
@@ -228,11 +228,13 @@ def load(engine: Engine, config: Config, start: Start) -> None:
         return
     layout = _layout(engine, config)
     same = layout == {key: getattr(record, key) for key in layout}
-    agreed(lambda: _check_files(folder, record, _own_files(engine, record) if same else _share(record)))
+    agreed(lambda: _check_files(folder, record, _own_files(engine, record) if same else _share(record)), True)
     if same:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
-        agreed(lambda: fill(engine, full_states(folder, record, optimizer_order(engine))))
+        order = optimizer_order(engine)
+        agreed(lambda: fill(engine, SavedStates(folder, record.partitions, record.tensor_parallel, order)), True)
+        share_weights(engine)
         engine.global_steps, engine.skipped_steps = record.step, record.skipped_steps
 
 

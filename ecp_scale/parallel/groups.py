@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from ecp_scale.parallel.device import backend, gpu_identity, keep_kernels_in_ord
 from ecp_scale.parallel.megatron import parallel_state
 
 T = TypeVar("T")
+TOUCH_SECONDS = 5.0
+"""Longest time between two messages of ranks that do something long."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,18 @@ def decided(action: Callable[[], T]) -> T:
     return result
 
 
+def _keep_in_touch(action: Callable[[], T]) -> T:
+    """Run ``action`` in a thread, and tell the other ranks again and again whether it is done, until all are."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(action)
+        done = [False]
+        while not all(done):
+            wait([future], timeout=TOUCH_SECONDS)
+            done = [False] * dist.get_world_size()
+            dist.all_gather_object(done, future.done())
+        return future.result()
+
+
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     """The result, or why it was refused."""
     try:
@@ -133,15 +148,19 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, f"{error.filename}: {error.strerror or error}"
 
 
-def agreed(action: Callable[[], T]) -> T:
+def agreed(action: Callable[[], T], takes_long: bool = False) -> T:
     """Run ``action`` on every rank, each for itself; where it is refused on any, raise on all, naming the ranks.
 
     A rank that leaves alone would keep the others waiting until their timeout.
 
+    Args:
+        action: without messages between ranks.
+        takes_long: ranks may be further apart than the timeout of a message, as when some read from a slow disk.
+
     Raises:
         AgreedError: everywhere, if any rank raised an ``InputError``, or an ``OSError`` that names a file.
     """
-    result, error = _attempt(action)
+    result, error = _keep_in_touch(lambda: _attempt(action)) if takes_long else _attempt(action)
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     messages = {text: [rank for rank, other in enumerate(errors) if other == text] for text in errors if text}

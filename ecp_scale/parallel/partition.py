@@ -1,13 +1,77 @@
 """Between a whole tensor and the share of one rank, by what the parameters say of themselves."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.context import ParallelContext
+
+
+class Held(NamedTuple):
+    """What a rank holds of its share of a parameter."""
+
+    values: Tensor
+    """Contiguous; ZeRO-3 pads the last ranks' beyond the share's end."""
+    shape: Sequence[int]
+    """Of the share."""
+    start: int
+    """Number in the share of the first element that is held."""
+
+
+class Run(NamedTuple):
+    """Consecutive elements of a share that are consecutive in the whole tensor too."""
+
+    start: int
+    """The first one's number in the share."""
+    whole_start: int
+    """The first one's number in the whole tensor."""
+    length: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where the elements of one rank's share lie in the whole tensor, both flat: ``rows`` runs of ``width`` elements.
+
+    Row r of the share is what begins at element ``first`` + r ``stride`` of the whole tensor. Padding of the
+    vocabulary lies behind all elements of the whole tensor.
+    """
+
+    rows: int
+    width: int
+    stride: int
+    first: int
+    whole: int
+    """Elements of the whole tensor, without padding."""
+
+    @property
+    def elements(self) -> int:
+        """Of the share, padding included."""
+        return self.rows * self.width
+
+    def within(self, whole_start: int, length: int) -> Iterator[Run]:
+        """What of the share so many elements of the whole tensor are."""
+        whole_stop = whole_start + length
+        for row in range(whole_start // self.stride, min(self.rows, -(-whole_stop // self.stride))):
+            begins = row * self.stride + self.first
+            low, high = max(whole_start, begins), min(whole_stop, begins + self.width)
+            if low < high:
+                yield Run(row * self.width + low - begins, low, high - low)
+
+    def runs(self, start: int, stop: int) -> Iterator[Run]:
+        """What of the whole tensor the elements ``start`` to ``stop`` of the share are, without padding."""
+        stop = min(stop, self.elements)
+        while start < stop:
+            row, column = divmod(start, self.width)
+            length = min(self.width - column, stop - start)
+            whole_start = self.first + row * self.stride + column
+            if whole_start < self.whole:
+                yield Run(start, whole_start, min(length, self.whole - whole_start))
+            start += length
 
 
 @dataclass(frozen=True)
@@ -27,6 +91,22 @@ class Partition:
         sharded = getattr(parameter, "tensor_model_parallel", False)
         partition_dim = getattr(parameter, "partition_dim", None) if sharded else None
         return cls(partition_dim, getattr(parameter, "vocabulary_rows", None))
+
+    def share(self, shape: Sequence[int], size: int, rank: int) -> Share:
+        """Where the share of one rank lies in the whole tensor.
+
+        Args:
+            shape: of the share.
+            size: of the tensor group.
+            rank: in it.
+        """
+        parts = 1 if self.partition_dim is None else size
+        rows = math.prod(shape[: self.partition_dim or 0]) if parts > 1 else 1
+        width = math.prod(shape) // rows
+        whole = rows * width * parts
+        if self.vocabulary_rows is not None:
+            whole = self.vocabulary_rows * math.prod(shape[1:])
+        return Share(rows, width, width * parts, width * rank if parts > 1 else 0, whole)
 
     def split(self, whole: Tensor, size: int, rank: int, padded_rows: int) -> Tensor:
         """The share of one rank; the vocabulary's padding rows are 0."""

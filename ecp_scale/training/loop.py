@@ -107,7 +107,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         set_tf32(config.training.tf32)
         agreed(lambda: check_overlap(config, request.deepspeed, groups, request.world_size))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
-            engine = build_engine(config, settings, groups)
+            engine = build_engine(config, settings, groups, draw=start.record is None)
         if start.record is not None:
             size = sum(file.size for file in start.record.files.values())
             what = f"loading     {len(start.record.files)} files, {size:,} bytes, once their hashes are checked"

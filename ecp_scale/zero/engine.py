@@ -15,35 +15,34 @@ from torch import nn
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import initialize
-from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Partition
+from ecp_scale.precision import weight_type
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.few_kernels import norm_over, use_few_kernels
+from ecp_scale.zero.making import held_weight, make_model
 from ecp_scale.zero.mpu import ModelParallelUnit
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 """A model with its optimizer under DeepSpeed."""
 
 
-def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Groups) -> Engine:
-    """Initialise the model from the seed and hand it to DeepSpeed.
+def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Groups, draw: bool = True) -> Engine:
+    """Make what this rank holds of the model, and hand it to DeepSpeed.
 
     Args:
         config: the run, with its vocabulary known.
         deepspeed_config: the DeepSpeed JSON with every "auto" filled in.
         groups: this rank's process groups.
+        draw: initialise the weights from the seed; else they are left as they are, for a checkpoint to fill.
     """
-    # Trap: on a CPU DeepSpeed compiles a shared-memory kernel at the first start, for a minute, with g++. Only its
-    # inference all-reduce uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    parallel = ParallelContext.of(config, groups)
-    model = LanguageModel(config.model, parallel, config.attention)
-    initialize(model, config.model, parallel, config.training.seed)
-    model.to(groups.device)
+    parallel = ParallelContext.of(config, groups, weight_type(config))
     with _local_rank_of(groups.device):
+        model = make_model(config, parallel, deepspeed_config, groups.device)
+        if draw:
+            initialize(model, config.model, parallel, config.training.seed, held_weight)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=_optimizer(model, config.optimizer),

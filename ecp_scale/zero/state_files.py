@@ -8,11 +8,17 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from ecp_scale.errors import InputError
 
@@ -28,6 +34,8 @@ SAFE_GLOBALS: tuple[tuple[Any, str], ...] = (
 )
 """Classes in DeepSpeed's files besides those that torch allows by itself, and what is made in their place."""
 READ_BYTES = 1 << 22
+READERS = 4
+"""Files that are hashed at a time."""
 
 
 class FileRecord(NamedTuple):
@@ -79,21 +87,71 @@ def write_states(states: Any, path: Path) -> FileRecord:
         return hashed.record
 
 
-def read_states(path: Path, map_location: Any = None, mmap: bool = False, classes: Sequence[Any] = SAFE_GLOBALS) -> Any:
+class SavedFile:
+    """A file that is opened when something of it is read, and stays open as long as anything refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        return self.path.open("rb", buffering=0)
+
+    def read(self, out: memoryview, begin: int) -> None:
+        """Fill ``out`` with the bytes from ``begin`` on.
+
+        Raises:
+            InputError: if the file ends before, or cannot be read.
+        """
+        done = 0
+        try:
+            while done < len(out):
+                read = os.preadv(self._file.fileno(), [out[done:]], begin + done)
+                if not read:
+                    raise InputError(f"{self.path}: ends at byte {begin + done}, expected {begin + len(out)}")
+                done += read
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """Where a file of ``write_states`` holds a tensor; its elements are read when they are asked for."""
+
+    file: SavedFile
+    offset: int
+    """In bytes, of the first element."""
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def read(self, out: Tensor, start: int = 0) -> None:
+        """Fill a contiguous ``out`` of the same type with the elements from ``start`` on."""
+        into = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self.file.read(into, self.offset + start * self.dtype.itemsize)
+
+
+def read_states(
+    path: Path, map_location: Any = None, classes: Sequence[Any] = SAFE_GLOBALS, tensors: bool = True
+) -> Any:
     """What ``torch.save`` wrote.
 
     Args:
         path: of the file.
         map_location: as ``torch.load`` takes it.
-        mmap: map tensors into memory instead of reading them.
         classes: that it may hold, as ``torch.serialization.safe_globals`` takes them.
+        tensors: read them; else each comes as a ``SavedTensor``.
 
     Raises:
         InputError: if it holds anything but tensors, plain values and ``classes``, or is damaged.
     """
     try:
         with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+            if tensors:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            with FakeTensorMode():  # under which torch says where in the file they lie
+                found = torch.load(path, weights_only=True)
+            file = SavedFile(path)
+            return tree_map_only(Tensor, lambda tensor: _saved(file, tensor), found)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # A damaged pickle raises anything.
@@ -101,6 +159,12 @@ def read_states(path: Path, map_location: Any = None, mmap: bool = False, classe
         foreign = next((line for line in reason.splitlines() if "Unsupported" in line or "GLOBAL" in line), None)
         what = f"holds what is not loaded: {foreign}" if foreign else f"cannot be read ({type(error).__name__})"
         raise InputError(f"{path}: {what}") from error
+
+
+def _saved(file: SavedFile, tensor: Tensor) -> SavedTensor:
+    storage: Any = tensor.untyped_storage()
+    offset = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    return SavedTensor(file, offset, tensor.dtype, tensor.shape)
 
 
 def copy_hashed(source: Path, target: Path) -> FileRecord:
@@ -113,11 +177,10 @@ def copy_hashed(source: Path, target: Path) -> FileRecord:
 
 def damages(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
     """What is wrong with some files of a folder, by name; each is read from front to end."""
-    return [
-        f"{folder / name} {problem}"
-        for name, record in sorted(files.items())
-        if (problem := record.problem(folder / name)) is not None
-    ]
+    names = sorted(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        problems = pool.map(lambda name: files[name].problem(folder / name), names)
+        return [f"{folder / name} {problem}" for name, problem in zip(names, problems, strict=True) if problem]
 
 
 def free_bytes(path: Path) -> int:

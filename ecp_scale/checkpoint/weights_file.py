@@ -1,0 +1,127 @@
+"""The weights of an exported model in the safetensors format, written piece by piece: no tensor is whole in memory.
+
+One file, or several with an index, as Hugging Face names them. The library wants all tensors of a file at once to
+write it; the format is a JSON header and the tensors' bytes. Reading is the library's.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ecp_scale.errors import InputError
+from ecp_scale.files import write_text
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FILE_BYTES = 5_000_000_000
+"""Most bytes of tensors in a file, unless one tensor alone has more."""
+PIECE = 1 << 24
+"""Elements that are in memory at a time."""
+TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class _File(NamedTuple):
+    name: str
+    tensors: list[str]
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    read: Callable[[str, int, int], Tensor],
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write all tensors; they are on disk when this returns.
+
+    Args:
+        folder: an existing one.
+        shapes: of every tensor, by name, in the order in which they are written.
+        dtype: of the files.
+        read: the elements of a tensor from one number up to another, flat.
+        file_bytes: most bytes of tensors in a file.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    files = _files({name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}, file_bytes)
+    for file in files:
+        with (folder / file.name).open("wb") as out:
+            out.write(_header({name: list(shapes[name]) for name in file.tensors}, dtype))
+            for name in file.tensors:
+                elements = torch.Size(shapes[name]).numel()
+                for start in range(0, elements, PIECE):
+                    piece = read(name, start, min(start + PIECE, elements)).to(dtype)
+                    out.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            out.flush()
+            os.fsync(out.fileno())
+    if len(files) > 1:
+        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": {name: f.name for f in files for name in f.tensors}}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _files(sizes: Mapping[str, int], file_bytes: int) -> list[_File]:
+    shares: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shares[-1] and used + size > file_bytes:
+            shares.append([])
+            used = 0
+        shares[-1].append(name)
+        used += size
+    if len(shares) == 1:
+        return [_File(WEIGHTS, shares[0])]
+    return [_File(f"model-{n:05d}-of-{len(shares):05d}.safetensors", names) for n, names in enumerate(shares, start=1)]
+
+
+def _header(shapes: Mapping[str, list[int]], dtype: torch.dtype) -> bytes:
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + torch.Size(shape).numel() * dtype.itemsize
+        content[name] = {"dtype": TYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+class SavedWeights(Mapping[str, Tensor]):
+    """The tensors of an exported model by name; each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the files.
+
+        Raises:
+            InputError: if one is missing or damaged.
+        """
+        self.path = folder / INDEX if (folder / INDEX).exists() else folder / WEIGHTS
+        names = [WEIGHTS]
+        try:
+            if self.path.name == INDEX:
+                names = sorted(set(json.loads(self.path.read_text())["weight_map"].values()))
+            path = self.path
+            self._files: dict[str, Any] = {}
+            for path in (folder / Path(name).name for name in names):
+                opened = safe_open(path, framework="pt")
+                self._files |= dict.fromkeys(opened.keys(), opened)
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read ({error})") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
