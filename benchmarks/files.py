@@ -20,7 +20,7 @@ from benchmarks.timing import alternate, medians, ratio
 from benchmarks.training import our_engine
 from ecp_scale.checkpoint.export import ExportedModel, export
 from ecp_scale.checkpoint.folder import checkpoints_folder, tag
-from ecp_scale.checkpoint.saving import Progress, save
+from ecp_scale.checkpoint.saving import Progress, Saves
 from ecp_scale.config import Config
 from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.groups import process_groups
@@ -71,8 +71,14 @@ def checkpoints(config: Config, rounds: int) -> dict[str, Any]:
         # Nothing is written over a checkpoint: each save has a run folder of its own.
         runs, model = (folder / f"run-{number}" for number in itertools.count()), folder / "model"
         saved = checkpoints_folder(folder / "run-0") / tag(1)
+
+        def save() -> None:
+            saves = Saves(engine, config, blend, next(runs))
+            saves.begin(Progress(1))
+            saves.finish()
+
         calls: dict[str, Callable[[], object]] = {
-            "save": lambda: save(engine, config, blend, next(runs), Progress(1)),
+            "save": save,
             "copy of the checkpoint": lambda: shutil.copytree(saved, folder / "copy", dirs_exist_ok=True),
             "convert": lambda: export(saved, model),
             "copy of the model": lambda: shutil.copyfile(model / "model.safetensors", folder / "copy.safetensors"),

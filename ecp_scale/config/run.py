@@ -147,6 +147,8 @@ class CheckpointConfig:
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep: int | None = None
     """Newest checkpoints to keep; null keeps all."""
+    asynchronous: bool = False
+    """Write checkpoints behind the training, from a copy of the states in host memory; one at a time."""
     on_failed_save: Literal["stop", "continue"] = "stop"
     """What a run does when a checkpoint cannot be written, as where the disk is full."""
 

@@ -8,23 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.saving import (
-    Progress,
-    SaveFailedError,
-    Start,
-    check_sight,
-    check_start,
-    find_start,
-    load,
-    save,
-)
-from ecp_scale.cluster.signals import (
-    LAUNCHER_SECONDS,
-    STOP,
-    StopRequest,
-    under_deepspeed_launcher,
-    write_stopped,
-)
+from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start, load
+from ecp_scale.checkpoint.saving import Progress, Saves
+from ecp_scale.cluster.signals import StopRequest, write_stopped
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
@@ -36,6 +22,7 @@ from ecp_scale.parallel.device import check_precision, known_peak_teraflops, pea
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
+from ecp_scale.training.checkpoints import Checkpoints
 from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
@@ -115,7 +102,9 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
                 load(engine, config, start)
         apply_optimizer_config(engine, config.optimizer)
         decided(lambda: write_settings(run, to_yaml(config), settings))
-        _Run(config, groups, engine, blend, validation, run, run_tokens, stop).steps(start)
+        saves = Saves(engine, config, blend, run, run_tokens)
+        checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder)
+        _Run(config, groups, engine, blend, validation, run, run_tokens, stop, checkpoints).steps(start.progress)
         engine.destroy()
 
 
@@ -132,6 +121,7 @@ class _Run:
         folder: Path,
         run_tokens: int,
         stop: StopRequest,
+        checkpoints: Checkpoints,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -141,13 +131,13 @@ class _Run:
         self.folder = folder
         self.run_tokens = run_tokens
         self.stop = stop
-        self.checkpoint: Path | None = None
+        self.checkpoints = checkpoints
         self.is_first = dist.get_rank() == 0
 
-    def steps(self, start: Start) -> None:
+    def steps(self, done: Progress) -> None:
         """Train from after what is done to the end, or until any rank is asked to stop."""
         config, replicas = self.config, self.groups.replicas
-        done, loss, self.checkpoint = start.progress, None, start.folder
+        loss: float | None = None
         reader = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
         readers = config.parallel.tensor * config.parallel.context  # ranks that read the same samples
         skipped_in_a_row, reason = 0, self._reason()
@@ -165,7 +155,8 @@ class _Run:
                 rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)
                 then = (tokens, config.sequences_after(tokens)) if done.step + 1 < config.training.steps else None
                 result = self._step(done.step + 1, rate, batches.after(done.tokens, sequences, then), sequences)
-                digest = from_parts([total // readers for total in result.sums])
+                *digests, written, failed = result.sums
+                digest = from_parts([total // readers for total in digests])
                 done, loss = Progress(done.step + 1, tokens, (done.data_digest + digest) % 2**64), result.loss
                 numbers = self._numbers(done, result, rate, time.perf_counter() - began, sequences)
                 if self._is_due(done.step, config.training.validation_every_steps) and self.validation is not None:
@@ -174,10 +165,11 @@ class _Run:
                 collect_garbage()
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._check_skipped(done.step, skipped_in_a_row, result)
+                self.checkpoints.heard(written, failed)
                 if result.stop_requested:
                     reason = self._reason()
                 if reason is not None or self._is_due(done.step, config.checkpoint.every_steps):
-                    self._save(done, is_last=reason is not None or done.step == config.training.steps)
+                    self.checkpoints.save(done, is_last=reason is not None or done.step == config.training.steps)
                     # A request that came meanwhile must not wait for another step.
                     reason = reason or self._reason()
             self._end(done, loss, reason)
@@ -217,10 +209,10 @@ class _Run:
                 self.stop.reason is not None,
                 self.config.data.loss_ignore_ids,
                 reporter(step, self.groups.device),
-                batches.digest_parts,
+                [*batches.digest_parts, *self.checkpoints.news()],
             )
         except DivergedError as error:
-            raise DivergedError(f"step {step}: {error}; last checkpoint: {self.checkpoint or 'none'}") from None
+            raise self._diverged(step, str(error)) from None
 
     def _validation_loss(self, corpus: Corpus) -> float:
         replicas = self.groups.replicas
@@ -231,27 +223,11 @@ class _Run:
         if result.skipped and self.is_first:
             say(f"step {step:,}  the update was skipped: the gradient norm is {result.gradient_norm}")
         if in_a_row >= self.config.training.max_skipped_steps:
-            raise DivergedError(
-                f"step {step}: {in_a_row} updates in a row were skipped because gradients were not finite; last "
-                f"checkpoint: {self.checkpoint or 'none'}"
-            )
+            raise self._diverged(step, f"{in_a_row} updates in a row were skipped because gradients were not finite")
 
-    def _save(self, done: Progress, is_last: bool) -> None:
-        began = time.perf_counter()
-        try:
-            self.checkpoint = save(self.engine, self.config, self.blend, self.folder, done, self.run_tokens)
-            text = f"saved in {time.perf_counter() - began:.1f} s: {self.checkpoint}"
-            if time.perf_counter() - began > LAUNCHER_SECONDS and under_deepspeed_launcher():
-                text += (
-                    f"; after Ctrl-C the deepspeed launcher would kill such a save in {LAUNCHER_SECONDS:.0f} s: to "
-                    f"stop, touch {self.folder / STOP}"
-                )
-        except SaveFailedError as error:
-            text = f"not saved: {error}; last checkpoint: {self.checkpoint or 'none'}"
-            if is_last or self.config.checkpoint.on_failed_save == "stop":
-                raise SaveFailedError(f"step {done.step}: {text}") from None
-        if self.is_first:
-            say(f"step {done.step:,}  {text}")
+    def _diverged(self, step: int, text: str) -> DivergedError:
+        self.checkpoints.finish(has_ended=True)
+        return DivergedError(f"step {step}: {text}; last checkpoint: {self.checkpoints.newest or 'none'}")
 
     def _reason(self) -> str | None:
         """Why the run is to stop, if any rank was asked to; the same on all."""
@@ -265,12 +241,12 @@ class _Run:
         if not self.is_first:
             return
         if reason is not None and done.step < self.config.training.steps:
-            write_stopped(self.folder, reason, done.step, self.checkpoint)
-            say(describe_end(self.folder, done, loss, reason, self.checkpoint))
+            write_stopped(self.folder, reason, done.step, self.checkpoints.newest)
+            say(describe_end(self.folder, done, loss, reason, self.checkpoints.newest))
         elif done.step > self.config.training.steps:
             say(f"nothing to do: step {done.step:,} is done, and training.steps is {self.config.training.steps:,}")
         else:
-            say(describe_end(self.folder, done, loss, None, self.checkpoint))
+            say(describe_end(self.folder, done, loss, None, self.checkpoints.newest))
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps

@@ -7,7 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ecp_scale.checkpoint.saving import Progress, Start
+from ecp_scale.checkpoint.resuming import Start
+from ecp_scale.checkpoint.saving import Progress
 from ecp_scale.config import Config
 from ecp_scale.console import counted, say, terminal
 from ecp_scale.data.blend import Blend

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ecp_scale.attention import Settings, refusal
-from ecp_scale.checkpoint.saving import Start
+from ecp_scale.checkpoint.resuming import Start
 from ecp_scale.cluster.signals import STOPPED
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.console import say

@@ -49,7 +49,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
             config=deepspeed_config,
             mpu=ModelParallelUnit(),
         )
-    engine.checkpoint_engine = CheckpointFiles()
+    engine.checkpoint_engine = CheckpointFiles(config.checkpoint.asynchronous)
     # It would write scripts of its own beside the checkpoints, where a full disk is an error on the first rank alone.
     engine._copy_recovery_script = lambda folder: None
     if isinstance(engine.optimizer, BF16_Optimizer):

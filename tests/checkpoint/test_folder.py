@@ -19,7 +19,7 @@ from ecp_scale.checkpoint.folder import (
     signed,
     tag,
 )
-from ecp_scale.checkpoint.saving import find_start
+from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.partition import Partition

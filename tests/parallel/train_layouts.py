@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.saving import find_start, load
+from ecp_scale.checkpoint.resuming import find_start, load
 from ecp_scale.command_line import Request, parse
 from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.groups import decided, process_groups

@@ -30,7 +30,7 @@ EVERY = 5
 LAYOUT = Layout(data=2, zero=1, settings="paper")
 
 
-def options(folder: Path, run: Path) -> list[str]:
+def options(folder: Path, run: Path, asynchronous: bool) -> list[str]:
     """A run of two ranks with dropout that saves often."""
     text = ShardedText(folder / "text", ())
     if not text.folder.exists():
@@ -41,6 +41,7 @@ def options(folder: Path, run: Path) -> list[str]:
         f"--checkpoint.every_steps={EVERY}",
         "--checkpoint.keep=2",
         "--model.dropout=0.1",
+        f"--checkpoint.asynchronous={str(asynchronous).lower()}",
     )
     return [*words, *more, "--resume=auto"]
 
@@ -123,10 +124,10 @@ def check(run: Path, expected: list[dict[str, object]], foreign: dict[Path, byte
                 raise SystemExit(f"step {record['step']}: {key} is {record[key]}, expected {wanted[key]}")
 
 
-def campaign(kills: int, seed: int, folder: Path) -> dict[str, int]:
+def campaign(kills: int, seed: int, folder: Path, asynchronous: bool = False) -> dict[str, int]:
     """Kill as often as asked, in runs that are begun anew when they are finished; how often which victim."""
     alone, run = folder / "alone", folder / "run"
-    subprocess.run(command(SCRIPT, 2, options(folder, alone), "torchrun"), env=environment(), check=True)
+    subprocess.run(command(SCRIPT, 2, options(folder, alone, False), "torchrun"), env=environment(), check=True)
     expected = metrics(alone)
     counts: dict[str, int] = {}
     done = 0
@@ -140,7 +141,7 @@ def campaign(kills: int, seed: int, folder: Path) -> dict[str, int]:
         victim = ""
         while victim != "finished" and done < kills:
             draw = random.Random(f"{seed} {done}")
-            words = command(SCRIPT, 2, options(folder, run), draw.choice(["deepspeed", "torchrun"]))
+            words = command(SCRIPT, 2, options(folder, run, asynchronous), draw.choice(["deepspeed", "torchrun"]))
             in_save = done % 3 == 0
             victim = kill_once(words, run, draw, in_save)
             check(run, expected, foreign)
@@ -148,7 +149,7 @@ def campaign(kills: int, seed: int, folder: Path) -> dict[str, int]:
             counts[key] = counts.get(key, 0) + 1
             done += victim != "finished"
             print(f"kill {done}: {key}, {len(complete_checkpoints(run))} checkpoints", flush=True)
-    subprocess.run(command(SCRIPT, 2, options(folder, run), "torchrun"), env=environment(), check=True)
+    subprocess.run(command(SCRIPT, 2, options(folder, run, asynchronous), "torchrun"), env=environment(), check=True)
     check(run, expected, foreign)
     if len(metrics(run)) != STEPS:
         raise SystemExit(f"the last launch ended after {len(metrics(run))} of {STEPS} steps")
@@ -160,9 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--asynchronous", action="store_true", help="the runs save behind the training")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        print(campaign(parsed.kills, parsed.seed, Path(name)))
+        print(campaign(parsed.kills, parsed.seed, Path(name), parsed.asynchronous))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 ``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder
 is another. ``stale``: it does not see the newest checkpoint. ``hidden``: it cannot read the files of checkpoints.
 ``cache``: it reads other bytes of its own file of the optimizer. ``shards``: it sees other shards under the prefix.
-``full``: it cannot write its share of a checkpoint, as where its disk is full. ``hung``: its second forward pass of all
+``full``: it cannot write its share of a checkpoint, as where its disk is full. ``slow``: it takes seconds to begin. ``hung``: its second forward pass of all
 does not end, as a kernel that hangs.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ecp_scale import errors
-from ecp_scale.checkpoint import folder, saving
+from ecp_scale.checkpoint import folder, resuming
+from ecp_scale.checkpoint.saving import SaveFailedError
 from ecp_scale.command_line import parse
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.training import agreement, corpora, loop
@@ -34,7 +35,7 @@ def make_odd(what: str, options: list[str]) -> None:
         os.chdir(os.environ["OTHER_FOLDER"])
     elif what == "stale":
         seen = folder.saved_folders
-        folder.saved_folders = saving.saved_folders = lambda run: seen(run)[:-1]
+        folder.saved_folders = resuming.saved_folders = lambda run: seen(run)[:-1]
     elif what in ("hidden", "cache"):
         problem = FileRecord.problem
         reason = "cannot be read (No such file or directory)" if what == "hidden" else "is damaged"
@@ -62,6 +63,14 @@ def make_odd(what: str, options: list[str]) -> None:
             return forward(*arguments, **named)
 
         LanguageModel.forward = hang  # type: ignore[method-assign]
+    elif what == "slow":
+        write = checkpoint_engine.write_states
+
+        def wait(states: object, path: Path) -> FileRecord:
+            time.sleep(1.5)
+            return write(states, path)
+
+        checkpoint_engine.write_states = wait
     elif what == "full":
 
         def fail(states: object, path: Path) -> FileRecord:
@@ -77,7 +86,7 @@ def main() -> None:
         make_odd(what, options)
     try:
         loop.train(parse(options, ""))
-    except (DivergedError, loop.SaveFailedError) as error:
+    except (DivergedError, SaveFailedError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
 

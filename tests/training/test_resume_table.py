@@ -68,6 +68,7 @@ WITHOUT_EFFECT = {
     "training.max_skipped_steps": 2,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
+    "checkpoint.asynchronous": True,
     "checkpoint.on_failed_save": "continue",
     "logging.wandb_project": "other",
     "logging.run_name": "other",

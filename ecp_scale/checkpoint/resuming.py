@@ -1,0 +1,135 @@
+"""Find the checkpoint that a run goes on from, and fill a new engine with it.
+
+The first rank chooses the checkpoint: a shared file system may show another host an older state.
+"""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, check_writable, newest_complete, saved_folders
+from ecp_scale.checkpoint.identity import check_continues, identity
+from ecp_scale.checkpoint.saving import Progress, layout_of
+from ecp_scale.config import Config
+from ecp_scale.data.blend import Blend
+from ecp_scale.errors import InputError
+from ecp_scale.parallel.groups import agreed
+from ecp_scale.zero.engine import Engine
+from ecp_scale.zero.filling import fill, optimizer_order, share_weights
+from ecp_scale.zero.saved_states import SavedStates
+from ecp_scale.zero.state_files import damages
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after a checkpoint, or afresh; and the newer checkpoints that are passed by, with reasons."""
+
+    folder: Path | None = None
+    record: CheckpointRecord | None = None
+    passed_by: tuple[str, ...] = ()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        if self.record is None:
+            return Progress()
+        return Progress(self.record.step, self.record.tokens, int(self.record.data_digest, 16))
+
+
+def find_start(run: Path, resuming: bool) -> Start:
+    """Where a run begins that finds ``run`` as it is; for one rank to ask.
+
+    Raises:
+        InputError: if there is a checkpoint, and the run is not to go on from it.
+    """
+    folder, passed = newest_complete(run)
+    if folder is None:
+        # A folder without a record is of a save that an earlier version was cut short in.
+        if any((path / RECORD).exists() for path in saved_folders(run)):
+            # Not the first save that was cut short: work that something else has damaged, or that cannot be seen now.
+            raise InputError(
+                "none of the run's checkpoints can be read; restore them, move them away to start over, or choose "
+                "another folder:\n" + "\n".join(f"  - {text}" for text in passed)
+            )
+        return Start(passed_by=tuple(passed))
+    if not resuming:
+        raise InputError(f"training.output_dir {run} holds checkpoints; pass --resume auto or choose another folder")
+    return Start(folder, CheckpointRecord.read(folder), tuple(passed))
+
+
+def check_sight(run: Path, start: Start) -> None:
+    """Refuse a rank that cannot write checkpoints, or sees a newer one than the first rank, which chose ``start``.
+
+    Raises:
+        InputError: naming the folder.
+        OSError: naming what cannot be written.
+    """
+    check_writable(run, f".probe-{dist.get_rank()}")
+    known = "\n".join(start.passed_by)
+    for folder in saved_folders(run):
+        newer = start.folder is None or folder.name > start.folder.name
+        if newer and folder.name not in known:
+            raise InputError(
+                f"{folder} is seen on host {socket.gethostname()}, but not by the first rank, which would go on from "
+                f"{start.folder or 'nothing'}; start again when the file system shows it on all hosts"
+            )
+
+
+def check_start(start: Start, config: Config, blend: Blend) -> None:
+    """Refuse to go on from the checkpoint of another run, see ``check_continues``; for one rank to ask.
+
+    Raises:
+        InputError: listing what differs.
+    """
+    if start.record is not None:
+        check_continues(start.record, start.folder, identity(config, blend, start.record.tokens))
+
+
+def load(engine: Engine, config: Config, start: Start) -> None:
+    """Fill a new engine with what a checkpoint of any layout holds; all ranks take part.
+
+    Every file is read from front to end first and compared with its hash: in the same layout by the ranks that go on to
+    load it, whose host may have another copy in its cache; else each by one rank.
+
+    Raises:
+        InputError: on all ranks, if a file is damaged.
+    """
+    folder, record = start.folder, start.record
+    if folder is None or record is None:
+        return
+    layout = layout_of(engine, config)
+    same = layout == {key: getattr(record, key) for key in layout}
+    agreed(lambda: _check_files(folder, record, _own_files(engine, record) if same else _share(record)), True)
+    if same:
+        engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    else:
+        order = optimizer_order(engine)
+        agreed(lambda: fill(engine, SavedStates(folder, record.partitions, record.tensor_parallel, order)), True)
+        share_weights(engine)
+        engine.global_steps, engine.skipped_steps = record.step, record.skipped_steps
+
+
+def _own_files(engine: Engine, record: CheckpointRecord) -> list[str]:
+    """Names of the files that DeepSpeed loads on this rank; the first one looks at those that no rank loads, too."""
+    names = [engine._get_ckpt_name("", "")]
+    if engine.zero_optimization():
+        names.append(engine._get_zero_ckpt_name("", ""))
+    missing = [name for name in names if name not in record.files]
+    if missing:
+        raise InputError(f"the checkpoint lists no file {missing[0]} of rank {dist.get_rank()}")
+    others = [name for name in record.files if not name.endswith("_states.pt")] if dist.get_rank() == 0 else []
+    return names + others
+
+
+def _share(record: CheckpointRecord) -> list[str]:
+    """A part of the files, so that those of all ranks make up the whole."""
+    return sorted(record.files)[dist.get_rank() :: dist.get_world_size()]
+
+
+def _check_files(folder: Path, record: CheckpointRecord, names: list[str]) -> None:
+    """Compare some of the files with their hashes."""
+    found = damages(folder, {name: record.files[name] for name in names})
+    if found:
+        raise InputError("\n".join(found))
