@@ -13,10 +13,11 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -28,10 +29,10 @@ from ecp_scale.parallel.partition import Partition
 from ecp_scale.zero.state_files import FileRecord
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 6
-READABLE = (3, 4, 5, 6)
+FORMAT_VERSION = 7
+READABLE = (3, 4, 5, 6, 7)
 """Version 3 does not say which tokens the corpora hold, only how many; 3 and 4 have no hashes of files; up to 5 some
-fields have other names (``ecp_scale.config.renames``)."""
+fields have other names (``ecp_scale.config.renames``); up to 6 no versions of libraries are written."""
 HASHED = 5
 """Format version from which on files and the record itself have hashes."""
 RENAMED = 6
@@ -63,6 +64,8 @@ class CheckpointRecord:
     """The section of the config; empty where an earlier version wrote it."""
     run_tokens: int = 0
     """Tokens of the whole run, as it was planned then."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the libraries that wrote it; empty where an earlier version did."""
 
     def write(self, folder: Path) -> None:
         """Declare the folder complete; every file in it must have reached the disk."""
@@ -262,15 +265,46 @@ def publish(partial: Path) -> None:
     sync_folder(folder.parent)
 
 
-def remove_old(newest: Path, keep: int | None) -> None:
-    """Remove what cut saves up to the newest checkpoint have left, and all but the newest ``keep`` complete ones."""
+class Retention(NamedTuple):
+    """Which checkpoints of a run stay: the newest ones, and those of every so many steps."""
+
+    keep_last: int | None = None
+    """None keeps all."""
+    keep_every: int | None = None
+
+    def goes(self, complete: Sequence[Path]) -> list[Path]:
+        """Those that go, of the complete checkpoints of a run, oldest first."""
+        if self.keep_last is None:
+            return []
+        older = complete[: -self.keep_last]
+        return [folder for folder in older if self.keep_every is None or step_of(folder) % self.keep_every]
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was saved, by the name of its folder."""
+    match = TAG.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def remove_old(newest: Path, retention: Retention, in_use: Path | None = None) -> None:
+    """Remove what cut saves up to the newest checkpoint have left, and what ``retention`` says but for ``in_use``."""
     for partial in newest.parent.glob(f"step-*{PARTIAL}"):
         name = partial.name.removesuffix(PARTIAL)
         if TAG.fullmatch(name) and name <= newest.name and not partial.is_symlink():
             shutil.rmtree(partial)
-    if keep is None:  # No record is read: a run may have hundreds of checkpoints, each with a file per rank.
+    if retention.keep_last is None:  # No record is read: a run may have hundreds of checkpoints, each with many files.
         return
-    complete = [folder for folder in complete_checkpoints(newest.parent.parent) if not folder.is_symlink()]
-    for folder in complete[:-keep]:
-        # Renamed first: what a kill leaves behind is then no checkpoint.
-        shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))
+    for folder in retention.goes(removable(newest.parent.parent)):
+        if folder != in_use:
+            remove(folder)
+
+
+def removable(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first, without links, which are the user's."""
+    return [folder for folder in complete_checkpoints(run) if not folder.is_symlink()]
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint. It is renamed first: what a kill leaves behind is then no checkpoint."""
+    shutil.rmtree(folder.rename(folder.with_name(folder.name + PARTIAL)))

@@ -38,25 +38,42 @@ class Start:
         return Progress(self.record.step, self.record.tokens, int(self.record.data_digest, 16))
 
 
-def find_start(run: Path, resuming: bool) -> Start:
+def find_start(run: Path, resuming: bool, mirror: Path | None = None) -> Start:
     """Where a run begins that finds ``run`` as it is; for one rank to ask.
 
+    Args:
+        run: its folder.
+        resuming: whether it is to go on from a checkpoint that is there.
+        mirror: a second folder with checkpoints of the run, taken where its newest one is newer.
+
     Raises:
-        InputError: if there is a checkpoint, and the run is not to go on from it.
+        InputError: if there is a checkpoint, and the run is not to go on from it, or none can be read.
     """
-    folder, passed = newest_complete(run)
-    if folder is None:
+    places = [("training.output_dir", run), *([("checkpoint.mirror", mirror)] if mirror is not None else [])]
+    if mirror is not None and mirror.resolve() == run.resolve():
+        raise InputError(f"checkpoint.mirror {mirror} is the run folder itself, expected another place")
+    found: list[tuple[str, str, Path]] = []
+    passed: list[str] = []
+    for field, folder in places:
+        newest, incomplete = newest_complete(folder)
+        passed += incomplete
+        if newest is not None:
+            found.append((newest.name, field, newest))
+    if not found:
         # A folder without a record is of a save that an earlier version was cut short in.
-        if any((path / RECORD).exists() for path in saved_folders(run)):
+        if any((path / RECORD).exists() for _, folder in places for path in saved_folders(folder)):
             # Not the first save that was cut short: work that something else has damaged, or that cannot be seen now.
             raise InputError(
                 "none of the run's checkpoints can be read; restore them, move them away to start over, or choose "
                 "another folder:\n" + "\n".join(f"  - {text}" for text in passed)
             )
         return Start(passed_by=tuple(passed))
+    _, field, chosen = max(found, key=lambda item: item[0])  # the first, where both have it
     if not resuming:
-        raise InputError(f"training.output_dir {run} holds checkpoints; pass --resume auto or choose another folder")
-    return Start(folder, CheckpointRecord.read(folder), tuple(passed))
+        raise InputError(
+            f"{field} {chosen.parent.parent} holds checkpoints; pass --resume auto or choose another folder"
+        )
+    return Start(chosen, CheckpointRecord.read(chosen), tuple(passed))
 
 
 def check_sight(run: Path, start: Start) -> None:

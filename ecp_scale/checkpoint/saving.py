@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from ecp_scale.checkpoint.folder import (
     CheckpointRecord,
+    Retention,
     begin,
     checkpoints_folder,
     publish,
@@ -22,6 +24,7 @@ from ecp_scale.checkpoint.folder import (
     tag,
 )
 from ecp_scale.checkpoint.identity import identity
+from ecp_scale.checkpoint.mirror import Mirror
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
@@ -62,6 +65,8 @@ class Saves:
         self._blend = blend
         self._run = run
         self._run_tokens = run_tokens
+        self._retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        self._mirror = Mirror(Path(config.checkpoint.mirror), self._retention) if config.checkpoint.mirror else None
         self._partial: Path | None = None
         self._skipped_steps = 0
         self.done = Progress()
@@ -116,6 +121,10 @@ class Saves:
             raise SaveFailedError(failure)
         return partial.with_name(tag(self.done.step))
 
+    def settle(self) -> None:
+        """Wait until the mirror has all that it is to have."""
+        agreed(lambda: self._mirror.finish() if self._mirror else None, takes_long=True)
+
     def _publish(self, partial: Path, reports: list[tuple[dict[str, FileRecord] | str, str]]) -> str | None:
         """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""
         failures: list[str] = []
@@ -141,8 +150,11 @@ class Saves:
             publish(partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        newest = partial.with_name(tag(self.done.step))
+        if self._mirror is not None:
+            self._mirror.copy(newest)
         try:
-            remove_old(partial.with_name(tag(self.done.step)), self._config.checkpoint.keep)
+            remove_old(newest, self._retention, self._mirror.current if self._mirror else None)
         except OSError as error:  # The new checkpoint stands.
             say(f"older checkpoints cannot be removed: {error.filename}: {error.strerror}")
         return None
@@ -161,6 +173,7 @@ class Saves:
             data_digest=f"{self.done.data_digest:016x}",
             skipped_steps=self._skipped_steps,
             run_tokens=self._run_tokens,
+            versions={name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
             **layout_of(self._engine, self._config),
             **identity(self._config, self._blend, self.done.tokens),
         )

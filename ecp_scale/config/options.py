@@ -86,6 +86,7 @@ def _with_home(config: Config) -> Config:
         config,
         data=dataclasses.replace(data, prefix=prefix, validation_prefix=validation_prefix, blend=blend),
         training=dataclasses.replace(training, output_dir=at_home(training.output_dir)),
+        checkpoint=dataclasses.replace(config.checkpoint, mirror=at_home(config.checkpoint.mirror)),
     )
 
 

@@ -6,6 +6,7 @@ RENAMED_FIELDS = {
     "model.allow_short_reach": "model.allow_short_receptive_field",
     "optimizer.minimum_ratio": "optimizer.min_lr_ratio",
     "data.untrained_targets": "data.loss_ignore_ids",
+    "checkpoint.keep": "checkpoint.keep_last",
 }
 """Former name -> name."""
 ELSEWHERE = {
@@ -39,6 +40,8 @@ ELSEWHERE = {
     "data_path": "data.prefix",
     "save": "training.output_dir",
     "save_interval": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "async_save": "checkpoint.asynchronous",
     "dtype": "training.precision",
     "bf16": "training.precision",
 }

@@ -145,8 +145,12 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     """Optimizer steps between two checkpoints; the last step is always saved."""
-    keep: int | None = None
+    keep_last: int | None = None
     """Newest checkpoints to keep; null keeps all."""
+    keep_every: int | None = None
+    """Beside the newest ones, keep those whose step is a multiple of this."""
+    mirror: str | None = None
+    """A second folder that checkpoints are copied to behind the training, and that a resume takes where it has more."""
     asynchronous: bool = False
     """Write checkpoints behind the training, from a copy of the states in host memory; one at a time."""
     on_failed_save: Literal["stop", "continue"] = "stop"
@@ -154,7 +158,11 @@ class CheckpointConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the checkpoints."""
-        return not_positive("checkpoint", self, ("every_steps", *(["keep"] if self.keep is not None else [])))
+        names = [name for name in ("keep_last", "keep_every") if getattr(self, name) is not None]
+        found = not_positive("checkpoint", self, ("every_steps", *names))
+        if self.keep_every is not None and self.keep_last is None:
+            found.append("checkpoint.keep_every is set, but without checkpoint.keep_last all are kept")
+        return found
 
 
 @dataclass(frozen=True)

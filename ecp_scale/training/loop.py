@@ -22,7 +22,7 @@ from ecp_scale.parallel.device import check_precision, known_peak_teraflops, pea
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
-from ecp_scale.training.checkpoints import Checkpoints
+from ecp_scale.training.checkpoints import Checkpoints, open_mirror
 from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
@@ -73,7 +73,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         agreed(lambda: check_backend(request.config, groups.device))
         agreed(lambda: check_trackers(request.config))
         stack.enter_context(only_launch(run))
-        start = decided(lambda: find_start(run, request.resume))
+        start = decided(lambda: find_start(run, request.resume, open_mirror(request.config.checkpoint)))
         agreed(lambda: check_sight(run, start))
         if dist.get_rank() == 0:
             stop.watch(run)

@@ -23,6 +23,8 @@ WEIGHT = "weight"
 """Key of the parameter itself among its states."""
 STEP = "step"
 """Key of the number of updates, the one state that is a number and not as large as the parameter."""
+DEEPSPEED = "0.19"
+"""Whose files are known."""
 ParameterStates: TypeAlias = dict[str, Tensor]
 """Of one parameter: its weight, and the optimizer's states, by their names there."""
 
@@ -69,7 +71,13 @@ class SavedStates:
         """
         self.folder = folder
         self.partitions = partitions
-        self._ranks = [_tensor_rank(folder, rank, optimizer_order) for rank in range(tensor_parallel)]
+        try:
+            self._ranks = [_tensor_rank(folder, rank, optimizer_order) for rank in range(tensor_parallel)]
+        except (KeyError, AttributeError, IndexError, TypeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{folder}: its files are not laid out as DeepSpeed {DEEPSPEED} does it ({what})"
+            ) from error
         for rank, (shapes, pieces) in enumerate(self._ranks):
             odd = set(shapes) ^ set(partitions) | set(pieces) ^ set(partitions)
             if odd:

@@ -9,6 +9,7 @@ import pytest
 from ecp_scale.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointRecord,
+    Retention,
     begin,
     checkpoints_folder,
     complete_checkpoints,
@@ -103,7 +104,7 @@ def test_old_checkpoints_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     (folder / "step-00000005").write_text("a file of the user's")
     (folder / "step-00000000.partial").symlink_to(checkpoints_folder(archive) / "step-00000002")
     foreign = {path.name for path in folder.iterdir()} - {f"step-0000000{step}" for step in (1, 2)}
-    remove_old(complete_checkpoints(tmp_path)[-1], keep=2)
+    remove_old(complete_checkpoints(tmp_path)[-1], Retention(keep_last=2))
     assert {path.name for path in folder.iterdir()} == foreign - {"step-00000001.partial"}
     assert CheckpointRecord.read(checkpoints_folder(archive) / "step-00000002").step == 20 // 10
     found, passed = newest_complete(tmp_path)
@@ -119,7 +120,7 @@ def test_where_all_checkpoints_stay_none_is_read(tmp_path: Path, monkeypatch: py
     partial = checkpoints_folder(tmp_path) / "step-00000001.partial"
     partial.mkdir()
     monkeypatch.setattr(CheckpointRecord, "read", pytest.fail)
-    remove_old(newest, keep=None)
+    remove_old(newest, Retention())
     assert not partial.exists()
 
 

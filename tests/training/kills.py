@@ -39,7 +39,7 @@ def options(folder: Path, run: Path, asynchronous: bool) -> list[str]:
     more = (
         f"--training.steps={STEPS}",
         f"--checkpoint.every_steps={EVERY}",
-        "--checkpoint.keep=2",
+        "--checkpoint.keep_last=2",
         "--model.dropout=0.1",
         f"--checkpoint.asynchronous={str(asynchronous).lower()}",
     )

@@ -3,8 +3,8 @@
 ``config``: it has another learning rate. ``code``: its package has other sources. ``folder``: a relative run folder
 is another. ``stale``: it does not see the newest checkpoint. ``hidden``: it cannot read the files of checkpoints.
 ``cache``: it reads other bytes of its own file of the optimizer. ``shards``: it sees other shards under the prefix.
-``full``: it cannot write its share of a checkpoint, as where its disk is full. ``slow``: it takes seconds to begin. ``hung``: its second forward pass of all
-does not end, as a kernel that hangs.
+``full``: it cannot write its share of a checkpoint, as where its disk is full. ``slow``: it begins to write after
+seconds. ``hung``: its second forward pass of all does not end, as a kernel that hangs.
 """
 
 import itertools

@@ -67,7 +67,7 @@ WITHOUT_EFFECT = {
     "training.validation_windows": 3,
     "training.max_skipped_steps": 2,
     "checkpoint.every_steps": 1,
-    "checkpoint.keep": 1,
+    "checkpoint.keep_last": 1,
     "checkpoint.asynchronous": True,
     "checkpoint.on_failed_save": "continue",
     "logging.wandb_project": "other",
@@ -80,10 +80,13 @@ UNSET = {
     "data.prefix",
     "data.validation_prefix",
     "training.output_dir",
+    "checkpoint.mirror",
+    "checkpoint.keep_every",
     "logging.wandb",
     "logging.tensorboard",
 }
-"""Names of files and folders, which every run here has others of; and trackers, see test_trackers.py."""
+"""Names of files and folders, which every run here has others of; what needs another field, see tests/checkpoint; and
+trackers, see test_trackers.py."""
 
 
 def options(text: ShardedText, run: Path, steps: int, zero: int, *changes: str) -> list[str]:

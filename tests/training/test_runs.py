@@ -354,7 +354,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all_cleanly_and_the_run_can_be_exten
 
 def test_old_checkpoints_are_removed_when_asked(sharded_text: ShardedText, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    more = ("--checkpoint.every_steps=2", "--training.steps=7", "--checkpoint.keep=2", "--logging.wandb=offline")
+    more = ("--checkpoint.every_steps=2", "--training.steps=7", "--checkpoint.keep_last=2", "--logging.wandb=offline")
     peak = ("--logging.peak_teraflops=0.5",)
     run_successfully(SCRIPT, *options(sharded_text, output), *more, *peak)
     assert [folder.name for folder in complete_checkpoints(output)] == ["step-00000006", "step-00000007"]

@@ -1,0 +1,97 @@
+"""A second place for checkpoints, which the first rank copies them to behind the training."""
+
+import threading
+from pathlib import Path
+
+from ecp_scale.checkpoint.folder import (
+    RECORD,
+    CheckpointRecord,
+    Retention,
+    begin,
+    checkpoints_folder,
+    publish,
+    remove_old,
+)
+from ecp_scale.console import say
+from ecp_scale.errors import InputError
+from ecp_scale.zero.state_files import copy_hashed, write_error
+
+
+class Mirror:
+    """Copies one checkpoint at a time; of those that come meanwhile, the newest is next.
+
+    What goes wrong is said once, until a copy succeeds again: a run does not end because of its mirror.
+    """
+
+    def __init__(self, folder: Path, retention: Retention) -> None:
+        """Args:
+        folder: that gets checkpoints/step-NNNNNNNN, as a run has them.
+        retention: which of them stay.
+        """
+        self._folder = folder
+        self._retention = retention
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._current: Path | None = None
+        self._next: Path | None = None
+        self._has_complained = False
+
+    @property
+    def current(self) -> Path | None:
+        """The checkpoint that is being copied, which must stay meanwhile."""
+        return self._current
+
+    def copy(self, checkpoint: Path) -> None:
+        """Have a complete checkpoint copied."""
+        with self._lock:
+            self._next = checkpoint
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until all is copied."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._current, self._next = self._next, None
+                if self._current is None:
+                    self._thread = None
+                    return
+            try:
+                copy_checkpoint(self._current, self._folder)
+                remove_old(checkpoints_folder(self._folder) / self._current.name, self._retention)
+                self._has_complained = False
+            except (InputError, OSError) as error:
+                if not self._has_complained:
+                    text = write_error(self._folder, error) if isinstance(error, OSError) else str(error)
+                    say(f"mirror      {self._current.name} is not copied: {text}; the run goes on")
+                self._has_complained = True
+
+
+def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """Copy a complete checkpoint into another run folder, whole or not at all; what is read is compared with its hash.
+
+    Returns:
+        Its folder there; where a checkpoint of that step stands already, it is left as it is.
+
+    Raises:
+        InputError: if a file is not as it was written.
+        OSError: naming what cannot be read or written.
+    """
+    record = CheckpointRecord.read(checkpoint)
+    target = checkpoints_folder(folder) / checkpoint.name
+    if (target / RECORD).exists():
+        return target
+    partial = begin(target)
+    for name, expected in record.files.items():
+        found = copy_hashed(checkpoint / name, partial / name)
+        if expected.xxh3 and found != expected:
+            raise InputError(f"{checkpoint / name} is damaged: it is not what was written, by its hash")
+    copy_hashed(checkpoint / RECORD, partial / RECORD)
+    publish(partial)
+    return target

@@ -1,0 +1,157 @@
+"""A second place for checkpoints, and which of them stay."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from ecp_scale.checkpoint import mirror as mirrors
+from ecp_scale.checkpoint.folder import (
+    CheckpointRecord,
+    Retention,
+    checkpoints_folder,
+    complete_checkpoints,
+    remove_old,
+)
+from ecp_scale.checkpoint.mirror import Mirror, copy_checkpoint
+from ecp_scale.checkpoint.resuming import find_start
+from ecp_scale.errors import InputError
+from ecp_scale.training.loop import train
+from ecp_scale.zero.state_files import FileRecord, damages
+from tests.checkpoint.test_folder import write_checkpoint
+from tests.corpus import ShardedText
+from tests.launching import metrics, run_successfully
+from tests.parallel.layouts import Layout
+
+SCRIPT = "launch/pretrain_ecp.py"
+
+
+def hashed_checkpoint(run_folder: Path, step: int) -> Path:
+    """A checkpoint whose record has the hash of its file."""
+    folder = write_checkpoint(run_folder, step)
+    record = CheckpointRecord.read(folder)
+    files = {name: FileRecord.of(folder / name) for name in record.files}
+    object.__setattr__(record, "files", files)
+    record.write(folder)
+    return folder
+
+
+def steps(run_folder: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(run_folder)]
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (Retention(), [1, 2, 3, 4, 5, 6]),
+        (Retention(2), [5, 6]),
+        (Retention(2, 3), [3, 5, 6]),
+        (Retention(1, 2), [2, 4, 6]),
+        (Retention(9, 2), [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_newest_and_those_of_every_so_many_steps_stay(
+    retention: Retention, left: list[int], tmp_path: Path
+) -> None:
+    folders = [write_checkpoint(tmp_path, step) for step in range(1, 7)]
+    remove_old(folders[-1], retention)
+    assert steps(tmp_path) == left
+    if retention == Retention(2, 3):
+        remove_old(folders[-1], Retention(1), in_use=folders[2])
+        assert steps(tmp_path) == [3, 6]
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hashed_checkpoint(tmp_path / "run", 3)
+    target = copy_checkpoint(source, tmp_path / "mirror")
+    record = CheckpointRecord.read(target)
+    assert damages(target, record.files) == []
+    assert copy_checkpoint(source, tmp_path / "mirror") == target  # what is there stays
+    shutil.rmtree(tmp_path / "mirror")
+    path = next(source.glob("*.pt"))
+    path.write_bytes(b"54321")
+    with pytest.raises(InputError, match=r"mp_rank_00_model_states\.pt is damaged"):
+        copy_checkpoint(source, tmp_path / "mirror")
+    assert complete_checkpoints(tmp_path / "mirror") == []
+
+
+def test_a_mirror_that_fails_is_said_once_and_the_newest_is_copied_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folders = [hashed_checkpoint(tmp_path / "run", step) for step in range(1, 8)]
+    mirror = Mirror(tmp_path / "mirror", Retention(2))
+    (tmp_path / "mirror").write_text("a file is in the way")
+    for folder in folders[:2]:
+        mirror.copy(folder)
+        mirror.finish()
+    (tmp_path / "mirror").unlink()
+    said = capfd.readouterr().err
+    assert said.count("is not copied") == 1
+    assert "mirror      step-00000001 is not copied" in said
+    assert "the run goes on" in said
+    begun, go_on = threading.Event(), threading.Event()
+    copy = mirrors.copy_checkpoint
+
+    def wait(checkpoint: Path, target: Path) -> Path:
+        begun.set()
+        assert go_on.wait(30)
+        return copy(checkpoint, target)
+
+    monkeypatch.setattr(mirrors, "copy_checkpoint", wait)
+    mirror.copy(folders[2])
+    assert begun.wait(30)
+    assert mirror.current == folders[2]
+    for folder in folders[3:]:  # while the third is copied
+        mirror.copy(folder)
+    go_on.set()
+    mirror.finish()
+    assert steps(tmp_path / "mirror") == [3, 7]
+    assert mirror.current is None
+
+
+def test_a_run_goes_on_from_its_mirror_where_that_has_more(tmp_path: Path) -> None:
+    run_folder, mirror = tmp_path / "run", tmp_path / "mirror"
+    for step in (1, 2, 3):
+        hashed_checkpoint(mirror, step)
+    start = find_start(run_folder, True, mirror)
+    assert start.folder == checkpoints_folder(mirror) / "step-00000003"
+    with pytest.raises(InputError, match=r"checkpoint\.mirror .*mirror holds checkpoints; pass --resume auto"):
+        find_start(run_folder, False, mirror)
+    ours = hashed_checkpoint(run_folder, 3)
+    assert find_start(run_folder, True, mirror).folder == ours
+    (ours / "checkpoint.json").write_text("damaged")
+    assert find_start(run_folder, True, mirror).folder == checkpoints_folder(mirror) / "step-00000003"
+    with pytest.raises(InputError, match="is the run folder itself"):
+        find_start(run_folder, True, run_folder)
+
+
+def test_a_run_is_mirrored_and_goes_on_to_the_bit_when_its_folder_is_gone(
+    sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    layout = Layout(data=2, zero=1)
+    mirrored = f"--checkpoint.mirror={tmp_path / 'mirror'}"
+
+    def words(folder: str, last: int, *more: str) -> list[str]:
+        options = [*layout.options(sharded_text, tmp_path / folder), f"--training.steps={last}", *more]
+        often = ["--checkpoint.every_steps=2", "--checkpoint.keep_last=1", "--optimizer.schedule=constant"]
+        return [*options, *often, "--resume=auto"]
+
+    run_successfully(SCRIPT, *words("run", 4, mirrored), ranks=2)
+    assert steps(tmp_path / "run") == steps(tmp_path / "mirror") == [4]
+    shutil.move(tmp_path / "run", tmp_path / "stayed")
+    run_successfully(SCRIPT, *words("run", 6, mirrored), ranks=2)
+    assert steps(tmp_path / "run") == steps(tmp_path / "mirror") == [6]
+    run_successfully(SCRIPT, *words("stayed", 6), ranks=2)
+    found = [[(line["step"], line["loss"]) for line in metrics(tmp_path / name)] for name in ("stayed", "run")]
+    assert found[0][4:] == found[1]
+    assert [step for step, _ in found[1]] == [5, 6]
+
+
+def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(sharded_text: ShardedText, tmp_path: Path) -> None:
+    from ecp_scale.command_line import parse
+
+    (tmp_path / "file").write_text("")
+    words = [*map(str, Layout().options(sharded_text, tmp_path / "run")), f"--checkpoint.mirror={tmp_path / 'file'}"]
+    with pytest.raises(InputError, match=r"checkpoint\.mirror .*file"):
+        train(parse(words, ""))
