@@ -33,11 +33,11 @@ def words(folder: Path, *more: str) -> list[str]:
     return [f"--config={folder / 'run.yaml'}", *paths, "--resume=auto", *more]
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, tolerance: float = 1e-5) -> None:
     """The last two losses are those of the version that wrote the checkpoint."""
     expected = json.loads((folder / "losses.json").read_text())
     found = {str(record["step"]): record["loss"] for record in metrics(folder / "run")}
-    assert found == pytest.approx({step: expected[step] for step in ("3", "4")}, rel=1e-5)
+    assert found == pytest.approx({step: expected[step] for step in ("3", "4")}, rel=tolerance)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -63,6 +63,6 @@ def test_a_checkpoint_of_every_format_is_converted_and_listed(version: int, tmp_
 def test_the_newest_format_goes_on_on_two_ranks(tmp_path: Path) -> None:
     with tarfile.open(GOLDEN / f"format-{READABLE[-1]}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    layout = ("--training.micro_batch_size=1", "--deepspeed_config=zero0")
+    layout = ("--training.micro_batch_size=1", "--deepspeed_config=zero2")
     run_successfully("launch/pretrain_ecp.py", *words(tmp_path, *layout), ranks=2)
-    check(tmp_path)
+    check(tmp_path, tolerance=1e-3)  # gradients of bf16 are added in bf16
