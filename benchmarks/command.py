@@ -56,8 +56,6 @@ def train_by_command(folder: Path, precision: str, steps: int, layers: int) -> d
     words += [f"--data.prefix={folder / 'shards'}", f"--training.output_dir={run}", f"--training.steps={steps}"]
     words += ["--training.global_batch_size=1", f"--training.precision={precision}"]
     words += ["--model.allow_short_receptive_field=true"]
-    if precision == "fp32":
-        words += [f"--deepspeed_config={ROOT / 'ds_configs/zero0.json'}"]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")

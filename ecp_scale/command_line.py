@@ -64,7 +64,8 @@ def parse(
     asked = _command_line_settings(rest, problems)
     settings += asked
     config = build(parser, _above_presets(settings, problems), problems)
-    content = json_config.read(known.deepspeed_config)
+    path = known.deepspeed_config
+    content = json_config.default(config, world_size) if path is None else json_config.read(path)
     # A dry run without a launcher has no world size to check against.
     problems += config.problems(None if known.dry_run and not launched else world_size)
     problems += json_config.problems(content, known.deepspeed_config, config, world_size)

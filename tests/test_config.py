@@ -314,10 +314,23 @@ def test_a_json_of_the_project_is_known_by_its_name() -> None:
     assert "x/zero1" in refused(*words, "x/zero1")
 
 
-def test_without_a_json_a_run_uses_that_of_zero1() -> None:
-    written = parse(["--config", "demo", "--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")], "")
-    assert json_config.resolve(json_config.read(None), written.config, 2) == json_config.resolve(
-        written.deepspeed, written.config, 2
+@pytest.mark.parametrize(
+    ("ranks", "more", "expected"),
+    [
+        (1, ["--training.precision=fp32", "--parallel.tensor=1"], "zero0"),
+        (2, ["--training.precision=fp32", "--parallel.tensor=2"], "zero0"),
+        (2, ["--training.precision=fp32", "--parallel.tensor=1", "--training.micro_batch_size=2"], "zero1"),
+        (1, ["--training.precision=bf16", "--parallel.tensor=1"], "zero1"),
+    ],
+)
+def test_without_a_json_a_run_partitions_where_there_is_something_to_partition(
+    ranks: int, more: list[str], expected: str
+) -> None:
+    words = ["--config", "demo", *more]
+    chosen = parse(words, "", world_size=ranks)
+    written = parse([*words, "--deepspeed_config", expected], "", world_size=ranks)
+    assert json_config.resolve(chosen.deepspeed, chosen.config, ranks) == json_config.resolve(
+        written.deepspeed, written.config, ranks
     )
 
 

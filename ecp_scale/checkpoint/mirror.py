@@ -3,15 +3,8 @@
 import threading
 from pathlib import Path
 
-from ecp_scale.checkpoint.folder import (
-    RECORD,
-    CheckpointRecord,
-    Retention,
-    begin,
-    checkpoints_folder,
-    publish,
-    remove_old,
-)
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, begin, checkpoints_folder, publish
+from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.console import say
 from ecp_scale.errors import InputError
 from ecp_scale.zero.state_files import copy_hashed, write_error

@@ -14,17 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.folder import (
-    CheckpointRecord,
-    Retention,
-    begin,
-    checkpoints_folder,
-    publish,
-    remove_old,
-    tag,
-)
+from ecp_scale.checkpoint.folder import CheckpointRecord, begin, checkpoints_folder, publish, tag
 from ecp_scale.checkpoint.identity import identity
 from ecp_scale.checkpoint.mirror import Mirror
+from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend

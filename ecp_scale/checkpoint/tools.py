@@ -11,13 +11,11 @@ from ecp_scale.checkpoint.folder import (
     RECORD,
     TAG,
     CheckpointRecord,
-    Retention,
     checkpoints_folder,
     find_checkpoint,
-    removable,
-    remove,
     saved_folders,
 )
+from ecp_scale.checkpoint.retention import Retention, removable, remove
 from ecp_scale.checkpoint.weights_file import PIECE
 from ecp_scale.cluster.lock import Lock
 from ecp_scale.errors import InputError

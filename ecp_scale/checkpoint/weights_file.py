@@ -104,11 +104,10 @@ class SavedWeights(Mapping[str, Tensor]):
             InputError: if one is missing or damaged.
         """
         self.path = folder / INDEX if (folder / INDEX).exists() else folder / WEIGHTS
-        names = [WEIGHTS]
+        names, path = [WEIGHTS], self.path
         try:
             if self.path.name == INDEX:
                 names = sorted(set(json.loads(self.path.read_text())["weight_map"].values()))
-            path = self.path
             self._files: dict[str, Any] = {}
             for path in (folder / Path(name).name for name in names):
                 opened = safe_open(path, framework="pt")

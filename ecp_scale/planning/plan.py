@@ -42,6 +42,21 @@ class Plan:
         return self.states.on_device + self.trace.activations + self.system_bytes
 
     @property
+    def start_bytes(self) -> int:
+        """What is there before the first step: the weights, and beside them what the engine makes of them.
+
+        ZeRO-1 and -2 make one flat copy of the weights, then the fp32 weights; ZeRO-0 nothing.
+        """
+        states = self.states
+        made = {0: 0, 3: states.master_weights}.get(self.stage, max(states.weights, states.master_weights))
+        return states.weights + made + self.system_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """What a rank saves, at most, and copies to host memory where checkpoints are written behind the training."""
+        return self.states.weights + self.states.master_weights + self.states.moments
+
+    @property
     def options(self) -> str:
         """The options of ecp-pretrain that make this layout of its config."""
         parallel, training = self.config.parallel, self.config.training
@@ -61,6 +76,7 @@ class Plan:
         """As the planner prints it."""
         parallel, states = self.config.parallel, self.states
         replicas = parallel.data_parallel_size(self.world_size)
+        of_one = f"of one rank at most {self.saved_bytes / GIB:.2f} GiB"
         sizes = {
             "weights": states.weights,
             "master weights": states.master_weights,
@@ -82,7 +98,8 @@ class Plan:
             *(f"  {name:20s}{size / GIB:10.3f} GiB" for name, size in sizes.items()),
             "bytes that a rank sends per step",
             *(f"  {name:36s}{size / GIB:10.3f} GiB" for name, size in self.messages.items()),
-            f"checkpoint          {self.checkpoint_bytes / GIB:.1f} GiB",
+            f"checkpoint          {self.checkpoint_bytes / GIB:.1f} GiB, {of_one}",
+            f"start               {self.start_bytes / GIB:.2f} GiB on a rank before its first step",
         ]
         return "\n".join(lines)
 

@@ -48,6 +48,7 @@ from ecp_scale.zero.engine import (
     set_batch,
     set_learning_rate,
 )
+from ecp_scale.zero.making import check_host_memory
 
 
 def train(request: Request, stop: StopRequest | None = None) -> None:
@@ -91,6 +92,8 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, json_config.zero_stage(settings), run_tokens))
+        here = hosts.count(socket.gethostname())
+        agreed(lambda: check_host_memory(config, settings, groups, here))
         set_tf32(config.training.tf32)
         agreed(lambda: check_overlap(config, request.deepspeed, groups, request.world_size))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):

@@ -91,14 +91,23 @@ def ready_made() -> dict[str, Path]:
     return {path.stem: path for folder in (installed, checkout) for path in sorted(folder.glob("*.json"))}
 
 
-def read(path: str | None) -> dict[str, Any]:
-    """Read the JSON, which may be named as one of ds_configs/; None means what ``zero1`` there says.
+def default(config: Config, world_size: int) -> dict[str, Any]:
+    """What holds without a JSON: ``zero1`` of ds_configs/, or ``zero0`` where there is nothing to partition.
+
+    Copies and buckets of ZeRO are wasted on a rank that shares its parameters with no other. In bf16 it is ZeRO that
+    keeps the fp32 weights.
+    """
+    alone = world_size == config.parallel.tensor and config.training.precision == "fp32"
+    section = {"stage": 0 if alone else 1, "overlap_comm": False}
+    return {"zero_optimization": section, **({} if alone else {"data_types": {"grad_accum_dtype": "fp32"}})}
+
+
+def read(path: str) -> dict[str, Any]:
+    """Read the JSON, which may be named as one of ds_configs/.
 
     Raises:
         InputError: if the file is missing or is not a JSON object.
     """
-    if path is None:
-        return {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1, "overlap_comm": False}}
     file = Path(path)
     if not file.exists() and "/" not in path and not file.suffix:
         if path not in ready_made():

@@ -4,18 +4,27 @@ The modules are made on the meta device, where tensors have shapes and no memory
 of this rank's share, or, under ZeRO-3, of this rank's run of it, one parameter at a time.
 """
 
+import socket
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 from torch import nn
 
 from ecp_scale.config import Config
+from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.parameter_groups import weight_decay_groups
 from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Held
+from ecp_scale.precision import weight_type
 from ecp_scale.zero.json_config import zero_stage
+from ecp_scale.zero.memory import ZeroConfig, is_on_host, states
 from ecp_scale.zero.mpu import ModelParallelUnit
+
+GIB = 1 << 30
 
 
 def make_model(
@@ -32,8 +41,7 @@ def make_model(
     # Trap: on a CPU DeepSpeed compiles a shared-memory kernel at the first start, for a minute, with g++. Only its
     # inference all-reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with torch.device("meta"):
-        model = LanguageModel(config.model, parallel, config.attention)
+    model = _without_memory(config, parallel)
     partitioned: list[nn.Parameter] = []
     for module in reversed(list(model.modules())):  # children first: ZeRO-3 takes them with their parents
         made = _allocate(module, device)
@@ -49,6 +57,47 @@ def make_model(
             deepspeed.zero.Init(module, group, dtype=parallel.dtype, config_dict_or_path=deepspeed_config, mpu=unit)
             partitioned = made
     return model
+
+
+def _without_memory(config: Config, parallel: ParallelContext) -> LanguageModel:
+    with torch.device("meta"):
+        return LanguageModel(config.model, parallel, config.attention)
+
+
+def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: Groups, ranks_here: int) -> None:
+    """Refuse a run whose states do not fit into this host's memory, where they are kept there.
+
+    Args:
+        config: the run, with its vocabulary known.
+        deepspeed_config: the DeepSpeed JSON with every "auto" filled in.
+        groups: this rank's process groups.
+        ranks_here: of the launch, on this host.
+
+    Raises:
+        InputError: with what they need and what is free.
+    """
+    zero = ZeroConfig(**deepspeed_config.get("zero_optimization", {}))
+    on_cpu = groups.device.type == "cpu"
+    if not (on_cpu or is_on_host(zero.offload_optimizer) or is_on_host(zero.offload_param)):
+        return
+    model = _without_memory(config, ParallelContext.of(config, groups, weight_type(config)))
+    decayed, other = ([value.numel() for value in group.values()] for group in weight_decay_groups(model))
+    held = states(
+        decayed,
+        other,
+        zero,
+        bf16=config.training.precision == "bf16",
+        data_ranks=groups.data.size(),
+        adam=config.optimizer.name == "adamw",
+        largest_block=0,
+    )
+    needed = ranks_here * (held.on_device + held.on_host if on_cpu else held.on_host)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"{socket.gethostname()} has {free / GIB:.1f} GiB of memory free, and the states of its {ranks_here} ranks "
+            f"need {needed / GIB:.1f} GiB, activations apart; use more ranks, parallel.tensor, or zero2 or zero3"
+        )
 
 
 def _allocate(module: nn.Module, device: torch.device) -> list[nn.Parameter]:

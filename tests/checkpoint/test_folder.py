@@ -9,18 +9,17 @@ import pytest
 from ecp_scale.checkpoint.folder import (
     FORMAT_VERSION,
     CheckpointRecord,
-    Retention,
     begin,
     checkpoints_folder,
     complete_checkpoints,
     find_checkpoint,
     newest_complete,
     publish,
-    remove_old,
     signed,
     tag,
 )
 from ecp_scale.checkpoint.resuming import find_start
+from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.partition import Partition

@@ -7,15 +7,10 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.checkpoint import mirror as mirrors
-from ecp_scale.checkpoint.folder import (
-    CheckpointRecord,
-    Retention,
-    checkpoints_folder,
-    complete_checkpoints,
-    remove_old,
-)
+from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, complete_checkpoints
 from ecp_scale.checkpoint.mirror import Mirror, copy_checkpoint
 from ecp_scale.checkpoint.resuming import find_start
+from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
 from ecp_scale.zero.state_files import FileRecord, damages

@@ -10,11 +10,13 @@ from unittest import mock
 import pytest
 import torch
 
+from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import Constant, Normal, Uniform, Values, fill, initialize, stream_key
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Held, Partition
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import build_engine
+from ecp_scale.zero.making import check_host_memory
 from tests.launching import ROOT, environment
 from tests.models.settings import SCALED, build
 from tests.zero.test_few_kernels import config as small_run
@@ -99,6 +101,14 @@ def test_a_resume_draws_nothing(groups: Groups) -> None:
         build_engine(config, settings, groups, draw=False).destroy()
         with pytest.raises(AssertionError, match="drawn"):
             build_engine(config, settings, groups)
+
+
+def test_states_that_do_not_fit_into_the_host_are_refused(groups: Groups) -> None:
+    config = small_run(1.0)
+    settings = json_config.resolve({"zero_optimization": {"stage": 1}}, config, 1)
+    check_host_memory(config, settings, groups, 1)
+    with pytest.raises(InputError, match=r"GiB of memory free, and the states of its 1000000000 ranks need [\d.]+ GiB"):
+        check_host_memory(config, settings, groups, 1_000_000_000)
 
 
 @pytest.mark.parametrize(("stage", "parts"), [(1, 8), (3, 256)])
