@@ -8,7 +8,6 @@ apart: the table has computed ones alone.
 
 import argparse
 import json
-import math
 import resource
 import shutil
 import subprocess
@@ -21,19 +20,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.timing import environment
 from ecp_scale.checkpoint.weights_file import write_weights
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
 from ecp_scale.parallel.groups import process_groups
-from ecp_scale.parallel.partition import Partition, partitions
 from ecp_scale.precision import weight_type
 from ecp_scale.zero import json_config
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.engine import build_engine
-from ecp_scale.zero.saved_states import SavedStates
-from ecp_scale.zero.state_files import FileRecord, read_states
+from ecp_scale.zero.state_files import FileRecord, SavedTensor, read_states
 
 GIB = 1 << 30
 VOCABULARY = 32_000
@@ -96,11 +94,13 @@ def one_rank(layout: Layout) -> dict[str, float]:
             engine.optimizer, "initialize_optimizer_states"
         ) else 0
         files: CheckpointFiles = engine.checkpoint_engine
+        (folder / "saved").mkdir()
         timed("save", lambda: engine.save_checkpoint(str(folder), tag="saved", save_latest=False))
         paths = [path for path in (folder / "saved").iterdir() if path.name in files.written()]
         found["saved_bytes"] = sum(path.stat().st_size for path in paths)
         engine.checkpoint_engine = CheckpointFiles(asynchronous=True)
         for _ in range(2):  # the second time the memory is there
+            (folder / "copied").mkdir()
             timed("copy", lambda: engine.save_checkpoint(str(folder), tag="copied", save_latest=False))
             engine.checkpoint_engine.written()
             shutil.rmtree(folder / "copied")
@@ -110,9 +110,8 @@ def one_rank(layout: Layout) -> dict[str, float]:
         shutil.rmtree(copied)
         timed("hash", lambda: [FileRecord.of(path) for path in paths])
         timed("load", lambda: engine.load_checkpoint(str(folder), tag="saved"))
-        names = partitions(engine.module)
         engine.destroy()
-        timed("read", lambda: _read_all(folder / "saved", names))
+        timed("read", lambda: _read_all(paths))
     dist.destroy_process_group()
     return found
 
@@ -122,14 +121,13 @@ def _copy_and_sync(sources: list[Path], folder: Path) -> None:
     subprocess.run(["sync", *(folder / source.name for source in sources)], check=True)
 
 
-def _read_all(folder: Path, names: dict[str, Partition]) -> None:
-    """Read what the rank has saved of every parameter, as a rank of another layout would."""
-    one_file = {name: Partition(None) for name in names}
-    saved = SavedStates(folder, one_file, 1)
-    for name in names:
-        shape = saved.shape(name)
-        share = Partition(None).share(shape, 1, 0)
-        saved.read(name, share, 0, math.prod(shape), saved.keys(name))
+def _read_all(paths: list[Path]) -> None:
+    """Read all tensors of some files, as a rank of another layout reads what it holds."""
+    for path in paths:
+        leaves = tree_leaves(read_states(path, tensors=False), is_leaf=lambda node: isinstance(node, SavedTensor))
+        for saved in leaves:
+            if isinstance(saved, SavedTensor):
+                saved.read(torch.empty(saved.shape, dtype=saved.dtype))
 
 
 def conversion(bytes_of_weights: int) -> dict[str, float]:

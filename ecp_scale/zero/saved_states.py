@@ -79,9 +79,10 @@ class SavedStates:
                 f"{folder}: its files are not laid out as DeepSpeed {DEEPSPEED} does it ({what})"
             ) from error
         for rank, (shapes, pieces) in enumerate(self._ranks):
-            odd = set(shapes) ^ set(partitions) | set(pieces) ^ set(partitions)
+            odd = sorted(set(shapes) ^ set(partitions) | set(pieces) ^ set(partitions))
             if odd:
-                raise InputError(f"{folder}: tensor rank {rank} and the record disagree about {', '.join(sorted(odd))}")
+                named = ", ".join(odd[:4]) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
+                raise InputError(f"{folder}: tensor rank {rank} and the record disagree about {named}")
 
     def shape(self, name: str) -> list[int]:
         """Shape of a whole parameter, without padding."""
