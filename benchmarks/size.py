@@ -31,6 +31,7 @@ from ecp_scale.precision import weight_type
 from ecp_scale.zero import json_config
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.engine import build_engine
+from ecp_scale.zero.filling import begin_states
 from ecp_scale.zero.state_files import FileRecord, SavedTensor, read_states
 
 GIB = 1 << 30
@@ -90,9 +91,7 @@ def one_rank(layout: Layout) -> dict[str, float]:
         before = peak_bytes()
         engine = timed("start", lambda: build_engine(config, settings, groups))
         found["elements"] = sum(parameter.numel() for parameter in engine.module.parameters())
-        engine.optimizer.initialize_optimizer_states() if hasattr(
-            engine.optimizer, "initialize_optimizer_states"
-        ) else 0
+        begin_states(engine, ["exp_avg", "exp_avg_sq"], {"step": torch.tensor(1.0)})
         files: CheckpointFiles = engine.checkpoint_engine
         (folder / "saved").mkdir()
         timed("save", lambda: engine.save_checkpoint(str(folder), tag="saved", save_latest=False))
@@ -157,14 +156,20 @@ def conversion(bytes_of_weights: int) -> dict[str, float]:
         }
 
 
+def saved_bytes(layout: Layout) -> float:
+    """What the first of the ranks that hold the same parameters saves, which also writes the forward pass's weights."""
+    config = config_of(layout.preset)
+    elements = config.model.parameters / config.parallel.tensor
+    return 12 * elements * config.parallel.tensor / layout.ranks + weight_type(config).itemsize * elements
+
+
 def row(layout: Layout, rates: dict[str, float]) -> dict[str, float | str]:
     """What a preset takes in its layout, per rank; the conversion is one process for all."""
     config = config_of(layout.preset)
     elements = config.model.parameters / config.parallel.tensor
     replicas = layout.ranks // config.parallel.tensor
     weight = weight_type(config).itemsize
-    # The first of the ranks that hold the same parameters also writes the weights as the forward pass reads them.
-    saved = 12 * elements / replicas + weight * elements
+    saved = saved_bytes(layout)
     return {
         "preset": layout.preset,
         "layout": f"{layout.ranks} ranks, tensor {config.parallel.tensor}, ZeRO-{layout.stage}",

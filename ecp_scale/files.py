@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ecp_scale.errors import InputError
+
+WANTED_FILES = 1 << 16
+"""Open files of a process, where its hard limit allows it."""
+
+
+def raised_limit_of_files() -> int:
+    """Raise the soft limit of open files, which shells set low; how many may be open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < WANTED_FILES:
+        soft = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(soft, WANTED_FILES)
 
 
 @contextmanager

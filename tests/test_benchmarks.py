@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import size
 from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.run import main
 from benchmarks.timing import alternate, peak_bytes, ratio, workers
@@ -20,7 +21,7 @@ from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
-from tests.launching import ROOT
+from tests.launching import ROOT, environment
 from tests.models.settings import PAPER
 
 NAMES = {
@@ -115,3 +116,19 @@ def test_a_measurement_that_no_suite_has_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="--only no such measurement: expected texts of step"):
         main()
     assert not output.exists()
+
+
+def test_what_the_table_of_sizes_computes_is_what_a_rank_saves() -> None:
+    layout = size.Layout("scaled-125m", 8, 1)
+    words = ["--one-rank", f"--preset={layout.preset}", f"--ranks={layout.ranks}", f"--stage={layout.stage}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.size", *words], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["saved_bytes"] == pytest.approx(size.saved_bytes(layout), rel=0.02)
+    rates = size.rates_of(measured, {"seconds": 2.0, "bytes": 1e9})
+    found = size.row(layout, rates)
+    assert found["save, s"] == pytest.approx(measured["save_seconds"], rel=0.02)
+    assert found["start, s"] == pytest.approx(measured["start_seconds"], rel=0.02)
+    assert size.as_table([found]).count("\n") == 3

@@ -1,13 +1,54 @@
 """A second place for checkpoints, which the first rank copies them to behind the training."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, begin, checkpoints_folder, publish
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, begin, check_writable, checkpoints_folder, publish
 from ecp_scale.checkpoint.retention import Retention, remove_old
+from ecp_scale.cluster.lock import Lock
 from ecp_scale.console import say
 from ecp_scale.errors import InputError
-from ecp_scale.zero.state_files import copy_hashed, write_error
+from ecp_scale.files import write_text
+from ecp_scale.zero.state_files import copy_hashed
+
+OWNER = "mirror-of"
+"""File of a mirror that names the run folder whose checkpoints it has."""
+
+
+@contextmanager
+def held_mirror(folder: Path, run: Path) -> Iterator[None]:
+    """Make the folder of a mirror, and hold it for one run.
+
+    Raises:
+        InputError: if it cannot be written, is the run folder, or is the mirror of another run or in use.
+    """
+    if folder.resolve() == run.resolve():
+        raise InputError(f"checkpoint.mirror {folder} is the run folder itself, expected another place")
+    lock = Lock(folder / ".lock")
+    try:
+        _take(folder, str(run.resolve()), lock)
+        yield
+    finally:
+        lock.release()
+
+
+def _take(folder: Path, run: str, lock: Lock) -> None:
+    owner = folder / OWNER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder, ".probe")
+        lock.take(f"checkpoint.mirror {folder}")
+        found = owner.read_text().strip() if owner.exists() else run
+        if found != run:
+            raise InputError(
+                f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every run a "
+                f"mirror of its own, or remove {owner} if the run has moved"
+            )
+        write_text(owner, f"{run}\n")
+    except OSError as error:
+        raise InputError(f"checkpoint.mirror {error.filename or folder}: {error.strerror or error}") from error
 
 
 class Mirror:
@@ -59,9 +100,9 @@ class Mirror:
                 copy_checkpoint(self._current, self._folder)
                 remove_old(checkpoints_folder(self._folder) / self._current.name, self._retention)
                 self._has_complained = False
-            except (InputError, OSError) as error:
+            except Exception as error:  # whatever it is, the next one is tried
                 if not self._has_complained:
-                    text = write_error(self._folder, error) if isinstance(error, OSError) else str(error)
+                    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
                     say(f"mirror      {self._current.name} is not copied: {text}; the run goes on")
                 self._has_complained = True
 
@@ -70,16 +111,17 @@ def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
     """Copy a complete checkpoint into another run folder, whole or not at all; what is read is compared with its hash.
 
     Returns:
-        Its folder there; where a checkpoint of that step stands already, it is left as it is.
+        Its folder there; where the same checkpoint stands already, it is left as it is.
 
     Raises:
         InputError: if a file is not as it was written.
-        OSError: naming what cannot be read or written.
+        OSError: naming what cannot be read or written, or another checkpoint of that step.
     """
     record = CheckpointRecord.read(checkpoint)
     target = checkpoints_folder(folder) / checkpoint.name
-    if (target / RECORD).exists():
-        return target
+    with suppress(InputError):
+        if CheckpointRecord.read(target) == record:
+            return target
     partial = begin(target)
     for name, expected in record.files.items():
         found = copy_hashed(checkpoint / name, partial / name)

@@ -50,8 +50,6 @@ def find_start(run: Path, resuming: bool, mirror: Path | None = None) -> Start:
         InputError: if there is a checkpoint, and the run is not to go on from it, or none can be read.
     """
     places = [("training.output_dir", run), *([("checkpoint.mirror", mirror)] if mirror is not None else [])]
-    if mirror is not None and mirror.resolve() == run.resolve():
-        raise InputError(f"checkpoint.mirror {mirror} is the run folder itself, expected another place")
     found: list[tuple[str, str, Path]] = []
     passed: list[str] = []
     for field, folder in places:

@@ -106,7 +106,7 @@ class Saves:
         partial = self._partial
         assert partial is not None
         self._partial = None
-        written = agreed(lambda: _attempt(self._files.written, partial), takes_long=True)
+        written = agreed(lambda: self._written(partial), takes_long=True)
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, (written, socket.gethostname()))
         failure = decided(lambda: _attempt(lambda: self._publish(partial, reports), partial))
@@ -114,9 +114,23 @@ class Saves:
             raise SaveFailedError(failure)
         return partial.with_name(tag(self.done.step))
 
+    def _written(self, partial: Path) -> dict[str, FileRecord] | str:
+        """What this rank has written; as text, why not, whatever it was: the other ranks wait for the answer."""
+        try:
+            return self._files.written()
+        except OSError as error:
+            return write_error(partial, error)
+        except Exception as error:
+            return f"{partial}: {type(error).__name__}: {error}"
+
     def settle(self) -> None:
         """Wait until the mirror has all that it is to have."""
-        agreed(lambda: self._mirror.finish() if self._mirror else None, takes_long=True)
+        agreed(self._settle, takes_long=True)
+
+    def _settle(self) -> None:
+        if self._mirror is not None and dist.get_rank() == 0:
+            self._mirror.finish()
+            remove_old(checkpoints_folder(self._run) / tag(self.done.step), self._retention)
 
     def _publish(self, partial: Path, reports: list[tuple[dict[str, FileRecord] | str, str]]) -> str | None:
         """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""

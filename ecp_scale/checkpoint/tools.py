@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from ecp_scale.checkpoint.folder import (
     PARTIAL,
     RECORD,
@@ -79,17 +81,8 @@ def difference(first: Path, second: Path, say: Say) -> bool:
     """Say in what two checkpoints differ: what they are, then their weights in fp32; whether they do."""
     folders = [find_checkpoint(path) for path in (first, second)]
     records = [CheckpointRecord.read(folder) for folder in folders]
-    lines = []
-    for name in (
-        "step",
-        "tokens",
-        "data_digest",
-        "world_size",
-        "tensor_parallel",
-        "zero_stage",
-        "precision",
-        "versions",
-    ):
+    lines: list[str] = []
+    for name in FIELDS:
         lines += _different(name, *(getattr(record, name) for record in records))
     for section in SECTIONS:
         sections: list[dict[str, Any]] = [getattr(record, section) for record in records]
@@ -159,7 +152,7 @@ def _weights(name: str, first: SavedStates, second: SavedStates) -> str | None:
     for start in range(0, elements, PIECE):
         one, other = (states.weight(name, start, min(start + PIECE, elements)) for states in (first, second))
         largest = max(largest, (one - other).abs().max().item())
-        different += int((one != other).sum())
+        different += int((one.view(torch.int32) != other.view(torch.int32)).sum())  # by bits: equal where no number is
         size = max(size, one.abs().max().item())
     if not different:
         return None

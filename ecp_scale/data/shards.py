@@ -5,7 +5,6 @@ uint64 number of document borders, int32 length of each sequence, int64 byte off
 Here every document is one sequence.
 """
 
-import resource
 import struct
 import threading
 from collections import OrderedDict
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ecp_scale.errors import InputError
+from ecp_scale.files import raised_limit_of_files
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -130,13 +130,9 @@ DESCRIPTORS_OF_OTHERS = 256
 
 
 def _shards_by_limit() -> int:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1 << 16
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limit = raised_limit_of_files()
     # Trap: a memory map keeps a descriptor of its own, and a shard has two of them.
-    return max(1, (min(soft, wanted) - min(DESCRIPTORS_OF_OTHERS, soft // 2)) // 2)
+    return max(1, (limit - min(DESCRIPTORS_OF_OTHERS, limit // 2)) // 2)
 
 
 def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:

@@ -115,19 +115,6 @@ class Partition:
             whole = torch.cat((whole, padding))
         return whole if self.partition_dim is None else whole.chunk(size, self.partition_dim)[rank]
 
-    def merge(self, shares: list[Tensor]) -> Tensor:
-        """The whole tensor from the shares of all ranks, without padding.
-
-        Raises:
-            ValueError: if ranks that should hold the same tensor do not.
-        """
-        if self.partition_dim is None:
-            if any(not torch.equal(shares[0], other) for other in shares[1:]):
-                raise ValueError("its copies on the tensor-parallel ranks differ")
-            return shares[0]
-        whole = torch.cat(shares, self.partition_dim)
-        return whole if self.vocabulary_rows is None else whole[: self.vocabulary_rows]
-
 
 def partitions(model: nn.Module) -> dict[str, Partition]:
     """Partition of every parameter, by name."""

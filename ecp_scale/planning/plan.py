@@ -45,11 +45,13 @@ class Plan:
     def start_bytes(self) -> int:
         """What is there before the first step: the weights, and beside them what the engine makes of them.
 
-        ZeRO-1 and -2 make one flat copy of the weights, then the fp32 weights; ZeRO-0 nothing.
+        ZeRO-1 and -2 make the weights one flat tensor, a copy for a while; ZeRO-1 in bf16 has room for fp32 gradients.
         """
         states = self.states
-        made = {0: 0, 3: states.master_weights}.get(self.stage, max(states.weights, states.master_weights))
-        return states.weights + made + self.system_bytes
+        copies = states.weights if self.stage in (1, 2) else 0
+        in_fp32 = self.stage == 1 and self.config.training.precision == "bf16"
+        gradients = states.gradients - states.weights if in_fp32 else 0
+        return states.weights + copies + states.master_weights + gradients + self.system_bytes
 
     @property
     def saved_bytes(self) -> int:

@@ -5,29 +5,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.folder import check_writable
 from ecp_scale.checkpoint.saving import Progress, SaveFailedError, Saves
 from ecp_scale.cluster.signals import LAUNCHER_SECONDS, STOP, under_deepspeed_launcher
 from ecp_scale.config import CheckpointConfig
 from ecp_scale.console import say
-from ecp_scale.errors import InputError
-
-
-def open_mirror(config: CheckpointConfig) -> Path | None:
-    """The folder of the mirror, made and tried; for one rank.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
-    if config.mirror is None:
-        return None
-    folder = Path(config.mirror)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder, ".probe")
-    except OSError as error:
-        raise InputError(f"checkpoint.mirror {error.filename or folder}: {error.strerror or error}") from error
-    return folder
 
 
 class Checkpoints:
@@ -114,8 +95,10 @@ class Checkpoints:
                 f"stop, touch {self._run / STOP}"
             )
         self._say(step, text)
-        if is_last:
-            self._saves.settle()
+
+    def settle(self) -> None:
+        """At the end of a finished run: wait until the mirror has its last checkpoint."""
+        self._saves.settle()
 
     def _failed(self, step: int, error: SaveFailedError, is_last: bool) -> None:
         text = f"not saved: {error}; last checkpoint: {self.newest or 'none'}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ecp_scale.checkpoint.mirror import held_mirror
 from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start, load
 from ecp_scale.checkpoint.saving import Progress, Saves
 from ecp_scale.cluster.signals import StopRequest, write_stopped
@@ -22,7 +23,7 @@ from ecp_scale.parallel.device import check_precision, known_peak_teraflops, pea
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
-from ecp_scale.training.checkpoints import Checkpoints, open_mirror
+from ecp_scale.training.checkpoints import Checkpoints
 from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
@@ -74,7 +75,10 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         agreed(lambda: check_backend(request.config, groups.device))
         agreed(lambda: check_trackers(request.config))
         stack.enter_context(only_launch(run))
-        start = decided(lambda: find_start(run, request.resume, open_mirror(request.config.checkpoint)))
+        mirror = Path(request.config.checkpoint.mirror) if request.config.checkpoint.mirror else None
+        if mirror is not None:
+            decided(lambda: stack.enter_context(held_mirror(mirror, run)))
+        start = decided(lambda: find_start(run, request.resume, mirror))
         agreed(lambda: check_sight(run, start))
         if dist.get_rank() == 0:
             stop.watch(run)
@@ -175,7 +179,11 @@ class _Run:
                     self.checkpoints.save(done, is_last=reason is not None or done.step == config.training.steps)
                     # A request that came meanwhile must not wait for another step.
                     reason = reason or self._reason()
+            # A request that came while its last step was copied: that checkpoint counts.
+            self.checkpoints.finish(is_last=True)
             self._end(done, loss, reason)
+            if reason is None:
+                self.checkpoints.settle()
 
     def _recorder(self, stack: ExitStack, first_step: int) -> Any:
         """What takes the numbers of each step, on the first rank."""

@@ -54,7 +54,7 @@ class CheckpointFiles(CheckpointEngine):
         """Wait for the files since ``create``, which are on disk then.
 
         Raises:
-            OSError: the first one.
+            Exception: the first one of a copy or a write.
         """
         return dict(file.result() for file in self._files)
 
@@ -69,8 +69,12 @@ class CheckpointFiles(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Have a file written."""
-        states = self._copies.of(state_dict) if self._asynchronous else state_dict
-        self._files.append(self._writer.submit(self._write, states, Path(path)))
+        try:
+            states = self._copies.of(state_dict) if self._asynchronous else state_dict
+            self._files.append(self._writer.submit(self._write, states, Path(path)))
+        except Exception as error:  # such as no memory for the copy: the other ranks wait in a barrier
+            self._files.append(Future())
+            self._files[-1].set_exception(error)
         if not self._asynchronous:
             self._files[-1].exception()
 
@@ -100,7 +104,8 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._copied: dict[tuple[int, int], Tensor] = {}
+        # With what was copied, whose memory must not become another tensor's meanwhile.
+        self._copied: dict[tuple[int, int], tuple[Tensor, Any]] = {}
 
     def begin(self) -> None:
         """Forget what has been copied; the memory is kept."""
@@ -108,9 +113,9 @@ class HostCopies:
 
     def of(self, states: Any) -> Any:
         """The same containers with copies of all tensors."""
+        _synchronize()
         copied = tree_map(self._leaf, states, is_leaf=lambda node: isinstance(node, torch.Size))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronize()
         return copied
 
     def _leaf(self, leaf: Any) -> Any:
@@ -119,15 +124,28 @@ class HostCopies:
         storage = leaf.untyped_storage()
         key = (storage.data_ptr(), storage.nbytes())
         if key not in self._copied:
-            self._copied[key] = self._buffer(len(self._copied), storage.nbytes(), leaf.is_cuda)
-            self._copied[key].untyped_storage().copy_(storage, non_blocking=True)
+            buffer = self._buffer(len(self._copied), storage.nbytes(), leaf.is_cuda)
+            buffer.untyped_storage().copy_(storage, non_blocking=True)
+            self._copied[key] = buffer, storage
         view = torch.empty(0, dtype=leaf.dtype)
-        view.set_(self._copied[key].untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride())
+        view.set_(self._copied[key][0].untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride())
         return view
 
     def _buffer(self, number: int, size: int, pinned: bool) -> Tensor:
         if number == len(self._buffers):
             self._buffers.append(torch.empty(0, dtype=torch.uint8))
-        if len(self._buffers[number]) != size:
-            self._buffers[number] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        before = self._buffers[number]
+        if len(before) != size:
+            self._buffers[number] = torch.empty(size, dtype=torch.uint8)
+            if pinned:
+                # Trap: torch's own pinned memory is rounded up to a power of two, up to twice the size.
+                cudart = torch.cuda.cudart()
+                if len(before):
+                    cudart.cudaHostUnregister(before.data_ptr())
+                cudart.cudaHostRegister(self._buffers[number].data_ptr(), size, 0)
         return self._buffers[number]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -42,7 +42,7 @@ def fill(engine: deepspeed.DeepSpeedEngine, saved: SavedStates) -> None:
         share = Partition.of(parameter).share(held.shape, parallel.tp_size, parallel.tp_rank)
         if number == 0:
             step = saved.read(name, share, 0, 0, [STEP] if STEP in keys else [])
-            _begin_states(engine, [key for key in keys if key not in (WEIGHT, STEP)], step)
+            begin_states(engine, [key for key in keys if key not in (WEIGHT, STEP)], step)
         start, stop = _owned(parameter, held.start, held.values.numel())
         if stop > start:
             write(engine.optimizer, parameter, saved.read(name, share, start, stop, keys))
@@ -65,14 +65,15 @@ def _owned(parameter: nn.Parameter, start: int, elements: int) -> tuple[int, int
     return address.start, address.start + address.numel
 
 
-def _begin_states(engine: deepspeed.DeepSpeedEngine, moments: list[str], step: ParameterStates) -> None:
+def begin_states(engine: deepspeed.DeepSpeedEngine, moments: list[str], step: ParameterStates) -> None:
     """Give the optimizer of a ZeRO engine the states that its first step would; they are filled later."""
     optimizer = engine.optimizer
     flats: list[Tensor] = next((getattr(optimizer, name) for name in FLAT_PARTITIONS if hasattr(optimizer, name)), [])
     if not flats or not moments:
         return
     for flat in flats:
-        states = {key: value.clone() for key, value in step.items()}
+        # On its device, where torch's fused AdamW wants them.
+        states = {key: value.to(flat.device, copy=True) for key, value in step.items()}
         optimizer.optimizer.state[flat] = {**states, **{key: torch.zeros_like(flat) for key in moments}}
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -81,7 +82,7 @@ def _begin_states(engine: deepspeed.DeepSpeedEngine, moments: list[str], step: P
 def _write_plain(optimizer: Any, parameter: nn.Parameter, mine: ParameterStates) -> None:
     parameter.copy_(mine[WEIGHT].view(parameter.shape))
     states = {
-        key: value if key == STEP else value.view(parameter.shape).to(parameter.device)
+        key: (value if key == STEP else value.view(parameter.shape)).to(parameter.device)
         for key, value in mine.items()
         if key != WEIGHT
     }

@@ -5,6 +5,8 @@ of this rank's share, or, under ZeRO-3, of this rank's run of it, one parameter 
 """
 
 import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -78,7 +80,8 @@ def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: 
     """
     zero = ZeroConfig(**deepspeed_config.get("zero_optimization", {}))
     on_cpu = groups.device.type == "cpu"
-    if not (on_cpu or is_on_host(zero.offload_optimizer) or is_on_host(zero.offload_param)):
+    copied = config.checkpoint.asynchronous
+    if not (on_cpu or copied or is_on_host(zero.offload_optimizer) or is_on_host(zero.offload_param)):
         return
     model = _without_memory(config, ParallelContext.of(config, groups, weight_type(config)))
     decayed, other = ([value.numel() for value in group.values()] for group in weight_decay_groups(model))
@@ -91,13 +94,25 @@ def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: 
         adam=config.optimizer.name == "adamw",
         largest_block=0,
     )
-    needed = ranks_here * (held.on_device + held.on_host if on_cpu else held.on_host)
-    free = psutil.virtual_memory().available
+    states_here = held.on_device + held.on_host if on_cpu else held.on_host
+    copies = held.weights + held.master_weights + held.moments if copied else 0
+    needed, free = ranks_here * (states_here + copies), free_memory()
     if needed > free:
+        ways = "more ranks, parallel.tensor, zero2 or zero3" + (" or no checkpoint.asynchronous" if copied else "")
         raise InputError(
             f"{socket.gethostname()} has {free / GIB:.1f} GiB of memory free, and the states of its {ranks_here} ranks "
-            f"need {needed / GIB:.1f} GiB, activations apart; use more ranks, parallel.tensor, or zero2 or zero3"
+            f"{'with their copies ' if copied else ''}need {needed / GIB:.1f} GiB, activations apart; use {ways}"
         )
+
+
+def free_memory() -> int:
+    """Bytes that this host, or the control group that a scheduler has put this process into, has left."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError, IndexError):
+        group = Path("/proc/self/cgroup").read_text().rstrip().rpartition("::/")[2]
+        folder = Path("/sys/fs/cgroup") / group
+        free = min(free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return free
 
 
 def _allocate(module: nn.Module, device: torch.device) -> list[nn.Parameter]:

@@ -5,8 +5,10 @@ elements of the whole parameter gets them from the pieces that hold them, and no
 converter refuses checkpoints with tensor parallelism, mistaking the files of other ranks for leftovers.)
 """
 
+import itertools
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ecp_scale.errors import InputError
+from ecp_scale.files import raised_limit_of_files
 from ecp_scale.parallel.partition import Partition, Share
 from ecp_scale.zero.state_files import SavedTensor, read_states
 
@@ -69,6 +72,7 @@ class SavedStates:
         Raises:
             InputError: if the files are damaged, or disagree with ``partitions``.
         """
+        raised_limit_of_files()  # each file stays open once it has been read
         self.folder = folder
         self.partitions = partitions
         try:
@@ -121,7 +125,7 @@ class SavedStates:
         numbers = range(len(self._ranks))
         copies = [[number] for number in numbers] if self.partitions[name].partition_dim is None else [numbers]
         found, *others = [self._read(name, share, start, stop, keys, ranks) for ranks in copies]
-        if any(not torch.equal(found[key], other[key]) for other in others for key in keys):
+        if any(not equal_bits(found[key], other[key]) for other in others for key in keys):
             raise InputError(f"{self.folder}: parameter {name}: its copies on the tensor-parallel ranks differ")
         return found
 
@@ -139,6 +143,11 @@ class SavedStates:
             if STEP in out:
                 pieces[name][0].states()[STEP].read(out[STEP])
         return out
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two fp32 tensors are the same to the bit; what is not a number is equal to itself."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 def _common(share: Share, start: int, stop: int, place: Share) -> Iterator[tuple[int, int, int]]:
@@ -159,19 +168,20 @@ def _common(share: Share, start: int, stop: int, place: Share) -> Iterator[tuple
 
 def _read(pieces: list[Piece], source: int, length: int, out: ParameterStates) -> None:
     """Read elements of a share, from wherever they are."""
-    for piece in pieces:
+    first = max(0, bisect_right(pieces, source, key=lambda piece: piece.start) - 1)
+    for piece in itertools.islice(pieces, first, None):
         low, high = max(source, piece.start), min(source + length, piece.stop)
         if low >= high:
-            continue
+            return
         states = piece.states()
         for key, into in out.items():
             values = into[low - source : high - source]
-            saved, first = states[key], piece.offset + low - piece.start
+            saved, begin = states[key], piece.offset + low - piece.start
             if saved.dtype == values.dtype:
-                saved.read(values, first)
+                saved.read(values, begin)
             else:
                 narrow = torch.empty(len(values), dtype=saved.dtype)
-                saved.read(narrow, first)
+                saved.read(narrow, begin)
                 values.copy_(narrow)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ecp_scale.checkpoint import mirror as mirrors
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, complete_checkpoints
-from ecp_scale.checkpoint.mirror import Mirror, copy_checkpoint
+from ecp_scale.checkpoint.mirror import Mirror, copy_checkpoint, held_mirror
 from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.errors import InputError
@@ -63,6 +63,13 @@ def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     record = CheckpointRecord.read(target)
     assert damages(target, record.files) == []
     assert copy_checkpoint(source, tmp_path / "mirror") == target  # what is there stays
+    next(target.glob("*.pt")).write_bytes(b"")
+    assert damages(copy_checkpoint(source, tmp_path / "mirror"), record.files) == []
+    other = hashed_checkpoint(tmp_path / "other", 3)
+    object.__setattr__(record, "tokens", 5)
+    record.write(other)
+    with pytest.raises(FileExistsError, match="is a checkpoint already"):
+        copy_checkpoint(other, tmp_path / "mirror")
     shutil.rmtree(tmp_path / "mirror")
     path = next(source.glob("*.pt"))
     path.write_bytes(b"54321")
@@ -117,8 +124,22 @@ def test_a_run_goes_on_from_its_mirror_where_that_has_more(tmp_path: Path) -> No
     assert find_start(run_folder, True, mirror).folder == ours
     (ours / "checkpoint.json").write_text("damaged")
     assert find_start(run_folder, True, mirror).folder == checkpoints_folder(mirror) / "step-00000003"
-    with pytest.raises(InputError, match="is the run folder itself"):
-        find_start(run_folder, True, run_folder)
+
+
+def test_a_mirror_belongs_to_one_run(tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror"
+    ours, others = held_mirror(mirror, tmp_path / "a"), held_mirror(mirror, tmp_path / "b")
+    with ours, pytest.raises(InputError, match="is being written by process"), held_mirror(mirror, tmp_path / "a"):
+        pass
+    with (
+        pytest.raises(InputError, match=r"has the checkpoints of .*/a, expected those of .*/b; give every run"),
+        others,
+    ):
+        pass
+    with held_mirror(mirror, tmp_path / "a"):
+        pass
+    with pytest.raises(InputError, match="is the run folder itself"), held_mirror(tmp_path / "a", tmp_path / "a"):
+        pass
 
 
 def test_a_run_is_mirrored_and_goes_on_to_the_bit_when_its_folder_is_gone(

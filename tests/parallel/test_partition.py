@@ -1,5 +1,7 @@
 """Whole tensors to shares and back."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,18 +12,20 @@ from tests.models.settings import SCALED, build
 
 
 @pytest.mark.parametrize("layout", [Partition(0, vocabulary_rows=7), Partition(0), Partition(1), Partition(None)])
-def test_merge_undoes_split(layout: Partition) -> None:
+def test_a_share_is_where_the_split_takes_it_from(layout: Partition) -> None:
     whole = torch.randn(7 if layout.vocabulary_rows else 6, 4)
     padded_rows = 8 if layout.vocabulary_rows else 6
-    shares = [layout.split(whole, 2, rank, padded_rows) for rank in range(2)]
-    assert torch.equal(layout.merge(shares), whole)
-    if layout.partition_dim is not None:
-        assert shares[0].numel() < whole.numel()
-
-
-def test_replicas_that_differ_are_refused() -> None:
-    with pytest.raises(ValueError, match="differ"):
-        Partition(None).merge([torch.zeros(2), torch.ones(2)])
+    again = torch.full((whole.numel(),), math.nan)
+    for rank in range(2):
+        split = layout.split(whole, 2, rank, padded_rows)
+        share = layout.share(split.shape, 2, rank)
+        found = torch.zeros(split.numel())
+        for run in share.runs(0, split.numel()):
+            found[run.start :][: run.length] = whole.flatten()[run.whole_start :][: run.length]
+        assert torch.equal(found.view(split.shape), split)
+        for run in share.within(0, whole.numel()):
+            again[run.whole_start :][: run.length] = found[run.start :][: run.length]
+    assert torch.equal(again.view(whole.shape), whole)
 
 
 def test_tensors_that_do_not_fit_are_all_named(groups: Groups) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that are written behind the training are those that would have been written in front of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from ecp_scale.checkpoint.folder import complete_checkpoints
+from ecp_scale.checkpoint.saving import Progress, Saves
+from ecp_scale.cluster.signals import STOP
+from ecp_scale.command_line import parse
+from ecp_scale.training.loop import train
 from ecp_scale.zero.checkpoint_engine import CLASSES, CheckpointFiles, HostCopies
 from ecp_scale.zero.state_files import read_states
 from tests.corpus import ShardedText
@@ -20,6 +25,7 @@ LAYOUTS = [
     Layout(data=2, zero=1),
     Layout(data=2, zero=1, precision="bf16"),
     Layout(data=2, zero=3),
+    Layout(data=2, zero=2, offload=True),
 ]
 
 
@@ -107,3 +113,31 @@ def test_a_writer_that_has_failed_says_so_when_it_is_asked(tmp_path: Path) -> No
     files.create(None)
     files.save({"weight": torch.zeros(3)}, str(tmp_path / "b.pt"))
     assert [*files.written()] == ["b.pt"]
+
+
+def test_a_copy_that_fails_is_told_as_a_write_that_fails_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = CheckpointFiles(asynchronous=True)
+    files.create(None)
+    monkeypatch.setattr(HostCopies, "of", lambda self, states: (_ for _ in ()).throw(MemoryError("no room")))
+    files.save({"weight": torch.zeros(3)}, str(tmp_path / "a.pt"))
+    assert files.has_failed
+    with pytest.raises(MemoryError):
+        files.written()
+
+
+def test_a_request_to_stop_in_the_step_that_is_saved_leaves_its_checkpoint(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes behind the message that would have told of it, and the save has begun behind the training."""
+    begin = Saves.begin
+
+    def interrupted(self: Saves, done: Progress) -> None:
+        begin(self, done)
+        (tmp_path / "run" / STOP).touch()
+
+    monkeypatch.setattr(Saves, "begin", interrupted)
+    words = [*map(str, options(Layout(), sharded_text, tmp_path / "run")), "--checkpoint.asynchronous=true"]
+    train(parse(words, ""))
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
+    stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert stopped["checkpoint"].endswith("step-00000003")

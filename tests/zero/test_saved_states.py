@@ -11,7 +11,7 @@ from ecp_scale.checkpoint.folder import CheckpointRecord, find_checkpoint
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.partition import Partition, Share
 from ecp_scale.zero.saved_states import STEP, SavedStates
-from ecp_scale.zero.state_files import SavedFile
+from ecp_scale.zero.state_files import SavedFile, read_states
 from tests.corpus import ShardedText
 from tests.launching import run_successfully
 from tests.parallel.layouts import CONVERTED, Layout, trained
@@ -88,7 +88,10 @@ def test_states_of_a_rank_whose_partition_is_several_flat_tensors(sharded_text: 
         output = tmp_path / f"run{number}"
         options = [*layout.options(sharded_text, output), "--training.steps=3", f"--deepspeed_config={json_file}"]
         run_successfully("launch/pretrain_ecp.py", *options, ranks=2)
-        saved = saved_states(find_checkpoint(output))
+        checkpoint = find_checkpoint(output)
+        file = next(checkpoint.glob("*_optim_states.pt"))
+        assert (len(read_states(file)["optimizer_state_dict"]["fp32_flat_groups"]) > 2) == (size == 9_000)
+        saved = saved_states(checkpoint)
         weights.append({name: whole(saved, name) for name in saved.partitions})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
