@@ -108,10 +108,13 @@ def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: 
 def free_memory() -> int:
     """Bytes that this host, or the control group that a scheduler has put this process into, has left."""
     free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, KeyError):
         group = Path("/proc/self/cgroup").read_text().rstrip().rpartition("::/")[2]
         folder = Path("/sys/fs/cgroup") / group
-        free = min(free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+        used = {name: int(size) for name, size in map(str.split, (folder / "memory.stat").read_text().splitlines())}
+        # Files in memory go when it is needed.
+        used_by_processes = int((folder / "memory.current").read_text()) - used["active_file"] - used["inactive_file"]
+        free = min(free, int((folder / "memory.max").read_text()) - used_by_processes)
     return free
 
 
