@@ -146,10 +146,10 @@ def _whole_gradient(parameter: torch.nn.Parameter, parallel: ParallelContext) ->
     if partition.partition_dim is None:
         return gradient
     moved = gradient.movedim(partition.partition_dim, -1).contiguous()
-    shares = gather_from_tensor_model_parallel_region(moved, group=parallel.tp_group).movedim(
+    whole = gather_from_tensor_model_parallel_region(moved, group=parallel.tp_group).movedim(
         -1, partition.partition_dim
     )
-    return partition.merge([shares])
+    return whole if partition.vocabulary_rows is None else whole[: partition.vocabulary_rows]
 
 
 def main() -> int:

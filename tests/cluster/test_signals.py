@@ -86,16 +86,17 @@ def test_a_second_signal_of_a_kind_ends_at_once_and_an_echo_does_not() -> None:
 def test_a_stop_during_a_save_trains_no_further_step(
     sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ecp_scale.checkpoint.saving import Progress, Saves
     from ecp_scale.command_line import parse
     from ecp_scale.training import loop
 
-    save = loop.save
+    begin = Saves.begin
 
-    def interrupted(*arguments: object) -> Path:
+    def interrupted(saves: Saves, done: Progress) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return save(*arguments)
+        begin(saves, done)
 
-    monkeypatch.setattr(loop, "save", interrupted)
+    monkeypatch.setattr(Saves, "begin", interrupted)
     output = tmp_path / "run"
     loop.train(parse([*options(sharded_text, output, ranks=1), "--checkpoint.every_steps=3"], ""))
     assert steps_done(output) == 3
@@ -105,16 +106,17 @@ def test_a_stop_during_a_save_trains_no_further_step(
 def test_a_file_in_the_run_folder_stops_the_run(
     sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ecp_scale.checkpoint.saving import Progress, Saves
     from ecp_scale.command_line import parse
     from ecp_scale.training import loop
 
-    save, output = loop.save, tmp_path / "run"
+    begin, output = Saves.begin, tmp_path / "run"
 
-    def touched(*arguments: object) -> Path:
+    def touched(saves: Saves, done: Progress) -> None:
         (output / STOP).touch()
-        return save(*arguments)
+        begin(saves, done)
 
-    monkeypatch.setattr(loop, "save", touched)
+    monkeypatch.setattr(Saves, "begin", touched)
     words = [*options(sharded_text, output, ranks=1), "--checkpoint.every_steps=3"]
     loop.train(parse(words, ""))
     assert steps_done(output) == 3
@@ -127,9 +129,9 @@ def test_a_save_that_the_launcher_would_cut_short_is_said(
     sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ecp_scale.command_line import parse
-    from ecp_scale.training import loop
+    from ecp_scale.training import checkpoints, loop
 
-    monkeypatch.setattr(loop, "LAUNCHER_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "LAUNCHER_SECONDS", 0.0)
     for launcher, expected in (("torchrun", 0), ("deepspeed", 1)):
         if launcher == "deepspeed":
             monkeypatch.setenv("CROSS_RANK", "0")

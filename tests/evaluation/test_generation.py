@@ -8,7 +8,7 @@ from ecp_scale.evaluation.generation import generate
 from ecp_scale.parallel.groups import Groups
 from tests.models.settings import ARCHITECTURES, BOTH, NAMES, SCALED, build, variant
 
-END = 2
+END = 4
 
 
 @pytest.mark.parametrize("config", BOTH, ids=NAMES)
