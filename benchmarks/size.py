@@ -142,7 +142,7 @@ def conversion(bytes_of_weights: int) -> dict[str, float]:
             flat.read(out, start)
             return out
 
-        before, began = peak_bytes(), time.perf_counter()
+        began = time.perf_counter()
         write_weights(folder, {"flat": [elements]}, torch.float32, read)
         seconds = time.perf_counter() - began
         began = time.perf_counter()
@@ -152,7 +152,6 @@ def conversion(bytes_of_weights: int) -> dict[str, float]:
             "bytes": bytes_of_weights,
             "seconds": seconds,
             "copy_seconds": time.perf_counter() - began,
-            "peak_bytes": peak_bytes() - before,
         }
 
 
