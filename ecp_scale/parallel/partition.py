@@ -108,6 +108,15 @@ class Partition:
             whole = self.vocabulary_rows * math.prod(shape[1:])
         return Share(rows, width, width * parts, width * rank if parts > 1 else 0, whole)
 
+    def whole_shape(self, shape: Sequence[int], size: int) -> list[int]:
+        """Shape of the whole tensor, without padding, from that of a share among ``size``."""
+        whole = list(shape)
+        if self.partition_dim is not None:
+            whole[self.partition_dim] *= size
+        if self.vocabulary_rows is not None:
+            whole[0] = self.vocabulary_rows
+        return whole
+
     def split(self, whole: Tensor, size: int, rank: int, padded_rows: int) -> Tensor:
         """The share of one rank; the vocabulary's padding rows are 0."""
         if self.vocabulary_rows is not None:
@@ -123,13 +132,7 @@ def partitions(model: nn.Module) -> dict[str, Partition]:
 
 def full_shape(parameter: nn.Parameter, size: int) -> list[int]:
     """Shape of the parameter without sharding and without padding."""
-    partition = Partition.of(parameter)
-    shape = list(parameter.shape)
-    if partition.partition_dim is not None:
-        shape[partition.partition_dim] *= size
-    if partition.vocabulary_rows is not None:
-        shape[0] = partition.vocabulary_rows
-    return shape
+    return Partition.of(parameter).whole_shape(parameter.shape, size)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import nn
 
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
+from ecp_scale.models.initialization import whole_share
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.parameter_groups import weight_decay_groups
 from ecp_scale.parallel.context import ParallelContext
@@ -133,6 +134,6 @@ def held_weight(parameter: nn.Parameter) -> Held:
     """What this rank holds of a parameter's weight: its share, or under ZeRO-3 a run of that."""
     run = getattr(parameter, "ds_tensor", None)
     if run is None:
-        return Held(parameter.detach(), parameter.shape, 0)
+        return whole_share(parameter)
     rank = parameter.ds_process_group.rank()  # type: ignore[attr-defined]
     return Held(run, parameter.ds_shape, rank * run.numel())  # type: ignore[attr-defined]

@@ -90,12 +90,7 @@ class SavedStates:
 
     def shape(self, name: str) -> list[int]:
         """Shape of a whole parameter, without padding."""
-        partition, shape = self.partitions[name], list(self._ranks[0].shapes[name])
-        if partition.partition_dim is not None:
-            shape[partition.partition_dim] *= len(self._ranks)
-        if partition.vocabulary_rows is not None:
-            shape[0] = partition.vocabulary_rows
-        return shape
+        return self.partitions[name].whole_shape(self._ranks[0].shapes[name], len(self._ranks))
 
     def keys(self, name: str) -> list[str]:
         """Which states of a parameter there are, the weight among them."""
