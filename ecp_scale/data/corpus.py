@@ -1,5 +1,6 @@
 """A corpus: the shards of one prefix as one stream of tokens, cut into windows."""
 
+import dataclasses
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -45,8 +46,12 @@ class Corpus:
         return self.manifest.load_tokenizer(self.prefix)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the tokenizer, which a process that gets a corpus from another loads when it asks for it."""
-        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+        """What a process gets from the one that opened the corpus.
+
+        It loads the tokenizer itself when it asks for it. The list of sources stays behind: there may be a million.
+        """
+        state = {name: value for name, value in vars(self).items() if name != "tokenizer"}
+        return {**state, "manifest": dataclasses.replace(self.manifest, sources=(), unread={})}
 
     @cached_property
     def digest(self) -> str:

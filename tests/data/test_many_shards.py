@@ -1,6 +1,7 @@
 """Corpora of more shards than a process may open, and shards that hold what no tokenizer has."""
 
 import json
+import pickle
 import resource
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def test_more_shards_than_descriptors_are_read(many: str, limits: tuple[int, int
     assert done.returncode == 0, done.stderr
     corpus = Corpus(many, 16)
     assert int(done.stdout) == 2 * sum(int(corpus.window(number).sum()) for number in range(corpus.windows))
+
+
+def test_the_list_of_sources_stays_with_the_rank_that_opened_the_corpus(many: str) -> None:
+    corpus = Corpus(many, 16)
+    sent = pickle.loads(pickle.dumps(corpus))
+    assert len(corpus.manifest.sources) == 1
+    assert sent.manifest.sources == ()
+    assert sent.digest == corpus.digest
+    assert np.array_equal(sent.window(300), corpus.window(300))
 
 
 def test_the_least_recently_read_shard_is_closed(many: str) -> None:

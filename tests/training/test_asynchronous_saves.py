@@ -12,7 +12,9 @@ from ecp_scale.checkpoint.folder import complete_checkpoints
 from ecp_scale.checkpoint.saving import Progress, Saves
 from ecp_scale.cluster.signals import STOP
 from ecp_scale.command_line import parse
+from ecp_scale.training import loop
 from ecp_scale.training.loop import train
+from ecp_scale.training.step import DivergedError, StepResult
 from ecp_scale.zero.checkpoint_engine import CLASSES, CheckpointFiles, HostCopies
 from ecp_scale.zero.state_files import read_states
 from tests.corpus import ShardedText
@@ -25,6 +27,7 @@ LAYOUTS = [
     Layout(data=2, zero=1),
     Layout(data=2, zero=1, precision="bf16"),
     Layout(data=2, zero=3),
+    Layout(data=2, zero=3, precision="bf16"),
     Layout(data=2, zero=2, offload=True),
 ]
 
@@ -141,3 +144,22 @@ def test_a_request_to_stop_in_the_step_that_is_saved_leaves_its_checkpoint(
     assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
     stopped = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert stopped["checkpoint"].endswith("step-00000003")
+
+
+def test_a_run_that_diverges_leaves_the_save_that_has_begun(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = loop.optimizer_step, []
+
+    def diverging(*arguments: Any) -> StepResult:
+        calls.append(1)
+        if len(calls) == 4:
+            raise DivergedError("the loss is nan")
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "optimizer_step", diverging)
+    monkeypatch.setattr(loop.Checkpoints, "heard", lambda self, written, failed: None)  # the disk is slow
+    words = [*map(str, options(Layout(), sharded_text, tmp_path / "run")), "--checkpoint.asynchronous=true"]
+    with pytest.raises(DivergedError, match=r"step 4: the loss is nan; last checkpoint: .*step-00000003"):
+        train(parse(words, ""))
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000003"]
