@@ -155,6 +155,30 @@ def conversion(bytes_of_weights: int) -> dict[str, float]:
         }
 
 
+def real_conversion(checkpoint: Path) -> dict[str, float]:
+    """Convert a checkpoint as users do, beside a copy of the weights that come of it; in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=checkpoint) as name:
+        folder = Path(name)
+        words = [sys.executable, "launch/convert_checkpoint.py"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        began = time.perf_counter()
+        subprocess.run([*words, f"--checkpoint={checkpoint}", f"--output={folder / 'model'}"], check=True)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        assert peak > before, "another process of this benchmark had a larger peak"
+        weights = sorted((folder / "model").glob("model*.safetensors"))
+        (folder / "copy").mkdir()
+        began = time.perf_counter()
+        _copy_and_sync(weights, folder / "copy")
+        return {
+            "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.rglob("*_states.pt")),
+            "weights_bytes": sum(path.stat().st_size for path in weights),
+            "seconds": seconds,
+            "copy_seconds": time.perf_counter() - began,
+            "peak_bytes": peak * 1024,
+        }
+
+
 def saved_bytes(layout: Layout) -> float:
     """What the first of the ranks that hold the same parameters saves, which also writes the forward pass's weights."""
     config = config_of(layout.preset)
@@ -203,10 +227,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=MEASURED.ranks, help="of its launch (default: %(default)s)")
     parser.add_argument("--stage", type=int, default=MEASURED.stage, help="of ZeRO (default: %(default)s)")
     parser.add_argument("--convert-bytes", type=int, default=2 * GIB, help="of weights (default: 2 GiB)")
+    parser.add_argument("--checkpoint", type=Path, help="only convert this run's, for real, and print what it took")
     parser.add_argument("--one-rank", action="store_true", help="only measure, in this process")
     options = parser.parse_args()
     if options.one_rank:
         print(json.dumps(one_rank(Layout(options.preset, options.ranks, options.stage))))
+        return
+    if options.checkpoint is not None:
+        print(json.dumps(real_conversion(options.checkpoint), indent=1))
         return
     words = [sys.executable, "-m", "benchmarks.size", "--one-rank", f"--preset={options.preset}"]
     words += [f"--ranks={options.ranks}", f"--stage={options.stage}"]

@@ -22,8 +22,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5_000_000_000
 """Most bytes of tensors in a file, unless one tensor alone has more."""
-PIECE = 1 << 20
-"""Elements that are in memory at a time."""
+PIECE = 1 << 18
+"""Elements that are in memory at a time. Trap: the kernel takes more than a megabyte at once twice as long."""
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 

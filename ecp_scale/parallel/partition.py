@@ -33,6 +33,19 @@ class Run(NamedTuple):
     length: int
 
 
+class Common(NamedTuple):
+    """Elements that two shares have in common: ``rows`` runs of ``length``, consecutive in the other share."""
+
+    target: int
+    """Place of the first one among those that were asked for."""
+    stride: int
+    """From one run to the next there."""
+    source: int
+    """Number of the first one in the other share."""
+    length: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Share:
     """Where the elements of one rank's share lie in the whole tensor, both flat: ``rows`` runs of ``width`` elements.
@@ -53,14 +66,28 @@ class Share:
         """Of the share, padding included."""
         return self.rows * self.width
 
-    def within(self, whole_start: int, length: int) -> Iterator[Run]:
-        """What of the share so many elements of the whole tensor are."""
-        whole_stop = whole_start + length
-        for row in range(whole_start // self.stride, min(self.rows, -(-whole_stop // self.stride))):
-            begins = row * self.stride + self.first
-            low, high = max(whole_start, begins), min(whole_stop, begins + self.width)
-            if low < high:
-                yield Run(row * self.width + low - begins, low, high - low)
+    def in_rows(self, rows: int) -> "Share":
+        """The same elements as so many runs, where the share is the whole tensor or has as many."""
+        if rows == self.rows:
+            return self
+        assert self.rows == 1
+        return Share(rows, self.width // rows, self.stride // rows, self.first, self.whole)
+
+    def common(self, start: int, stop: int, other: "Share") -> Iterator["Common"]:
+        """What of the elements ``start`` to ``stop`` is in the share of another layout of the same tensor."""
+        rows = max(self.rows, other.rows)
+        mine, theirs = self.in_rows(rows), other.in_rows(rows)
+        # In whole rows of the tensor; where those are one, the vocabulary's padding lies behind it.
+        left = max(mine.first, theirs.first)
+        right = min(mine.first + mine.width, theirs.first + theirs.width, mine.whole if rows == 1 else mine.stride)
+        for row, count, begin, end in _by_row(start, min(stop, mine.elements), mine.width):
+            low, high = max(left, mine.first + begin), min(right, mine.first + end)
+            if low >= high:
+                continue
+            together = count if high - low == theirs.width else 1
+            for first in range(row, row + count, together):
+                target = first * mine.width + low - mine.first - start
+                yield Common(target, mine.width, first * theirs.width + low - theirs.first, high - low, together)
 
     def runs(self, start: int, stop: int) -> Iterator[Run]:
         """What of the whole tensor the elements ``start`` to ``stop`` of the share are, without padding."""
@@ -72,6 +99,16 @@ class Share:
             if whole_start < self.whole:
                 yield Run(start, whole_start, min(length, self.whole - whole_start))
             start += length
+
+
+def _by_row(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Consecutive elements as rows of ``width``: the first row, how many, and from which column to which."""
+    while start < stop:
+        row, column = divmod(start, width)
+        count = 1 if column else max(1, (stop - start) // width)
+        end = min(width, column + stop - start)
+        yield row, count, column, end
+        start += (count - 1) * width + end - column
 
 
 @dataclass(frozen=True)

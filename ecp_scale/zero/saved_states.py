@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -132,9 +132,16 @@ class SavedStates:
         for number in ranks:
             shapes, pieces = self._ranks[number]
             place = self.partitions[name].share(shapes[name], len(self._ranks), number)
-            for target, source, length in _common(share, start, stop, place):
-                into = {key: values[target:] for key, values in out.items() if key != STEP}
-                _read(pieces[name], source, length, into)
+            for part in share.common(start, stop, place):
+                into = {key: values[part.target :] for key, values in out.items() if key != STEP}
+                if part.rows == 1:
+                    _read(pieces[name], part.source, part.length, into)
+                    continue
+                read = {key: torch.empty(part.rows, part.length) for key in into}
+                elements = part.rows * part.length
+                _read(pieces[name], part.source, elements, {key: values.view(-1) for key, values in read.items()})
+                for key, values in read.items():
+                    into[key].as_strided(values.shape, (part.stride, 1), into[key].storage_offset()).copy_(values)
             if STEP in out:
                 pieces[name][0].states()[STEP].read(out[STEP])
         return out
@@ -143,22 +150,6 @@ class SavedStates:
 def equal_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two fp32 tensors are the same to the bit; what is not a number is equal to itself."""
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
-def _common(share: Share, start: int, stop: int, place: Share) -> Iterator[tuple[int, int, int]]:
-    """Runs of elements that are in both shares: numbers of the first, from ``start`` and in ``place``, and how many."""
-    waiting: tuple[int, int, int] | None = None
-    for run in share.runs(start, stop):
-        for part in place.within(run.whole_start, run.length):
-            target = run.start - start + part.whole_start - run.whole_start
-            if waiting is not None and (target, part.start) == (waiting[0] + waiting[2], waiting[1] + waiting[2]):
-                waiting = (waiting[0], waiting[1], waiting[2] + part.length)
-                continue
-            if waiting is not None:
-                yield waiting
-            waiting = (target, part.start, part.length)
-    if waiting is not None:
-        yield waiting
 
 
 def _read(pieces: list[Piece], source: int, length: int, out: ParameterStates) -> None:
