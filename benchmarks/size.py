@@ -143,7 +143,7 @@ def conversion(bytes_of_weights: int) -> dict[str, float]:
             return out
 
         began = time.perf_counter()
-        write_weights(folder, {"flat": [elements]}, torch.float32, read)
+        write_weights(folder, {"flat": [elements]}, read)
         seconds = time.perf_counter() - began
         began = time.perf_counter()
         (folder / "copy").mkdir()

@@ -76,6 +76,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def scaled_bytes(size: float) -> str:
+    """A number of bytes for people, such as 711.3 kB or 13.2 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.1f} {unit}" if unit != "bytes" else f"{size:,.0f} bytes"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -9,7 +9,7 @@ import pytest
 from tests.launching import ROOT
 
 LAYERS = [
-    {"config", "errors", "console", "files", "precision"},
+    {"config", "errors", "console", "files", "precision", "hub"},
     {"cluster"},
     {"data"},
     {"attention", "parallel", "preparation"},
@@ -28,6 +28,7 @@ LIBRARIES = {
     "command_line": {"yaml"},
     "cluster": {"filelock", "psutil", "torch"},
     "attention": {"numpy", "torch"},
+    "hub": {"sentencepiece", "torch", "transformers"},
     "data": {"filelock", "huggingface_hub", "numpy", "sentencepiece", "tokenizers", "torch"},
     "preparation": {"backports", "datasets", "numpy", "pyarrow", "sentencepiece", "tqdm"},
 }
@@ -57,8 +58,10 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+            # What travels in the folder of an exported model imports its neighbours there.
+            assert node.level == (path.parent.name == "hub" and (node.module or "").endswith("_ecp")), path
+            if not node.level:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
     return found
 
 

@@ -2,18 +2,25 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from ecp_scale.checkpoint.folder import CheckpointRecord
-from ecp_scale.checkpoint.weights_file import SavedWeights, write_weights
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord
+from ecp_scale.checkpoint.hugging_face import (
+    ATTENTION,
+    NOT_THEIRS,
+    config_fields,
+    write_card,
+    write_code,
+    write_tokenizer,
+)
+from ecp_scale.checkpoint.weights_file import PLAIN, SavedWeights, WriteOptions, write_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.config.renames import renamed_fields
@@ -25,13 +32,21 @@ from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.partition import load_full
 from ecp_scale.zero.saved_states import SavedStates
-from ecp_scale.zero.state_files import damages, write_error
+from ecp_scale.zero.state_files import FileRecord, damages, write_error
 
 FORMAT = "ecp-scale"
-FORMAT_VERSION = 3
-READABLE = (2, 3)
-"""Version 2 has former names of some fields (``ecp_scale.config.renames``)."""
-OURS = re.compile(r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(\.\w+)?")
+FORMAT_VERSION = 4
+READABLE = (2, 3, 4)
+"""Version 4 is a folder of Hugging Face's too; 3 and 2 have sections in config.json, and ``format`` beside them, and 2
+has former names of some fields (``ecp_scale.config.renames``)."""
+UNFINISHED = "unfinished.json"
+"""What an unfinished folder is to become."""
+OURS = "ecp_scale"
+"""Key of what only we read in config.json."""
+WRITTEN = re.compile(
+    r"(config|generation_config|tokenizer_config|tokenizer)\.json|README\.md|\w+_ecp\.py|(ecp_)?tokenizer(\.\w+)?"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
 """Names of the files of an exported model."""
 
 
@@ -56,10 +71,7 @@ class ExportedModel:
         folder = Path(folder)
         path = folder / "config.json"
         try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT or content["format_version"] not in READABLE:
-                found = f"{content['format']} {content['format_version']}"
-                raise InputError(f"{path}: format {found}, expected {FORMAT} {FORMAT_VERSION}")
+            content = sections(json.loads(path.read_text()), path)
             config = ModelConfig(**renamed_fields("model", content["model"]))
             attention = AttentionConfig(**renamed_fields("attention", content["attention"]))
             record = TokenizerRecord(**content["tokenizer"])
@@ -112,8 +124,11 @@ class ExportedModel:
         return model.to(device).eval()
 
 
-def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -> CheckpointRecord:
+def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> CheckpointRecord:
     """Merge a complete checkpoint into a model folder, which appears whole or not at all.
+
+    It is a folder of Hugging Face's transformers, and ours. What is cut short leaves ``.NAME.partial`` beside it, from
+    which the next conversion of the same checkpoint goes on.
 
     Every file of the checkpoint is compared with its hash first.
 
@@ -127,19 +142,37 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype = torch.float32) -
     if found:
         raise InputError("\n".join(found))
     _check_output(output, record)
-    temporary = output.with_name(f".{output.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        temporary.mkdir(parents=True)
-        _write_model(checkpoint, record, temporary, dtype)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.replace(output)
-        sync_folder(output.parent)
+        partial.mkdir(parents=True, exist_ok=True)
+        with FileLock(partial.with_name(partial.name + ".lock"), timeout=0):
+            hashed = FileRecord.of(checkpoint / RECORD).xxh3
+            _begin(partial, {"checkpoint": hashed, "dtype": str(options.dtype), "file_bytes": options.file_bytes})
+            _write_model(checkpoint, record, partial, options, output.name)
+            (partial / UNFINISHED).unlink()
+            if output.exists():
+                shutil.rmtree(output)
+            partial.replace(output)
+            sync_folder(output.parent)
+    except Timeout:
+        raise InputError(f"--output {output}: another conversion is writing it") from None
     except OSError as error:
         raise InputError(write_error(output, error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    partial.with_name(partial.name + ".lock").unlink(missing_ok=True)
     return record
+
+
+def _begin(partial: Path, what: dict[str, Any]) -> None:
+    """Keep the files of weights that a conversion of the same kind has finished, and nothing else."""
+    path = partial / UNFINISHED
+    try:
+        is_same = json.loads(path.read_text()) == what
+    except (OSError, ValueError):
+        is_same = False
+    for file in partial.iterdir():
+        if not (is_same and file.suffix == ".safetensors"):
+            file.unlink()
+    write_text(path, json.dumps(what) + "\n")
 
 
 def _check_output(output: Path, record: CheckpointRecord) -> None:
@@ -152,32 +185,68 @@ def _check_output(output: Path, record: CheckpointRecord) -> None:
     if not found:
         return
     try:
-        earlier = json.loads((output / "config.json").read_text())
-        is_ours = earlier["format"] == FORMAT and all(OURS.fullmatch(name) for name in found)
-        step, tokens, model = earlier["step"], earlier["tokens"], renamed_fields("model", earlier["model"])
-    except (OSError, ValueError, KeyError, TypeError):
+        path = output / "config.json"
+        earlier = sections(json.loads(path.read_text()), path)
+        is_ours = all(WRITTEN.fullmatch(name) for name in found)
+        step, tokens = earlier["step"], earlier["tokens"]
+        model = ModelConfig(**renamed_fields("model", earlier["model"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_ours = False
     if not is_ours:
         raise InputError(f"--output {output}: holds {', '.join(found[:4])}; choose a new folder")
-    if (model, step, tokens) != (record.model, record.step, record.tokens):
+    if (model.geometry, step, tokens) != (ModelConfig(**record.model).geometry, record.step, record.tokens):
         raise InputError(f"--output {output}: holds another model (step {step}, {tokens} tokens); choose a new folder")
 
 
-def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, dtype: torch.dtype) -> None:
-    saved = SavedStates(checkpoint, record.partitions, record.tensor_parallel)
+def sections(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What config.json says, as sections: ``model``, ``attention``, ``tokenizer``, ``step``, ``tokens``.
+
+    Raises:
+        InputError: if it is of another kind of model, or of a version that is not known.
+    """
+    ours = content if "format" in content else content.get(OURS)
+    if ours is None or content.get("model_type", "ecp") != "ecp" or content.get("format", FORMAT) != FORMAT:
+        kind = content.get("format") or content.get("model_type")
+        raise InputError(f"{path}: a model of the kind {kind!r}, expected one of ecp-convert, or made from such a one")
+    if ours["format_version"] not in READABLE:
+        raise InputError(f"{path}: format version {ours['format_version']}, expected one of {READABLE}")
+    if ours is content:
+        return content
+    known = {item.name for item in dataclasses.fields(ModelConfig)} - set(NOT_THEIRS)
+    return {
+        **ours,
+        "model": {**ours["model"], **{name: content[name] for name in known if name in content}},
+        "attention": {name: content[name] for name in ATTENTION},
+    }
+
+
+def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, options: WriteOptions, name: str) -> None:
+    saved = SavedStates(checkpoint, record.files, record.partitions, record.tensor_parallel)
     shapes = {name: saved.shape(name) for name in record.partitions}
-    write_weights(folder, shapes, dtype, lambda name, start, stop: saved.weight(name, start, stop))
+    write_weights(folder, shapes, saved.weight, options)
     tokenizer_file = ""
     if record.tokenizer_file:
-        tokenizer_file = f"tokenizer{Path(record.tokenizer_file).suffix}"
+        # sentencepiece reads the file itself; others have a tokenizer.json of their own, which may be another one.
+        own = "tokenizer" if record.tokenizer.kind == "sentencepiece" else "ecp_tokenizer"
+        tokenizer_file = f"{own}{Path(record.tokenizer_file).suffix}"
         shutil.copyfile(checkpoint / record.tokenizer_file, folder / tokenizer_file)
+    kept = dataclasses.replace(record.tokenizer, file=tokenizer_file)
+    model, attention = ModelConfig(**record.model), AttentionConfig(**record.attention)
+    tokenizer = kept.load(folder, "the model was trained with")
+    end = tokenizer.end_of_document
     content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "model": record.model,
-        "attention": record.attention,
-        "tokenizer": dataclasses.asdict(dataclasses.replace(record.tokenizer, file=tokenizer_file)),
-        "step": record.step,
-        "tokens": record.tokens,
+        **config_fields(model, attention, str(options.dtype).removeprefix("torch.")),
+        "eos_token_id": end,
+        "pad_token_id": end,
+        OURS: {
+            "format_version": FORMAT_VERSION,
+            "model": {name: record.model[name] for name in NOT_THEIRS if name in record.model},
+            "tokenizer": dataclasses.asdict(kept),
+            "step": record.step,
+            "tokens": record.tokens,
+        },
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    write_tokenizer(folder, tokenizer)
+    write_card(folder, name, model, end, record.step, record.tokens)
+    write_code(folder)

@@ -88,6 +88,9 @@ class CheckpointRecord:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not the record of a checkpoint ({type(error).__name__}: {error})") from error
+        named = TAG.fullmatch(folder.name)
+        if named is not None and int(named[1]) != record.step:
+            raise InputError(f"{folder}: holds step {record.step}, expected {int(named[1])} by its name")
         for name, (size, _) in record.files.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:

@@ -1,11 +1,20 @@
 """A second place for checkpoints, which the first rank copies them to behind the training."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, begin, check_writable, checkpoints_folder, publish
+from ecp_scale.checkpoint.folder import (
+    RECORD,
+    CheckpointRecord,
+    begin,
+    check_writable,
+    checkpoints_folder,
+    publish,
+    saved_folders,
+)
 from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.cluster.lock import Lock
 from ecp_scale.console import say
@@ -24,8 +33,8 @@ def held_mirror(folder: Path, run: Path) -> Iterator[None]:
     Raises:
         InputError: if it cannot be written, is the run folder, or is the mirror of another run or in use.
     """
-    if folder.resolve() == run.resolve():
-        raise InputError(f"checkpoint.mirror {folder} is the run folder itself, expected another place")
+    if folder.resolve().is_relative_to(run.resolve()):
+        raise InputError(f"checkpoint.mirror {folder} is the run folder itself or in it, expected another place")
     lock = Lock(folder / ".lock")
     try:
         _take(folder, str(run.resolve()), lock)
@@ -40,12 +49,13 @@ def _take(folder: Path, run: str, lock: Lock) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder, ".probe")
         lock.take(f"checkpoint.mirror {folder}")
-        found = owner.read_text().strip() if owner.exists() else run
-        if found != run:
-            raise InputError(
-                f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every run a "
-                f"mirror of its own, or remove {owner} if the run has moved"
-            )
+        if owner.exists() or saved_folders(folder):
+            found = owner.read_text().strip() if owner.exists() else "a run that it does not name"
+            if found != run:
+                raise InputError(
+                    f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every "
+                    f"run a mirror of its own, or write {run} to {owner} if the run has moved"
+                )
         write_text(owner, f"{run}\n")
     except OSError as error:
         raise InputError(f"checkpoint.mirror {error.filename or folder}: {error.strerror or error}") from error
@@ -75,6 +85,11 @@ class Mirror:
         """The checkpoint that is being copied, which must stay meanwhile."""
         return self._current
 
+    @property
+    def waiting(self) -> Path | None:
+        """The newest checkpoint that is not copied yet."""
+        return self._next or self._current
+
     def copy(self, checkpoint: Path) -> None:
         """Have a complete checkpoint copied."""
         with self._lock:
@@ -97,8 +112,13 @@ class Mirror:
                     self._thread = None
                     return
             try:
+                if not (self._folder / OWNER).is_file():  # as where its disk is not there any more
+                    raise InputError(f"{self._folder} is gone: {OWNER} is missing")
+                remove_old(checkpoints_folder(self._folder) / self._current.name, Retention())
                 copy_checkpoint(self._current, self._folder)
-                remove_old(checkpoints_folder(self._folder) / self._current.name, self._retention)
+                left = remove_old(checkpoints_folder(self._folder) / self._current.name, self._retention)
+                if left:
+                    raise left[0]
                 self._has_complained = False
             except Exception as error:  # whatever it is, the next one is tried
                 if not self._has_complained:
@@ -123,10 +143,13 @@ def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
         if CheckpointRecord.read(target) == record:
             return target
     partial = begin(target)
-    for name, expected in record.files.items():
-        found = copy_hashed(checkpoint / name, partial / name)
-        if expected.xxh3 and found != expected:
-            raise InputError(f"{checkpoint / name} is damaged: it is not what was written, by its hash")
-    copy_hashed(checkpoint / RECORD, partial / RECORD)
-    publish(partial)
+    try:
+        for name, expected in record.files.items():
+            found = copy_hashed(checkpoint / name, partial / name)
+            if expected.xxh3 and found != expected:
+                raise InputError(f"{checkpoint / name} is damaged: it is not what was written, by its hash")
+        copy_hashed(checkpoint / RECORD, partial / RECORD)
+        publish(partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a disk that was full must not stay so
     return target

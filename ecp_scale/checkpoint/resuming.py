@@ -5,6 +5,7 @@ The first rank chooses the checkpoint: a shared file system may show another hos
 
 import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from ecp_scale.parallel.groups import agreed
 from ecp_scale.zero.engine import Engine
 from ecp_scale.zero.filling import fill, optimizer_order, share_weights
 from ecp_scale.zero.saved_states import SavedStates
-from ecp_scale.zero.state_files import damages
+from ecp_scale.zero.state_files import damages, read_states
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Start:
     folder: Path | None = None
     record: CheckpointRecord | None = None
     passed_by: tuple[str, ...] = ()
+    elsewhere: Path | None = None
+    """The same checkpoint in the mirror."""
 
     @property
     def progress(self) -> Progress:
@@ -71,7 +74,8 @@ def find_start(run: Path, resuming: bool, mirror: Path | None = None) -> Start:
         raise InputError(
             f"{field} {chosen.parent.parent} holds checkpoints; pass --resume auto or choose another folder"
         )
-    return Start(chosen, CheckpointRecord.read(chosen), tuple(passed))
+    others = [path for _, _, path in found if path != chosen and path.name == chosen.name]
+    return Start(chosen, CheckpointRecord.read(chosen), tuple(passed), others[0] if others else None)
 
 
 def check_sight(run: Path, start: Start) -> None:
@@ -116,12 +120,14 @@ def load(engine: Engine, config: Config, start: Start) -> None:
         return
     layout = layout_of(engine, config)
     same = layout == {key: getattr(record, key) for key in layout}
-    agreed(lambda: _check_files(folder, record, _own_files(engine, record) if same else _share(record)), True)
-    if same:
+    names = _own_files(engine, record) if same else _share(record)
+    agreed(lambda: _check_files(folder, record, names, start.elsewhere), True)
+    if same and agreed(lambda: _same_groups(engine, folder)):
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
         order = optimizer_order(engine)
-        agreed(lambda: fill(engine, SavedStates(folder, record.partitions, record.tensor_parallel, order)), True)
+        saved = partial(SavedStates, folder, record.files, record.partitions, record.tensor_parallel, order)
+        agreed(lambda: fill(engine, saved()), True)
         share_weights(engine)
         engine.global_steps, engine.skipped_steps = record.step, record.skipped_steps
 
@@ -143,8 +149,20 @@ def _share(record: CheckpointRecord) -> list[str]:
     return sorted(record.files)[dist.get_rank() :: dist.get_world_size()]
 
 
-def _check_files(folder: Path, record: CheckpointRecord, names: list[str]) -> None:
+def _same_groups(engine: Engine, folder: Path) -> bool:
+    """Whether this rank's file cuts the parameters into as many flat tensors: ``sub_group_size`` may have changed."""
+    if engine.zero_optimization_stage() != 3:
+        return True
+    content = read_states(folder / engine._get_zero_ckpt_name("", ""), tensors=False)
+    saved = content["optimizer_state_dict"]["fp32_flat_groups"]
+    groups = engine.optimizer.fp32_partitioned_groups_flat
+    return [flat.shape.numel() for flat in saved] == [flat.numel() for flat in groups]
+
+
+def _check_files(folder: Path, record: CheckpointRecord, names: list[str], elsewhere: Path | None) -> None:
     """Compare some of the files with their hashes."""
     found = damages(folder, {name: record.files[name] for name in names})
+    if found and elsewhere is not None:
+        found.append(f"{elsewhere} is another copy: move {folder} away to go on from that")
     if found:
         raise InputError("\n".join(found))

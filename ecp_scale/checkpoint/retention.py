@@ -1,7 +1,7 @@
 """Which checkpoints of a run stay, and how the others go."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,17 +30,30 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def remove_old(newest: Path, retention: Retention, in_use: Path | None = None) -> None:
-    """Remove what cut saves up to the newest checkpoint have left, and what ``retention`` says but for ``in_use``."""
+def remove_old(newest: Path, retention: Retention, in_use: Path | None = None) -> list[OSError]:
+    """Remove what cut saves up to the newest checkpoint have left, and what ``retention`` says but for ``in_use``.
+
+    Returns:
+        Why some of it could not be removed: each is tried.
+    """
+    errors: list[OSError] = []
+
+    def attempt(remove_one: Callable[[Path], None], folder: Path) -> None:
+        try:
+            remove_one(folder)
+        except OSError as error:
+            errors.append(error)
+
     for partial in newest.parent.glob(f"step-*{PARTIAL}"):
         name = partial.name.removesuffix(PARTIAL)
         if TAG.fullmatch(name) and name <= newest.name and not partial.is_symlink():
-            shutil.rmtree(partial)
+            attempt(shutil.rmtree, partial)
     if retention.keep_last is None:  # No record is read: a run may have hundreds of checkpoints, each with many files.
-        return
+        return errors
     for folder in retention.goes(removable(newest.parent.parent)):
         if folder != in_use:
-            remove(folder)
+            attempt(remove, folder)
+    return errors
 
 
 def removable(run: Path) -> list[Path]:

@@ -61,6 +61,7 @@ class Saves:
         self._retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._mirror = Mirror(Path(config.checkpoint.mirror), self._retention) if config.checkpoint.mirror else None
         self._partial: Path | None = None
+        self._complaints: set[str] = set()
         self._skipped_steps = 0
         self.done = Progress()
         """How far the run was when the save began that is in progress, or the last one."""
@@ -130,7 +131,25 @@ class Saves:
     def _settle(self) -> None:
         if self._mirror is not None and dist.get_rank() == 0:
             self._mirror.finish()
-            remove_old(checkpoints_folder(self._run) / tag(self.done.step), self._retention)
+            self._remove_old(checkpoints_folder(self._run) / tag(self.done.step))
+
+    def catch_up(self, newest: Path | None) -> None:
+        """Have the mirror copy the checkpoint that the run goes on from, which a stopped run has left it without."""
+        is_own = newest is not None and newest.parent == checkpoints_folder(self._run)
+        if self._mirror is not None and newest is not None and is_own and dist.get_rank() == 0:
+            self._mirror.copy(newest)
+
+    def not_mirrored(self) -> Path | None:
+        """The newest checkpoint that the mirror, if there is one, does not have yet."""
+        return self._mirror.waiting if self._mirror is not None else None
+
+    def _remove_old(self, newest: Path) -> None:
+        """Let go of older checkpoints; what cannot be removed is said once."""
+        for error in remove_old(newest, self._retention, self._mirror.current if self._mirror else None):
+            text = f"{error.filename}: {error.strerror}"
+            if text not in self._complaints:
+                say(f"older checkpoints cannot be removed: {text}")
+            self._complaints.add(text)
 
     def _publish(self, partial: Path, reports: list[tuple[dict[str, FileRecord] | str, str]]) -> str | None:
         """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""
@@ -160,10 +179,7 @@ class Saves:
         newest = partial.with_name(tag(self.done.step))
         if self._mirror is not None:
             self._mirror.copy(newest)
-        try:
-            remove_old(newest, self._retention, self._mirror.current if self._mirror else None)
-        except OSError as error:  # The new checkpoint stands.
-            say(f"older checkpoints cannot be removed: {error.filename}: {error.strerror}")
+        self._remove_old(newest)
         return None
 
     def _record(self, partial: Path, files: dict[str, FileRecord]) -> CheckpointRecord:

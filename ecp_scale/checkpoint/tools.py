@@ -21,11 +21,11 @@ from ecp_scale.checkpoint.retention import Retention, removable, remove
 from ecp_scale.checkpoint.weights_file import PIECE
 from ecp_scale.cluster.lock import Lock
 from ecp_scale.errors import InputError
+from ecp_scale.files import scaled_bytes
 from ecp_scale.zero.saved_states import SavedStates
 from ecp_scale.zero.state_files import damages
 
 Say: TypeAlias = Callable[[str], None]
-GIB = 1 << 30
 FIELDS = ("step", "tokens", "data_digest", "world_size", "tensor_parallel", "zero_stage", "precision", "versions")
 SECTIONS = ("model", "attention", "optimizer", "data")
 """What two records are compared in."""
@@ -45,7 +45,7 @@ def describe(path: Path, say: Say) -> bool:
         saved = time.strftime("%F %T", time.localtime((folder / RECORD).stat().st_mtime))
         libraries = ", ".join(f"{name} {number}" for name, number in record.versions.items())
         say(
-            f"{folder.name}  {record.tokens:,} tokens  {size / GIB:.2f} GiB  {record.world_size} ranks, "
+            f"{folder.name}  {record.tokens:,} tokens  {scaled_bytes(size)}  {record.world_size} ranks, "
             f"tensor {record.tensor_parallel}, ZeRO-{record.zero_stage}, {record.precision}  saved {saved}"
             f"{f'  {libraries}' if libraries else ''}"
         )
@@ -78,9 +78,16 @@ def verify(path: Path, say: Say) -> bool:
 
 
 def difference(first: Path, second: Path, say: Say) -> bool:
-    """Say in what two checkpoints differ: what they are, then their weights in fp32; whether they do."""
+    """Say in what two checkpoints differ: what they are, then their weights in fp32; whether they do.
+
+    Files that are not as they were written are named in place of that.
+    """
     folders = [find_checkpoint(path) for path in (first, second)]
     records = [CheckpointRecord.read(folder) for folder in folders]
+    damaged = [text for folder, record in zip(folders, records, strict=True) for text in damages(folder, record.files)]
+    if damaged:
+        say("\n".join(damaged))
+        return True
     lines: list[str] = []
     for name in FIELDS:
         lines += _different(name, *(getattr(record, name) for record in records))
@@ -88,7 +95,7 @@ def difference(first: Path, second: Path, say: Say) -> bool:
         sections: list[dict[str, Any]] = [getattr(record, section) for record in records]
         for name in sorted({*sections[0], *sections[1]}):
             lines += _different(f"{section}.{name}", *(values.get(name, "not there") for values in sections))
-    saved = [SavedStates(f, r.partitions, r.tensor_parallel) for f, r in zip(folders, records, strict=True)]
+    saved = [SavedStates(f, r.files, r.partitions, r.tensor_parallel) for f, r in zip(folders, records, strict=True)]
     names = [list(states.partitions) for states in saved]
     lines += [f"only the {which} has {name}" for which, name in _only(*names)]
     shared = [name for name in names[0] if name in saved[1].partitions]
@@ -109,19 +116,25 @@ def prune(run: Path, keep_last: int, keep_every: int | None, dry_run: bool, say:
     Raises:
         InputError: if it has none, or a launch works in the run.
     """
-    complete = removable(run)
-    if not complete:
-        raise InputError(f"{run}: expected a run with complete checkpoints/step-NNNNNNNN, found none")
     lock = Lock(run / ".lock")
-    if not dry_run:
+    if not dry_run and removable(run):
         lock.take(f"run {run}")
     try:
+        complete = removable(run)
+        if not complete:
+            raise InputError(f"{run}: expected a run with complete checkpoints/step-NNNNNNNN, found none")
         going = Retention(keep_last, keep_every).goes(complete)
+        staying = [folder for folder in complete if folder not in going]
+        damaged = [text for folder in staying for text in damages(folder, CheckpointRecord.read(folder).files)]
+        if damaged and going:
+            raise InputError("nothing is removed, as what would stay is damaged:\n" + "\n".join(damaged))
         for folder in going:
             if not dry_run:
                 remove(folder)
             say(f"{'would remove' if dry_run else 'removed'} {folder}")
-        say(f"{len(complete) - len(going)} of {len(complete)} stay")
+        say(f"{len(staying)} of {len(complete)} complete checkpoints stay")
+    except OSError as error:
+        raise InputError(f"{error.filename or run}: cannot be removed ({error.strerror or error})") from error
     finally:
         lock.release()
 

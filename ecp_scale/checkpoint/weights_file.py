@@ -5,15 +5,19 @@ write it; the format is a JSON header and the tensors' bytes. Reading is the lib
 """
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
@@ -32,40 +36,72 @@ class _File(NamedTuple):
     tensors: list[str]
 
 
+class WriteOptions(NamedTuple):
+    """How weights are written."""
+
+    dtype: torch.dtype = torch.float32
+    file_bytes: int = FILE_BYTES
+    """Most bytes of tensors in a file."""
+    workers: int = 1
+    """Files that are written at a time."""
+    progress: bool = False
+    """Show how far it is, on a terminal."""
+
+
+PLAIN = WriteOptions()
+
+
 def write_weights(
     folder: Path,
     shapes: Mapping[str, Sequence[int]],
-    dtype: torch.dtype,
     read: Callable[[str, int, int], Tensor],
-    file_bytes: int = FILE_BYTES,
+    options: WriteOptions = PLAIN,
 ) -> None:
-    """Write all tensors; they are on disk when this returns.
+    """Write all tensors; they are on disk when this returns. Files that are there already are left as they are.
 
     Args:
         folder: an existing one.
         shapes: of every tensor, by name, in the order in which they are written.
-        dtype: of the files.
-        read: the elements of a tensor from one number up to another, flat.
-        file_bytes: most bytes of tensors in a file.
+        read: the elements of a tensor from one number up to another, flat; called by several threads.
+        options: how.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    files = _files({name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}, file_bytes)
-    for file in files:
-        with (folder / file.name).open("wb") as out:
-            out.write(_header({name: list(shapes[name]) for name in file.tensors}, dtype))
+    sizes = {name: math.prod(shape) * options.dtype.itemsize for name, shape in shapes.items()}
+    files = _files(sizes, options.file_bytes)
+    total = sum(sizes.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None if options.progress else True, desc="weights")
+
+    def write(file: _File) -> None:
+        target = folder / file.name
+        if target.exists():
+            bar.update(sum(sizes[name] for name in file.tensors))
+            return
+        unfinished = target.with_name(target.name + ".tmp")
+        with unfinished.open("wb", buffering=0) as out:
+            out.write(_header({name: list(shapes[name]) for name in file.tensors}, options.dtype))
             for name in file.tensors:
-                elements = torch.Size(shapes[name]).numel()
+                elements = math.prod(shapes[name])
                 for start in range(0, elements, PIECE):
-                    piece = read(name, start, min(start + PIECE, elements)).to(dtype)
-                    out.write(memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-            out.flush()
+                    piece = read(name, start, min(start + PIECE, elements)).to(options.dtype)
+                    write_all(out, memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                    bar.update(piece.nbytes)
             os.fsync(out.fileno())
+        unfinished.replace(target)
+
+    with bar, ThreadPoolExecutor(options.workers) as pool:
+        for _ in pool.map(write, files):
+            pass
     if len(files) > 1:
-        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": {name: f.name for f in files for name in f.tensors}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_all(out: FileIO, block: memoryview) -> None:
+    """Write all of a block: a disk that fills up takes a part of it, and says so at the next call."""
+    while block:
+        block = block[out.write(block) or 0 :]
 
 
 def _files(sizes: Mapping[str, int], file_bytes: int) -> list[_File]:

@@ -1,10 +1,14 @@
-"""Merge a checkpoint (any tensor-parallel size, ZeRO 0-3) into model.safetensors, config.json and the tokenizer."""
+"""Merge a checkpoint (any layout, ZeRO 0-3) into a model folder, for our programs and Hugging Face's transformers.
+
+A conversion that was cut short goes on where it was, file by file.
+"""
 
 import argparse
 import os
+import re
 from pathlib import Path
 
-from ecp_scale.errors import input_errors_exit
+from ecp_scale.errors import InputError, input_errors_exit
 
 
 @input_errors_exit()
@@ -20,16 +24,33 @@ def main() -> None:
     )
     parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="DIR", help="model folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="most weights in a file, such as 500MB (default: 5GB)"
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="files written at a time (default: 2)")
     options = parser.parse_args()
+    file_bytes = _bytes(options.max_shard_size)
+    if options.workers < 1:
+        raise InputError(f"--workers is {options.workers}, expected at least 1")
 
     import torch
 
     from ecp_scale.checkpoint.export import export
     from ecp_scale.checkpoint.folder import find_checkpoint
+    from ecp_scale.checkpoint.weights_file import WriteOptions
 
     checkpoint = find_checkpoint(Path(options.checkpoint))
-    record = export(checkpoint, Path(options.output), getattr(torch, options.dtype))
+    how = WriteOptions(getattr(torch, options.dtype), file_bytes, options.workers, progress=True)
+    record = export(checkpoint, Path(options.output), how)
     print(
         f"{options.output}: {len(record.partitions)} tensors of step {record.step} "
         f"(tensor parallel {record.tensor_parallel}, ZeRO-{record.zero_stage}, {record.world_size} ranks)"
     )
+
+
+def _bytes(size: str) -> int:
+    """Of a size such as 5GB."""
+    match = re.fullmatch(r"([1-9]\d*)(KB|MB|GB)", size)
+    if match is None:
+        raise InputError(f"--max-shard-size is {size!r}, expected a number with KB, MB or GB, such as 5GB")
+    return int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]

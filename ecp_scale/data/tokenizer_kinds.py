@@ -43,33 +43,31 @@ class SentencePieceTokenizer:
         self.path: Path | None = path
         self.sha256 = sha256_of(path)
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise InputError(f"tokenizer {path}: not a sentencepiece model ({error})") from error
-        unknown = self._processor.unk_id()
+        unknown = self.processor.unk_id()
         self.end_of_document, self.end_reason = self._end(end_token, unknown)
-        bytes_of_symbol = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+        bytes_of_symbol = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         # With all bytes as entries nothing is unknown, and the space symbol can be written as what it is.
-        falls_back = all(self._processor.is_byte(piece) for piece in bytes_of_symbol)
+        falls_back = all(self.processor.is_byte(piece) for piece in bytes_of_symbol)
         self.unknown: int | None = None if falls_back else unknown
-        keeps_front = self._processor.encode("a", out_type=str)[0] == "a"
+        keeps_front = self.processor.encode("a", out_type=str)[0] == "a"
         self._symbol = np.array(bytes_of_symbol, dtype=np.int32) if falls_back and keeps_front else None
         # A BPE model has the rank of a merge for a score, a Unigram a logarithm.
-        self.is_local = all(self._processor.get_score(piece).is_integer() for piece in range(self.vocab_size))
+        self.is_local = all(self.processor.get_score(piece).is_integer() for piece in range(self.vocab_size))
 
     def _end(self, name: str | int | None, unknown: int) -> End:
         if isinstance(name, int):
             return End(name, f"id {name}, by the record of the shards")
         if name is None:
-            if self._processor.eos_id() < 0:
+            if self.processor.eos_id() < 0:
                 raise InputError(
                     f"tokenizer {self.path}: has no end-of-sentence piece to end documents with; name a piece with "
                     "--end-token"
                 )
-            return End(
-                self._processor.eos_id(), f"{self._processor.id_to_piece(self._processor.eos_id())}, by the model"
-            )
-        token = self._processor.piece_to_id(name)
+            return End(self.processor.eos_id(), f"{self.processor.id_to_piece(self.processor.eos_id())}, by the model")
+        token = self.processor.piece_to_id(name)
         if token == unknown:
             raise InputError(f"tokenizer {self.path}: has no entry {name!r} to end documents with")
         return End(token, f"{name}, by --end-token")
@@ -77,11 +75,11 @@ class SentencePieceTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of entries."""
-        return self._processor.get_piece_size()
+        return self.processor.get_piece_size()
 
     def entries(self) -> Iterator[str]:
         """The text of every entry."""
-        pieces = (self._processor.id_to_piece(number) for number in range(self.vocab_size))
+        pieces = (self.processor.id_to_piece(number) for number in range(self.vocab_size))
         return (piece.replace(SPACE_SYMBOL, " ") for piece in pieces)
 
     def encode(self, text: str) -> list[int]:
@@ -90,7 +88,7 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
         """Ids of many texts, in this thread; ``control`` changes nothing, pieces of control have no text."""
-        encode = self._processor.encode
+        encode = self.processor.encode
         # Trap: a list starts a thread, which takes as long as ten short texts.
         encoded: list[Ids] = (
             [encode(text, return_type="numpy") for text in texts]
@@ -101,21 +99,21 @@ class SentencePieceTokenizer:
             for number, text in enumerate(texts):
                 if SPACE_SYMBOL in text:
                     encoded[number] = self._with_symbols(text)
-        if not self._processor.is_control(self.end_of_document):
-            names = {self.end_of_document: self._processor.id_to_piece(self.end_of_document)}
-            plain = self._processor.encode if self._symbol is None else self._with_symbols
+        if not self.processor.is_control(self.end_of_document):
+            names = {self.end_of_document: self.processor.id_to_piece(self.end_of_document)}
+            plain = self.processor.encode if self._symbol is None else self._with_symbols
             _keep_out(names, self.vocab_size, texts, encoded, plain)
         return encoded
 
     def _with_symbols(self, text: str) -> Ids:
         """Ids of a text in which the symbol of a space stands for itself."""
         assert self._symbol is not None
-        parts = self._processor.encode(text.split(SPACE_SYMBOL), return_type="numpy", num_threads=1)
+        parts = self.processor.encode(text.split(SPACE_SYMBOL), return_type="numpy", num_threads=1)
         return np.concatenate([part for ids in parts for part in (self._symbol, ids)][1:], dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
-        return self._processor.decode(ids)
+        return self.processor.decode(ids)
 
 
 class HuggingFaceTokenizer:
@@ -140,16 +138,16 @@ class HuggingFaceTokenizer:
 
     def _finish(self, path: Path, tokenizer: Any, end_token: str | int | None) -> None:
         self.path = path
-        self._tokenizer = tokenizer
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        added = self._tokenizer.get_added_tokens_decoder()
+        self.backend = tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        added = self.backend.get_added_tokens_decoder()
         special = [token.content for _, token in sorted(added.items()) if token.special]
         self.end_of_document, self.end_reason = choose_end(path, vocabulary, special, end_token)
         self.vocab_size = 1 + max(vocabulary.values())
         """Ids from 0 to the largest; some may have no piece."""
-        model = json.loads(self._tokenizer.to_str())["model"]
+        model = json.loads(self.backend.to_str())["model"]
         self.is_local = model["type"] != "Unigram"
         by_name = vocabulary.get(model.get("unk_token") or "")
         self.unknown: int | None = by_name if by_name is not None else model.get("unk_id")
@@ -161,7 +159,7 @@ class HuggingFaceTokenizer:
 
     def entries(self) -> Iterator[str]:
         """The text of every entry."""
-        return (self.decode([number]) for number in self._tokenizer.get_vocab(with_added_tokens=True).values())
+        return (self.decode([number]) for number in self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any begin or end."""
@@ -169,17 +167,15 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str], control: bool = False) -> list[Ids]:
         """Ids of many texts; in this thread where TOKENIZERS_PARALLELISM is false."""
-        self._tokenizer.encode_special_tokens = not control  # i.e. encode their names as text
-        encoded = [
-            self._plain(text) for text in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        self.backend.encode_special_tokens = not control  # i.e. encode their names as text
+        encoded = [self._plain(text) for text in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if not control:
             # A Unigram or WordLevel model may find the name of a control token among its pieces.
             _keep_out(self._names, self.vocab_size, texts, encoded, self._encode_part)
         return encoded
 
     def _encode_part(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     @staticmethod
     def _plain(encoded: Any) -> Ids:
@@ -188,7 +184,7 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self.backend.decode(ids, skip_special_tokens=False)
 
 
 class WordPieceTokenizer(HuggingFaceTokenizer):

@@ -103,6 +103,10 @@ class Plan:
             f"checkpoint          {self.checkpoint_bytes / GIB:.1f} GiB, {of_one}",
             f"start               {self.start_bytes / GIB:.2f} GiB on a rank before its first step",
         ]
+        if self.config.checkpoint.asynchronous:
+            lines.append(
+                f"copies on the host  {self.saved_bytes / GIB:.2f} GiB of a rank, for saves behind the training"
+            )
         return "\n".join(lines)
 
 

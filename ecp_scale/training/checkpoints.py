@@ -28,6 +28,7 @@ class Checkpoints:
         self._run = run
         self._began = 0.0
         self._copied = 0.0
+        saves.catch_up(newest)
 
     def news(self) -> tuple[int, int]:
         """What this rank has to tell the others with the next step, see ``heard``."""
@@ -96,9 +97,12 @@ class Checkpoints:
             )
         self._say(step, text)
 
-    def settle(self) -> None:
-        """At the end of a finished run: wait until the mirror has its last checkpoint."""
-        self._saves.settle()
+    def settle(self, is_finished: bool) -> None:
+        """At the end of a finished run: wait until the mirror has its last checkpoint. A stopped one has no time."""
+        if is_finished:
+            self._saves.settle()
+        elif (left := self._saves.not_mirrored()) is not None and dist.get_rank() == 0:
+            say(f"mirror      has not got {left.name} yet: the run copies it when it goes on")
 
     def _failed(self, step: int, error: SaveFailedError, is_last: bool) -> None:
         text = f"not saved: {error}; last checkpoint: {self.newest or 'none'}"

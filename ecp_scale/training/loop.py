@@ -182,8 +182,7 @@ class _Run:
             # A request that came while its last step was copied: that checkpoint counts.
             self.checkpoints.finish(is_last=True)
             self._end(done, loss, reason)
-            if reason is None:
-                self.checkpoints.settle()
+            self.checkpoints.settle(reason is None)
 
     def _recorder(self, stack: ExitStack, first_step: int) -> Any:
         """What takes the numbers of each step, on the first rank."""

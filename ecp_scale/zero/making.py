@@ -5,15 +5,13 @@ of this rank's share, or, under ZeRO-3, of this rank's run of it, one parameter 
 """
 
 import socket
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 from torch import nn
 
+from ecp_scale.cluster.host_memory import free_memory
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import whole_share
@@ -104,19 +102,6 @@ def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: 
             f"{socket.gethostname()} has {free / GIB:.1f} GiB of memory free, and the states of its {ranks_here} ranks "
             f"{'with their copies ' if copied else ''}need {needed / GIB:.1f} GiB, activations apart; use {ways}"
         )
-
-
-def free_memory() -> int:
-    """Bytes that this host, or the control group that a scheduler has put this process into, has left."""
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, KeyError):
-        group = Path("/proc/self/cgroup").read_text().rstrip().rpartition("::/")[2]
-        folder = Path("/sys/fs/cgroup") / group
-        used = {name: int(size) for name, size in map(str.split, (folder / "memory.stat").read_text().splitlines())}
-        # Files in memory go when it is needed.
-        used_by_processes = int((folder / "memory.current").read_text()) - used["active_file"] - used["inactive_file"]
-        free = min(free, int((folder / "memory.max").read_text()) - used_by_processes)
-    return free
 
 
 def _allocate(module: nn.Module, device: torch.device) -> list[nn.Parameter]:

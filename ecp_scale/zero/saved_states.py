@@ -9,7 +9,8 @@ import itertools
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -56,6 +57,7 @@ class SavedStates:
     def __init__(
         self,
         folder: Path,
+        files: Iterable[str],
         partitions: Mapping[str, Partition],
         tensor_parallel: int,
         optimizer_order: Sequence[str] | None = None,
@@ -64,6 +66,7 @@ class SavedStates:
 
         Args:
             folder: a complete checkpoint.
+            files: names of its files, by its record: what else lies there is not of it.
             partitions: how every parameter is stored, by name.
             tensor_parallel: ranks of a tensor group.
             optimizer_order: names of all parameters in the order in which the optimizer has them, by which ZeRO-0
@@ -75,18 +78,32 @@ class SavedStates:
         raised_limit_of_files()  # each file stays open once it has been read
         self.folder = folder
         self.partitions = partitions
-        try:
-            self._ranks = [_tensor_rank(folder, rank, optimizer_order) for rank in range(tensor_parallel)]
-        except (KeyError, AttributeError, IndexError, TypeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{folder}: its files are not laid out as DeepSpeed {DEEPSPEED} does it ({what})"
-            ) from error
+        names = list(files)
+        with self._laid_out_as_known():
+            self._ranks = [_tensor_rank(folder, names, rank, optimizer_order) for rank in range(tensor_parallel)]
         for rank, (shapes, pieces) in enumerate(self._ranks):
             odd = sorted(set(shapes) ^ set(partitions) | set(pieces) ^ set(partitions))
             if odd:
                 named = ", ".join(odd[:4]) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
                 raise InputError(f"{folder}: tensor rank {rank} and the record disagree about {named}")
+            for name, parts in pieces.items():
+                borders = [0, *(part.stop for part in parts)]
+                if [part.start for part in parts] != borders[:-1] or borders[-1] != shapes[name].numel():
+                    raise InputError(
+                        f"{folder}: the files of tensor rank {rank} hold {borders[-1]} elements of {name}, expected "
+                        f"{shapes[name].numel()}"
+                    )
+
+    @contextmanager
+    def _laid_out_as_known(self) -> Iterator[None]:
+        """Say of files that hold something else what they are not."""
+        try:
+            yield
+        except (KeyError, AttributeError, IndexError, TypeError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{self.folder}: its files are not laid out as DeepSpeed {DEEPSPEED} does it ({what})"
+            ) from error
 
     def shape(self, name: str) -> list[int]:
         """Shape of a whole parameter, without padding."""
@@ -94,7 +111,8 @@ class SavedStates:
 
     def keys(self, name: str) -> list[str]:
         """Which states of a parameter there are, the weight among them."""
-        return list(self._ranks[0].pieces[name][0].states())
+        with self._laid_out_as_known():
+            return list(self._ranks[0].pieces[name][0].states())
 
     def weight(self, name: str, start: int, stop: int) -> Tensor:
         """Elements of a whole parameter without padding, from one number up to another, flat and in fp32."""
@@ -119,7 +137,8 @@ class SavedStates:
         """
         numbers = range(len(self._ranks))
         copies = [[number] for number in numbers] if self.partitions[name].partition_dim is None else [numbers]
-        found, *others = [self._read(name, share, start, stop, keys, ranks) for ranks in copies]
+        with self._laid_out_as_known():
+            found, *others = [self._read(name, share, start, stop, keys, ranks) for ranks in copies]
         if any(not equal_bits(found[key], other[key]) for other in others for key in keys):
             raise InputError(f"{self.folder}: parameter {name}: its copies on the tensor-parallel ranks differ")
         return found
@@ -171,8 +190,8 @@ def _read(pieces: list[Piece], source: int, length: int, out: ParameterStates) -
                 values.copy_(narrow)
 
 
-def _tensor_rank(folder: Path, rank: int, optimizer_order: Sequence[str] | None) -> TensorRank:
-    model_files, optimizer_files = (_files(folder, rank, kind) for kind in ("model", "optim"))
+def _tensor_rank(folder: Path, names: list[str], rank: int, optimizer_order: Sequence[str] | None) -> TensorRank:
+    model_files, optimizer_files = (_files(folder, names, rank, kind) for kind in ("model", "optim"))
     if not model_files:
         raise InputError(f"{folder}: no files of tensor rank {rank}")
     content = read_states(model_files[0], tensors=False)
@@ -246,8 +265,8 @@ def _known(states: Mapping[str, SavedTensor]) -> Callable[[], Mapping[str, Saved
     return lambda: states
 
 
-def _files(folder: Path, rank: int, kind: str) -> list[Path]:
+def _files(folder: Path, names: list[str], rank: int, kind: str) -> list[Path]:
     """Files of one tensor rank, in the order of the data-parallel ranks."""
     pattern = re.compile(rf"(?:(?:bf16_)?zero_pp_rank_(\d+)_)?mp_rank_{rank:02d}_{kind}_states\.pt")
-    found = [(match, path) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
-    return [path for _, path in sorted((int(match[1] or 0), path) for match, path in found)]
+    found = [match for name in names if (match := pattern.fullmatch(name))]
+    return [folder / match[0] for match in sorted(found, key=lambda match: int(match[1] or 0))]

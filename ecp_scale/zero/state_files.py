@@ -7,6 +7,7 @@ classes of DeepSpeed and torch; what asks for another is refused before it is ma
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from ecp_scale.errors import InputError
+from ecp_scale.files import copy_file
 
 
 class Plain:
@@ -36,6 +38,7 @@ SAFE_GLOBALS: tuple[tuple[Any, str], ...] = (
 """Classes in DeepSpeed's files besides those that torch allows by itself, and what is made in their place."""
 READ_BYTES = 1 << 22
 WRITE_BYTES = 1 << 20
+READING = threading.Lock()
 READERS = 4
 """Files that are hashed at a time."""
 
@@ -159,7 +162,8 @@ def read_states(
         InputError: if it holds anything but tensors, plain values and ``classes``, or is damaged.
     """
     try:
-        with torch.serialization.safe_globals(list(classes)):
+        # The list of classes is of the process, and threads come here.
+        with READING, torch.serialization.safe_globals(list(classes)):
             if tensors:
                 return torch.load(path, map_location=map_location, weights_only=True)
             with FakeTensorMode():  # under which torch says where in the file they lie
@@ -182,10 +186,12 @@ def _saved(file: SavedFile, tensor: Tensor) -> SavedTensor:
 
 
 def copy_hashed(source: Path, target: Path) -> FileRecord:
-    """Copy a small file to disk."""
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+    """Copy a file to disk.
+
+    Raises:
+        OSError: naming the one of the two that the copy failed at.
+    """
+    copy_file(source, target)
     return FileRecord.of(target)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ecp_scale.checkpoint.export import ExportedModel, export
+from ecp_scale.checkpoint.export import WRITTEN, ExportedModel, export
 from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import Groups
@@ -33,7 +33,9 @@ def test_the_converted_model_has_the_trainers_logits(
     trainers = torch.from_numpy(np.load(run / LOGITS))
     output = tmp_path / "model"
     export(find_checkpoint(run), output)
-    assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.model", "modeling_ecp.py", "README.md"}
+    assert all(WRITTEN.fullmatch(name) for name in names)
     exported = ExportedModel.open(output)
     dtype = torch.bfloat16 if layout.precision == "bf16" else torch.float32
     model = exported.load(dtype)
@@ -66,15 +68,17 @@ def test_a_model_folder_of_the_format_before_is_read_and_may_be_exported_again(
     path = model_folder / "config.json"
     config = json.loads(path.read_text())
     present = ExportedModel.open(model_folder)
-    model, attention = config["model"], config["attention"]
+    model, attention = dataclasses.asdict(present.config), dataclasses.asdict(present.attention)
     model["allow_short_reach"] = model.pop("allow_short_receptive_field")
     attention["backend"] = "merged"
-    path.write_text(json.dumps({**config, "format_version": 2}))
+    others = {name: config["ecp_scale"][name] for name in ("tokenizer", "step", "tokens")}
+    former_content = {"format": "ecp-scale", "format_version": 2, "model": model, "attention": attention, **others}
+    path.write_text(json.dumps(former_content))
     former = ExportedModel.open(model_folder)
     assert former.config == present.config
     assert former.attention == dataclasses.replace(present.attention, backend="flash")
     export(find_checkpoint(trained(Layout(), sharded_text)), model_folder)
-    assert json.loads(path.read_text())["format_version"] == 3
+    assert json.loads(path.read_text())["ecp_scale"]["format_version"] == 4
 
 
 def test_another_tokenizer_beside_the_model_is_refused(model_folder: Path) -> None:
@@ -93,6 +97,12 @@ def test_damaged_model_folders_are_named(model_folder: Path, groups: Groups) -> 
     with pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):
         exported.load()
     config = json.loads((model_folder / "config.json").read_text())
-    (model_folder / "config.json").write_text(json.dumps({**config, "format": "else"}))
-    with pytest.raises(InputError, match="format else"):
+    (model_folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(InputError, match=r"a model of the kind 'llama', expected one of ecp-convert"):
+        ExportedModel.open(model_folder)
+    (model_folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(InputError, match="a model of the kind 'llama'"):
+        ExportedModel.open(model_folder)
+    (model_folder / "config.json").write_text(json.dumps({**config, "ecp_scale": {"format_version": 9}}))
+    with pytest.raises(InputError, match=r"format version 9, expected one of \(2, 3, 4\)"):
         ExportedModel.open(model_folder)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from ecp_scale.checkpoint.export import export
 from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, find_checkpoint, signed
+from ecp_scale.checkpoint.weights_file import WriteOptions
 from ecp_scale.errors import InputError
 from ecp_scale.zero.state_files import FileRecord, damages, read_states, write_states
 from tests.corpus import ShardedText
@@ -166,7 +168,8 @@ def test_an_export_is_readable_as_the_umask_says_and_replaces_no_other_model(che
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o640
     export(checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "step": 99}))
+    ours = {**config["ecp_scale"], "step": 99}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "ecp_scale": ours}))
     with pytest.raises(InputError, match=r"holds another model \(step 99"):
         export(checkpoint, tmp_path / "model")
     (tmp_path / "notes").mkdir()
@@ -178,17 +181,35 @@ def test_an_export_is_readable_as_the_umask_says_and_replaces_no_other_model(che
     assert (tmp_path / "notes" / "thoughts.txt").read_text() == "mine"
 
 
-def test_an_export_that_fails_half_way_leaves_nothing(
+def test_an_export_that_fails_half_way_goes_on_where_it_was(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(folder: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr("ecp_scale.checkpoint.export.write_text", fail)
-    with pytest.raises(InputError, match=r"model cannot be written \(No space left on device\), [\d,]+ bytes are free"):
+    monkeypatch.setattr("ecp_scale.checkpoint.export.write_tokenizer", fail)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\), [\d,]+ bytes are free"):
         export(checkpoint, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    partial = tmp_path / ".model.partial"
+    weights = partial / "model.safetensors"
+    (partial / "model.safetensors.tmp").write_bytes(b"cut short")
+    before = weights.stat().st_mtime_ns
+    with (
+        FileLock(tmp_path / ".model.partial.lock"),
+        pytest.raises(InputError, match="another conversion is writing it"),
+    ):
+        export(checkpoint, tmp_path / "model")
+    monkeypatch.undo()
+    # The same conversion goes on; one to another type begins anew.
+    export(checkpoint, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"of another")
+    export(checkpoint, tmp_path / "other", WriteOptions(torch.bfloat16))
+    assert (tmp_path / "other" / "model.safetensors").stat().st_size < weights_size(tmp_path / "model")
 
-    monkeypatch.setattr("ecp_scale.checkpoint.export.write_weights", fail)
-    with pytest.raises(InputError, match=r"model cannot be written \(No space left"):
-        export(checkpoint, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
+
+def weights_size(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size

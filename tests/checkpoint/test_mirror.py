@@ -1,5 +1,6 @@
 """A second place for checkpoints, and which of them stay."""
 
+import errno
 import shutil
 import threading
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.checkpoint import mirror as mirrors
-from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, complete_checkpoints
-from ecp_scale.checkpoint.mirror import Mirror, copy_checkpoint, held_mirror
+from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, checkpoints_folder, complete_checkpoints
+from ecp_scale.checkpoint.mirror import OWNER, Mirror, copy_checkpoint, held_mirror
 from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.checkpoint.retention import Retention, remove_old
+from ecp_scale.command_line import parse
 from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
 from ecp_scale.zero.state_files import FileRecord, damages
@@ -83,11 +85,11 @@ def test_a_mirror_that_fails_is_said_once_and_the_newest_is_copied_next(
 ) -> None:
     folders = [hashed_checkpoint(tmp_path / "run", step) for step in range(1, 8)]
     mirror = Mirror(tmp_path / "mirror", Retention(2))
-    (tmp_path / "mirror").write_text("a file is in the way")
-    for folder in folders[:2]:
+    for folder in folders[:2]:  # the second place is not there
         mirror.copy(folder)
         mirror.finish()
-    (tmp_path / "mirror").unlink()
+    assert not (tmp_path / "mirror").exists(), "nothing is written where its disk should be"
+    owned(tmp_path / "mirror")
     said = capfd.readouterr().err
     assert said.count("is not copied") == 1
     assert "mirror      step-00000001 is not copied" in said
@@ -110,6 +112,80 @@ def test_a_mirror_that_fails_is_said_once_and_the_newest_is_copied_next(
     mirror.finish()
     assert steps(tmp_path / "mirror") == [3, 7]
     assert mirror.current is None
+
+
+def owned(folder: Path) -> Path:
+    """A mirror of some run."""
+    folder.mkdir()
+    (folder / OWNER).write_text("run\n")
+    return folder
+
+
+def test_a_mirror_that_was_full_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folders = [hashed_checkpoint(tmp_path / "run", step) for step in (1, 2, 3)]
+    mirror = Mirror(owned(tmp_path / "mirror"), Retention())
+    (tmp_path / "mirror" / "checkpoints" / "step-00000001.partial").mkdir(parents=True)  # of a launch that was killed
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "mirror" / "file"))
+    copy = mirrors.copy_hashed
+
+    def fails(source: Path, target: Path) -> FileRecord:
+        if source.name == RECORD:
+            raise full
+        return copy(source, target)
+
+    monkeypatch.setattr(mirrors, "copy_hashed", fails)
+    for folder in folders[:2]:
+        mirror.copy(folder)
+        mirror.finish()
+        assert list((tmp_path / "mirror" / "checkpoints").iterdir()) == []
+    monkeypatch.setattr(mirrors, "copy_hashed", copy)
+    mirror.copy(folders[2])
+    mirror.finish()
+    assert steps(tmp_path / "mirror") == [3]
+    assert capfd.readouterr().err.count("mirror/file: No space left on device; the run goes on") == 1
+
+
+def test_what_cannot_be_removed_keeps_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [write_checkpoint(tmp_path, step) for step in range(1, 6)]
+    remove = shutil.rmtree
+
+    def busy(path: Path, *arguments: object, **options: object) -> None:
+        if path.name.startswith("step-00000001"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for _ in range(2):
+        errors = remove_old(folders[-1], Retention(1))
+        assert [error.errno for error in errors] == [errno.EBUSY]
+        assert steps(tmp_path) == [5]
+
+
+def test_a_run_that_was_stopped_is_mirrored_when_it_goes_on(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirrored = f"--checkpoint.mirror={tmp_path / 'mirror'}"
+    words = [*map(str, Layout().options(sharded_text, tmp_path / "run")), "--training.steps=2", "--resume=auto"]
+    train(parse(words, ""))
+    train(parse([*words, mirrored], ""))
+    assert steps(tmp_path / "mirror") == [2]
+
+    def busy(*_: object) -> list[OSError]:
+        return [OSError(errno.EBUSY, "Device or resource busy", "old")]
+
+    monkeypatch.setattr("ecp_scale.checkpoint.saving.remove_old", busy)
+    train(parse([*words[:-2], "--training.steps=3", "--resume=auto", mirrored], ""))  # which ends well
+    assert steps(tmp_path / "run") == steps(tmp_path / "mirror") == [2, 3]
+    monkeypatch.undo()
+    damaged = next((tmp_path / "run" / "checkpoints" / "step-00000003").glob("*_states.pt"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    copy = tmp_path / "mirror" / "checkpoints" / "step-00000003"
+    with pytest.raises(InputError, match=rf"is damaged(?s:.*){copy} is another copy: move .*step-00000003 away"):
+        train(parse([*words[:-2], "--training.steps=4", "--resume=auto", mirrored], ""))
 
 
 def test_a_run_goes_on_from_its_mirror_where_that_has_more(tmp_path: Path) -> None:
@@ -138,7 +214,16 @@ def test_a_mirror_belongs_to_one_run(tmp_path: Path) -> None:
         pass
     with held_mirror(mirror, tmp_path / "a"):
         pass
-    with pytest.raises(InputError, match="is the run folder itself"), held_mirror(tmp_path / "a", tmp_path / "a"):
+    hashed_checkpoint(tmp_path / "another", 3)
+    with (
+        pytest.raises(InputError, match=r"another has the checkpoints of a run that it does not name, expected .*/a;"),
+        held_mirror(tmp_path / "another", tmp_path / "a"),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match="is the run folder itself or in it"),
+        held_mirror(tmp_path / "a" / "checkpoints", tmp_path / "a"),
+    ):
         pass
 
 
@@ -165,8 +250,6 @@ def test_a_run_is_mirrored_and_goes_on_to_the_bit_when_its_folder_is_gone(
 
 
 def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(sharded_text: ShardedText, tmp_path: Path) -> None:
-    from ecp_scale.command_line import parse
-
     (tmp_path / "file").write_text("")
     words = [*map(str, Layout().options(sharded_text, tmp_path / "run")), f"--checkpoint.mirror={tmp_path / 'file'}"]
     with pytest.raises(InputError, match=r"checkpoint\.mirror .*file"):

@@ -10,7 +10,7 @@ from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.cluster.lock import Lock
 from ecp_scale.errors import InputError
 from tests.checkpoint.test_folder import write_checkpoint
-from tests.checkpoint.test_mirror import steps
+from tests.checkpoint.test_mirror import hashed_checkpoint, steps
 from tests.corpus import ShardedText
 from tests.launching import run
 from tests.parallel.layouts import Layout, trained
@@ -21,7 +21,7 @@ SCRIPT = "launch/checkpoint.py"
 def test_the_list_says_what_each_checkpoint_is(sharded_text: ShardedText, tmp_path: Path) -> None:
     lines: list[str] = []
     assert tools.describe(trained(Layout(tensor=2, zero=1), sharded_text), lines.append)
-    for part in ("step-00000012  ", " tokens  0.00 GiB  2 ranks, tensor 2, ZeRO-1, fp32  saved 20", "deepspeed 0."):
+    for part in ("step-00000012  ", " MB  2 ranks, tensor 2, ZeRO-1, fp32  saved 20", "deepspeed 0."):
         assert part in lines[0]
     write_checkpoint(tmp_path, 2)
     write_checkpoint(tmp_path, 4, complete=False)
@@ -56,10 +56,10 @@ def test_differences_are_named_down_to_the_weights(sharded_text: ShardedText) ->
 
 def test_prune_removes_what_it_says_and_nothing_of_a_run_at_work(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
-        write_checkpoint(tmp_path, step)
+        hashed_checkpoint(tmp_path, step)
     done = run(SCRIPT, "prune", tmp_path, "--keep-last", 1, "--keep-every", 4, "--dry-run")
     assert done.stdout.count("would remove") == 2
-    assert done.stdout.endswith("2 of 4 stay\n")
+    assert done.stdout.endswith("2 of 4 complete checkpoints stay\n")
     assert steps(tmp_path) == [2, 4, 6, 8]
     lock = Lock(tmp_path / ".lock")
     lock.take("the test")
@@ -73,3 +73,23 @@ def test_prune_removes_what_it_says_and_nothing_of_a_run_at_work(tmp_path: Path)
     assert run(SCRIPT, "prune", tmp_path, "--keep-last", 0).returncode == 2
     with pytest.raises(InputError, match="found none"):
         tools.prune(tmp_path / "nothing", 1, None, False, print)
+
+
+def test_damage_is_neither_kept_alone_nor_called_equal(tmp_path: Path) -> None:
+    for step in (2, 4):
+        hashed_checkpoint(tmp_path, step)
+    damaged = next((tmp_path / "checkpoints" / "step-00000004").glob("*.pt"))
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    with pytest.raises(
+        InputError, match=r"nothing is removed, as what would stay is damaged:\n.*step-00000004/mp_rank"
+    ):
+        tools.prune(tmp_path, 1, None, False, print)
+    assert steps(tmp_path) == [2, 4]
+    lines: list[str] = []
+    assert tools.difference(tmp_path, tmp_path, lines.append)
+    assert "is damaged" in lines[0]
+    (tmp_path / "checkpoints" / "step-00000004").rename(tmp_path / "checkpoints" / "step-00000008")
+    lines.clear()
+    assert not tools.describe(tmp_path, lines.append)
+    assert "holds step 4, expected 8 by its name" in lines[1]
+    assert steps(tmp_path) == [2]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ecp_scale.checkpoint import weights_file
-from ecp_scale.checkpoint.weights_file import INDEX, WEIGHTS, SavedWeights, write_weights
+from ecp_scale.checkpoint.weights_file import INDEX, WEIGHTS, SavedWeights, WriteOptions, write_weights
 from ecp_scale.errors import InputError
 from tests.launching import ROOT, environment
 
@@ -19,7 +19,8 @@ TENSORS = {"b.weight": torch.randn(5, 7), "a.weight": torch.randn(3), "c.bias": 
 
 def write(folder: Path, dtype: torch.dtype = torch.float32, file_bytes: int = 10**9) -> None:
     shapes = {name: tensor.shape for name, tensor in TENSORS.items()}
-    write_weights(folder, shapes, dtype, lambda name, start, stop: TENSORS[name].flatten()[start:stop], file_bytes)
+    read = lambda name, start, stop: TENSORS[name].flatten()[start:stop]  # noqa: E731
+    write_weights(folder, shapes, read, WriteOptions(dtype, file_bytes, workers=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -55,7 +56,7 @@ def test_several_files_have_an_index_and_none_is_larger_than_asked(tmp_path: Pat
 
 
 def test_a_disk_that_is_full_is_an_error_of_the_disk(tmp_path: Path) -> None:
-    (tmp_path / WEIGHTS).symlink_to("/dev/full")
+    (tmp_path / f"{WEIGHTS}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         write(tmp_path)
 
@@ -63,9 +64,11 @@ def test_a_disk_that_is_full_is_an_error_of_the_disk(tmp_path: Path) -> None:
 LARGE = """
 import resource, sys, torch
 from pathlib import Path
-from ecp_scale.checkpoint.weights_file import write_weights
+from ecp_scale.checkpoint.weights_file import WriteOptions, write_weights
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_weights(Path(sys.argv[1]), {"large": [1 << 28]}, torch.bfloat16, lambda name, a, b: torch.ones(b - a))
+write_weights(
+    Path(sys.argv[1]), {"large": [1 << 28]}, lambda name, a, b: torch.ones(b - a), WriteOptions(torch.bfloat16)
+)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

@@ -113,7 +113,7 @@ def after_one_more(saved: Path, text: ShardedText, folder: Path, zero: int, *cha
     assert metrics(run)[-1]["step"] == 3
     digest = hashlib.sha256()
     record = CheckpointRecord.read(checkpoint)
-    states = SavedStates(checkpoint, record.partitions, record.tensor_parallel)
+    states = SavedStates(checkpoint, record.files, record.partitions, record.tensor_parallel)
     for name in record.partitions:
         # Layouts add up in other orders: what is compared between them is rounded.
         weight = states.weight(name, 0, math.prod(states.shape(name)))

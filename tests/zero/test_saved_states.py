@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ from ecp_scale.parallel.partition import Partition, Share
 from ecp_scale.zero.saved_states import STEP, SavedStates
 from ecp_scale.zero.state_files import SavedFile, read_states
 from tests.corpus import ShardedText
-from tests.launching import run_successfully
+from tests.launching import metrics, run_successfully
 from tests.parallel.layouts import CONVERTED, Layout, trained
 
 
 def saved_states(checkpoint: Path) -> SavedStates:
     record = CheckpointRecord.read(checkpoint)
-    return SavedStates(checkpoint, record.partitions, record.tensor_parallel)
+    return SavedStates(checkpoint, record.files, record.partitions, record.tensor_parallel)
 
 
 def whole(saved: SavedStates, name: str) -> torch.Tensor:
@@ -94,6 +95,11 @@ def test_states_of_a_rank_whose_partition_is_several_flat_tensors(sharded_text: 
         saved = saved_states(checkpoint)
         weights.append({name: whole(saved, name) for name in saved.partitions})
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # What holds other flat tensors is read as what has another layout is.
+    for output in (tmp_path / "run0", tmp_path / "run1"):
+        options = [*layout.options(sharded_text, output), "--training.steps=4", "--allow-rate-jump", "--resume=auto"]
+        run_successfully("launch/pretrain_ecp.py", *options, f"--deepspeed_config={tmp_path / '1.json'}", ranks=2)
+    assert metrics(tmp_path / "run0")[3]["loss"] == metrics(tmp_path / "run1")[3]["loss"]
 
 
 def test_a_file_that_ends_early_and_copies_that_differ_are_named(sharded_text: ShardedText, tmp_path: Path) -> None:
@@ -108,3 +114,26 @@ def test_a_file_that_ends_early_and_copies_that_differ_are_named(sharded_text: S
     ]
     with pytest.raises(InputError, match="its copies on the tensor-parallel ranks differ"):
         whole(saved, replicated)
+
+
+def test_a_file_that_the_record_does_not_list_is_not_read(sharded_text: ShardedText, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "copy"
+    shutil.copytree(find_checkpoint(trained(Layout(data=2, zero=3), sharded_text)), checkpoint)
+    before = saved_states(checkpoint)
+    expected = {name: whole(before, name) for name in before.partitions}
+    for kind in ("optim", "model"):
+        shutil.copy(
+            next(checkpoint.glob(f"*rank_1_*{kind}*")), checkpoint / f"zero_pp_rank_2_mp_rank_00_{kind}_states.pt"
+        )
+    after = saved_states(checkpoint)
+    assert all(torch.equal(whole(after, name), expected[name]) for name in expected)
+
+
+def test_files_that_do_not_hold_all_of_a_parameter_are_refused(sharded_text: ShardedText, tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(trained(Layout(data=2, zero=1), sharded_text))
+    record = CheckpointRecord.read(checkpoint)
+    files = [name for name in record.files if "rank_1_" not in name]
+    with pytest.raises(
+        InputError, match=r"the files of tensor rank 0 hold \d+ elements of .*, expected|disagree about"
+    ):
+        SavedStates(checkpoint, files, record.partitions, record.tensor_parallel)

@@ -1,0 +1,228 @@
+"""ECP language models (arXiv 2412.06106) and their relatives for Hugging Face's transformers, in plain torch.
+
+In ECP every segment of m tokens sees itself, causally, and all of the segment before it. What a token sees therefore
+has an end, and so has what generation must remember: two segments per layer, however long the context. The relatives
+differ in who sees whom, and in nothing else.
+
+Shapes: B batch, T tokens that come in, C positions that a cache holds, H query heads, G key/value heads, E head width,
+D width of the residual stream, V vocabulary.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, gelu, silu
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .attention_ecp import EPSILON, EcpAttention
+from .cache_ecp import EcpCache, Places, at_rows, places_of
+from .configuration_ecp import EcpConfig
+
+
+class EcpFeedForward(nn.Module):
+    """Linear-GELU-Linear, or SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: EcpConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.up = nn.Linear(config.width, config.feed_forward_width, config.bias)
+        self.gate = None
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.width, config.feed_forward_width, config.bias)
+        self.down = nn.Linear(config.feed_forward_width, config.width, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        hidden = gelu(self.up(x)) if self.gate is None else silu(self.gate(x)) * self.up(x)
+        return self.down(dropout(hidden, self.dropout, self.training))
+
+
+class EcpBlock(GradientCheckpointingLayer):
+    """One residual block: attention and a feed-forward network, each after a norm."""
+
+    def __init__(self, config: EcpConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = EcpAttention(config, layer)
+        self.feed_forward_norm = _norm(config)
+        self.feed_forward = EcpFeedForward(config)
+
+    def forward(self, x: Tensor, places: Places, past_key_values: EcpCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T', D)."""
+        attended = self.attention(self.attention_norm(x), places, past_key_values)
+        x = self.attention.residual(x, places) + attended
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class EcpForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model of any architecture."""
+
+    config_class = EcpConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EcpBlock"]  # noqa: RUF012, as the base class has it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # generation that takes tokens back is refused
+
+    def __init__(self, config: EcpConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(EcpBlock(config, layer) for layer in range(config.layers))
+        self.norm = _norm(config)
+        self.output = nn.Linear(config.width, config.vocab_size, config.bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: EcpCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        position_ids: None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Scores of the next token.
+
+        Args:
+            input_ids: token ids (B, T).
+            attention_mask: (B, T), or (B, past + T): 0 where there is padding, on whichever side. Positions and
+                segments are counted without it.
+            past_key_values: what ``use_cache`` has returned for the tokens before.
+            inputs_embeds: (B, T, D) in place of the ids.
+            labels: ids (B, T), -100 where none is trained; they are shifted here.
+            use_cache: return a cache, where the architecture can; the default is to, unless in training or for a loss.
+            logits_to_keep: scores of so many last positions; 0 means all.
+            position_ids: not used: positions follow from the mask.
+            kwargs: of the loss.
+
+        Returns:
+            ``logits`` (B, T, V), of the scored positions; ``loss``, the mean in nats; ``past_key_values``.
+        """
+        self._check(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values
+        if use_cache is None:
+            use_cache = not self.training and labels is None
+        if cache is None and self.config.streams and use_cache:
+            cache = EcpCache(self.config)
+        count = x.shape[1]
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        back = None
+        if attention_mask is not None:
+            valid = attention_mask[:, -count:].bool()
+            if count > 1:
+                # Tokens first and padding behind them, where nothing sees it; sequences then begin side by side.
+                order = (~valid).long().argsort(dim=1, stable=True)
+                back = order.argsort(dim=1)
+                x, valid = at_rows(x, order), valid.gather(1, order)
+                input_ids = None if input_ids is None else input_ids.gather(1, order)
+        places = places_of(self.config, input_ids, valid, cache, x.dtype)
+        for block in self.layers:
+            x = block(x, places, past_key_values=cache)
+            places = cast(EcpBlock, block).attention.left(places)
+        if back is not None:
+            x = at_rows(x, back)
+        logits = self.output(self.norm(x[:, -logits_to_keep:] if logits_to_keep else x))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels[:, -logits.shape[1] :], vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _check(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Any,
+        inputs_embeds: Tensor | None,
+        position_ids: Any,
+    ) -> None:
+        """Refuse what this model would read wrongly."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        if position_ids is not None:
+            raise ValueError("position_ids are not read: positions follow from attention_mask")
+        if input_ids is None and self.config.document_mask:
+            raise ValueError("inputs_embeds do not tell documents apart, which this model needs; pass input_ids")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, expected (batch, tokens)")
+        if cache is not None and not isinstance(cache, EcpCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}, expected the EcpCache that was returned")
+        if self.config.streams:
+            return
+        name = self.config.architecture
+        if cache is not None:
+            raise ValueError(f"the context of {name} is not causal: it has no cache")
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(f"the context of {name} is not causal and cannot be padded; pass sequences of one length")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        count = 0 if given is None else given.shape[1]
+        if name == "compressed_double_attention" and count != self.config.sequence_length:
+            raise ValueError(f"{name} reads exactly {self.config.sequence_length} tokens, found {count}")
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: EcpCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 1,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """What ``forward`` is called with: the tokens that the cache has not seen."""
+        if not self.config.streams:
+            raise ValueError(
+                f"generate() needs a causal context, and that of {self.config.architecture} is not: its scores come "
+                "from re-reading a window, as the project's launch/generate.py does"
+            )
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {
+            "input_ids": input_ids[:, seen:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: ``forward`` makes the cache."""
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal with std 0.02; norms are the identity."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the output layer."""
+        self.output = new_embeddings
+
+
+def _norm(config: EcpConfig) -> nn.Module:
+    return (nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm)(config.width, EPSILON)
