@@ -35,6 +35,8 @@ class Request:
     resume: bool
     world_size: int
     allow_rate_jump: bool = False
+    init_from: str | None = None
+    """Model folder with the weights that a new run begins with."""
     verbose: bool = False
     notes: tuple[str, ...] = ()
     """What the command line says without effect."""
@@ -86,6 +88,7 @@ def parse(
         resume=known.resume == "auto",
         world_size=world_size,
         allow_rate_jump=known.allow_rate_jump,
+        init_from=at_home(known.init_from),
         verbose=known.verbose,
         notes=tuple(f"--{field} has no effect with {why}" for field, why in idle),
     )
@@ -150,6 +153,7 @@ def _top_level_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", choices=("auto", "never"), default="never")
     parser.add_argument("--allow-rate-jump", action="store_true")
+    parser.add_argument("--init-from")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--local_rank", "--local-rank")
     return parser

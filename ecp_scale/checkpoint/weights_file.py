@@ -155,6 +155,11 @@ class SavedWeights(Mapping[str, Tensor]):
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor, which is not read."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -46,6 +46,9 @@ def section_parser(description: str) -> jsonargparse.ArgumentParser:
         action="store_true",
         help="resume though the learning rate changes by more than a factor of 2",
     )
+    parser.add_argument(
+        "--init-from", metavar="DIR", help="model folder whose weights a new run begins with, optimizer and data afresh"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what libraries print, instead of RUN/logs")
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)

@@ -36,6 +36,7 @@ def facts(request: Request) -> dict[str, str]:
     }
     found |= {f"DeepSpeed JSON {key}": json.dumps(value) for key, value in _flat(request.deepspeed)}
     found["--resume"] = str(request.resume)
+    found["--init-from"] = str(request.init_from)
     found["code of ecp_scale"] = _code_digest()
     found["Python"] = platform.python_version()
     for package in ("torch", "deepspeed", "megatron-core"):

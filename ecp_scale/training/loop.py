@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ecp_scale.checkpoint.mirror import held_mirror
 from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start, load
 from ecp_scale.checkpoint.saving import Progress, Saves
+from ecp_scale.checkpoint.starting_weights import StartingWeights
 from ecp_scale.cluster.signals import StopRequest, write_stopped
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
@@ -29,7 +30,7 @@ from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.profiling import profiled
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
-from ecp_scale.training.starting import check_backend, check_rate, write_settings
+from ecp_scale.training.starting import check_backend, check_rate, initial_weights, write_settings
 from ecp_scale.training.step import (
     DivergedError,
     StepResult,
@@ -49,6 +50,7 @@ from ecp_scale.zero.engine import (
     set_batch,
     set_learning_rate,
 )
+from ecp_scale.zero.filling import fill, share_weights
 from ecp_scale.zero.making import check_host_memory
 
 
@@ -90,6 +92,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
             for line in describe_start(start, run):
                 say(line)
         decided(lambda: check_start(start, config, blend))
+        initial = decided(lambda: initial_weights(request, start, config, blend))
         decided(lambda: check_rate(start, config, run_tokens, request.allow_rate_jump))
         settings = json_config.resolve(request.deepspeed, config, request.world_size)
         hosts: list[Any] = [None] * dist.get_world_size()
@@ -101,7 +104,10 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         set_tf32(config.training.tf32)
         agreed(lambda: check_overlap(config, request.deepspeed, groups, request.world_size))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
-            engine = build_engine(config, settings, groups, draw=start.record is None)
+            engine = build_engine(config, settings, groups, draw=start.record is None and initial is None)
+        if initial is not None:
+            agreed(lambda: fill(engine, StartingWeights(initial)), takes_long=True)
+            share_weights(engine)
         if start.record is not None:
             size = sum(file.size for file in start.record.files.values())
             what = f"loading     {len(start.record.files)} files, {size:,} bytes, once their hashes are checked"

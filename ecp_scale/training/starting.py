@@ -8,9 +8,12 @@ import torch
 
 from ecp_scale.attention import Settings, refusal
 from ecp_scale.checkpoint.resuming import Start
+from ecp_scale.checkpoint.starting_weights import check_starting_weights
 from ecp_scale.cluster.signals import STOPPED
+from ecp_scale.command_line import Request
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.console import say
+from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
 from ecp_scale.precision import weight_type
@@ -70,3 +73,16 @@ def check_rate(start: Start, config: Config, run_tokens: int, allow_jump: bool) 
             "optimizer.learning_rate or training.steps to what keeps it"
         )
     say(f"rate        {text}")
+
+
+def initial_weights(request: Request, start: Start, config: Config, blend: Blend) -> Path | None:
+    """The folder whose weights a new run begins with; for one rank to ask."""
+    if request.init_from is None:
+        return None
+    if start.record is not None:
+        say(f"start       --init-from {request.init_from} is not read: the run goes on from its own checkpoint")
+        return None
+    folder = Path(request.init_from)
+    exported = check_starting_weights(folder, config, blend.corpora[0])
+    say(f"start       with the weights of {folder}: step {exported.step:,}, {exported.tokens:,} tokens")
+    return folder

@@ -4,7 +4,8 @@ Every rank reads the elements of each parameter that its engine holds in fp32, a
 the ranks then tell each other the weights as they do after a step.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -12,9 +13,9 @@ from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_
 from torch import Tensor, nn
 
 from ecp_scale.models.parameter_groups import weight_decay_groups
-from ecp_scale.parallel.partition import Partition
+from ecp_scale.parallel.partition import Partition, Share
 from ecp_scale.zero.making import held_weight
-from ecp_scale.zero.saved_states import STEP, WEIGHT, ParameterStates, SavedStates
+from ecp_scale.zero.saved_states import STEP, WEIGHT, ParameterStates
 
 FLAT_PARTITIONS = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
 """Where ZeRO-3, bf16 under ZeRO-1 and ZeRO-1 and -2 keep this rank's fp32 weights, one flat tensor per group."""
@@ -26,8 +27,18 @@ def optimizer_order(engine: deepspeed.DeepSpeedEngine) -> list[str]:
     return [*decayed, *other]
 
 
+class States(Protocol):
+    """Where the states of parameters come from, see ``SavedStates``."""
+
+    def keys(self, name: str) -> list[str]:
+        """Which states of a parameter there are."""
+
+    def read(self, name: str, share: Share, start: int, stop: int, keys: Sequence[str]) -> ParameterStates:
+        """Some elements of a parameter, in fp32."""
+
+
 @torch.no_grad()
-def fill(engine: deepspeed.DeepSpeedEngine, saved: SavedStates) -> None:
+def fill(engine: deepspeed.DeepSpeedEngine, saved: States) -> None:
     """Fill a new engine, which has made no step yet; before the next, ``share_weights``.
 
     Args:
