@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ecp_scale.config import ModelConfig
@@ -27,7 +26,7 @@ from ecp_scale.evaluation.comparison import Protocol
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.positions import Stream
 
-Ids = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.integer]
 STREAM_CHUNK_TOKENS = 4096
 COMPARABLE_UNKNOWN_SHARE = 0.001
 """Share of unknown tokens above which figures per word and byte flatter: what they stand for costs nothing."""
@@ -36,6 +35,8 @@ COMPARABLE_UNKNOWN_SHARE = 0.001
 @dataclass(frozen=True)
 class Text:
     """A text to score: ``ids`` (T,) of its documents, each with its end, and the size of the text they came from.
+
+    The ids may lie in a file, which is read where they are asked for.
 
     ``lines`` counts line ends, ``unknown`` the ids that stand for what the vocabulary cannot write.
     """
@@ -113,6 +114,23 @@ def _exp(exponent: float) -> float:
         return math.inf
 
 
+class _Led:
+    """Ids behind some others that are all the same; only what is asked for becomes int64, and is read."""
+
+    def __init__(self, ids: Ids, leader: int, count: int) -> None:
+        self.ids, self.leader, self.count = ids, leader, count
+
+    def __len__(self) -> int:
+        return self.count + len(self.ids)
+
+    def __getitem__(self, part: slice) -> Ids:
+        start, stop, _ = part.indices(len(self))
+        leaders = np.full(max(0, min(stop, self.count) - start), self.leader, dtype=np.int64)
+        return np.concatenate(
+            (leaders, self.ids[max(0, start - self.count) : max(0, stop - self.count)]), dtype=np.int64
+        )
+
+
 def default_protocol(config: ModelConfig) -> Protocol:
     """``stream`` where memory is bounded and every position looks like every other; else ``sliding``."""
     relative = config.rotary == "every_layer" and not config.tied_key_value and not config.has_first_projection
@@ -131,7 +149,7 @@ def evaluate(
     """
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
-    ids = np.concatenate(([end_of_document], text.ids)).astype(np.int64)
+    ids = _Led(text.ids, end_of_document, 1)
     n = model.config.sequence_length
     if text.words == 0:
         raise InputError("the text to evaluate has no words")
@@ -149,18 +167,18 @@ def evaluate(
     return EvaluationResult.of(protocol, nll, scored, text)
 
 
-def _stream(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
+def _stream(model: LanguageModel, ids: _Led) -> Iterator[Tensor]:
     stream = model.new_stream()
     for start in range(0, len(ids) - 1, STREAM_CHUNK_TOKENS):
         yield _losses(model, ids[start : start + STREAM_CHUNK_TOKENS + 1], stream)
 
 
-def _sliding(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
+def _sliding(model: LanguageModel, ids: _Led) -> Iterator[Tensor]:
     n, scored_at_most = model.config.sequence_length, model.config.geometry.trained_positions
     first = min(len(ids) - 1, scored_at_most)
     # A latent model reads n tokens for any text, and scores the last ones; of a short text those that are text.
     padding = n - first if scored_at_most < n else 0
-    ids = np.concatenate((np.full(padding, ids[0]), ids))
+    ids = _Led(ids.ids, ids.leader, ids.count + padding)
     yield _losses(model, ids[: n + 1])[-first:]
     stride = min(n // 2, scored_at_most)
     for start in range(n, len(ids) - 1, stride):
@@ -168,7 +186,7 @@ def _sliding(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
         yield _losses(model, ids[start + scored - n : start + scored + 1])[-scored:]
 
 
-def _release(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
+def _release(model: LanguageModel, ids: _Led) -> Iterator[Tensor]:
     n = model.config.sequence_length
     for start in range(0, len(ids) - n, n // 2):
         yield _losses(model, ids[start : start + n + 1])
@@ -178,8 +196,9 @@ def _release(model: LanguageModel, ids: Ids) -> Iterator[Tensor]:
 def _losses(model: LanguageModel, ids: Ids, stream: Stream | None = None) -> Tensor:
     """NLL of every token of ``ids`` (T,) that follows a trained position."""
     tokens = torch.from_numpy(ids).to(next(model.parameters()).device)[None]
-    logits = model.logits(tokens[:, :-1], stream)[0]
-    return cross_entropy(logits.float(), tokens[0, -len(logits) :], reduction="none")
+    # With targets, the scores of all positions never exist at once.
+    losses: Tensor = model(tokens[:, :-1], tokens[:, 1:], stream=stream)[1][0]
+    return losses
 
 
 def unigram_result(text: Text, training_counts: Ids) -> EvaluationResult:
@@ -190,5 +209,5 @@ def unigram_result(text: Text, training_counts: Ids) -> EvaluationResult:
         training_counts: occurrences (V,) of every id in the training shards.
     """
     probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
-    nll = float(-np.log(probabilities[text.ids]).sum())
+    nll = float(-(np.bincount(text.ids, minlength=len(probabilities)) * np.log(probabilities)).sum())
     return EvaluationResult.of("unigram", nll, len(text.ids), text)

@@ -1,5 +1,6 @@
 """Texts to evaluate: raw files through the model's tokenizer, or shards that were made with it."""
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from ecp_scale.preparation.encoding import measure
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
 
+SPOOLED = 1 << 22
+"""Ids of shards that are read at a time."""
+
 
 def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     """Read a file, a folder, or the prefix of shards.
@@ -28,7 +32,10 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     if manifest_path(Path(data)).exists():
         corpus = open_shards(data, tokenizer)
         totals = corpus.manifest.totals
-        return Text(corpus.read(0, corpus.tokens), totals.bytes, totals.words, totals.lines, totals.unknown)
+        spool = _Spool()
+        for start in range(0, corpus.tokens, SPOOLED):
+            spool.add(corpus.read(start, min(SPOOLED, corpus.tokens - start)))
+        return Text(spool.ids(), totals.bytes, totals.words, totals.lines, totals.unknown)
     return measure_text(read_documents(find_sources([data]).sources, Parsing(text_key)), tokenizer, data)
 
 
@@ -43,20 +50,39 @@ def measure_text(documents: Iterable[str], tokenizer: Tokenizer, name: str = "te
     Raises:
         InputError: if the tokenizer cannot encode a document.
     """
-    ids: list[npt.NDArray[np.int32]] = []
-    size = words = lines = 0
+    spool = _Spool()
+    size = words = lines = unknown = 0
     cutter = Cutter(tokenizer)
     for document in documents:
         try:
-            ids += [tokenizer.encode_batch([piece.encoded])[0] for piece in cutter.pieces([document])]
+            for piece in cutter.pieces([document]):
+                ids = tokenizer.encode_batch([piece.encoded])[0]
+                unknown += 0 if tokenizer.unknown is None else int(np.count_nonzero(ids == tokenizer.unknown))
+                spool.add(ids)
         except UnencodableError as error:
             raise InputError(f"{name}: a document cannot be encoded: {error}") from error
-        ids.append(np.array([tokenizer.end_of_document], dtype=np.int32))
+        spool.add(np.array([tokenizer.end_of_document]))
         counts = measure(document)
         size, words, lines = size + counts[0], words + counts[1], lines + counts[2]
-    joined = np.concatenate(ids, dtype=np.int64) if ids else np.empty(0, dtype=np.int64)
-    unknown = 0 if tokenizer.unknown is None else int(np.count_nonzero(joined == tokenizer.unknown))
-    return Text(joined, size, words, lines, unknown)
+    return Text(spool.ids(), size, words, lines, unknown)
+
+
+class _Spool:
+    """Ids in a temporary file: those of a gigabyte of text take four in memory."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the ids
+
+    def add(self, ids: npt.NDArray[np.integer]) -> None:
+        """Append some."""
+        self._file.write(ids.astype(np.int32).tobytes())
+
+    def ids(self) -> Ids:
+        """All of them."""
+        self._file.flush()
+        if not self._file.tell():
+            return np.empty(0, dtype=np.int32)
+        return np.memmap(self._file, dtype=np.int32, mode="r")
 
 
 def open_shards(prefix: str, tokenizer: Tokenizer) -> Corpus:

@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
             tokens: token ids (B, N) of the whole sequence, also where ranks share it.
             targets: the token that follows each of them (B, N).
             counted: which of ``trained_targets`` (B, R) count; None means all.
-            stream: without targets, what came before, from ``new_stream``; it moves on.
+            stream: what came before, from ``new_stream``; it moves on.
             last: without targets, how many of the last trained positions are asked for; None means all.
             on_host: the same ids on the host, if they are there: its documents are then found without a wait.
 
@@ -93,7 +93,9 @@ class LanguageModel(nn.Module):
 
     def trained_targets(self, targets: Tensor) -> Tensor:
         """The targets (B, R) of a sequence (B, N) whose loss this rank computes."""
-        return targets[:, self._run(targets.shape[1])][:, -self.config.geometry.trained_positions :]
+        geometry, local = self.config.geometry, targets[:, self._run(targets.shape[1])]
+        # A piece of a stream may be longer than a window.
+        return local if geometry.streams else local[:, -geometry.trained_positions :]
 
     def _run(self, positions: int) -> slice:
         """Positions of a sequence that this rank holds."""
