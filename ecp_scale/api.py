@@ -8,7 +8,7 @@
 One process and no launcher: neither torch.distributed nor DeepSpeed is touched.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from ecp_scale.config import ModelConfig
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Protocol
-from ecp_scale.evaluation.generation import generate
+from ecp_scale.evaluation.continuation import pieces_of_text
+from ecp_scale.evaluation.generation import Sampling, generate
 from ecp_scale.evaluation.perplexity import (
     STREAM_CHUNK_TOKENS,
     EvaluationResult,
@@ -91,7 +92,12 @@ class Model:
         *,
         temperature: float = 0.8,
         top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
         seed: int = 1,
+        inside_document: bool = False,
     ) -> str:
         """Continue a text of any length.
 
@@ -100,7 +106,12 @@ class Model:
             max_new_tokens: how many to add at most; the end of the document ends it before.
             temperature: 0 takes the likeliest token.
             top_k: sample among the k likeliest tokens only.
+            top_p: among the likeliest that together have this probability.
+            min_p: among those at least so probable beside the likeliest.
+            repetition_penalty: above 1 makes tokens that were there less likely.
+            stop: texts that end it, and are not part of it.
             seed: of the sampling.
+            inside_document: the prompt does not begin a document: no end of the one before is put before it.
 
         Returns:
             What follows the prompt.
@@ -108,15 +119,12 @@ class Model:
         Raises:
             InputError: if the prompt has no tokens, or a number cannot be sampled with.
         """
-        ids = self._ids(prompt)[0].tolist()
         end = self.tokenizer.end_of_document
-        new = generate(
-            self.network, ids, max_new_tokens, temperature=temperature, top_k=top_k, seed=seed, end_of_document=end
-        )
-        added = list(new)
-        # Decoded together: the first new token may begin with what a tokenizer drops at the beginning of a text.
-        before, together = self.decode(ids), self.decode([*ids, *added])
-        return together[len(before) :] if together.startswith(before) else self.decode(added)
+        ids = self._ids(prompt)[0].tolist()
+        ids = ids if inside_document else [end, *ids]
+        sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+        new = generate(self.network, ids, max_new_tokens, sampling, end)
+        return "".join(pieces_of_text(self.tokenizer, ids, new, stop))
 
     def score(self, text: str, protocol: Protocol | None = None) -> EvaluationResult:
         """How well the model predicts a text, as ``ecp-evaluate`` prints it.

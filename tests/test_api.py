@@ -68,7 +68,17 @@ def test_logits_and_continuations_are_those_of_the_network(model: Model) -> None
     ids = model.encode(prompt)
     for _ in range(5):
         ids.append(int(model.logits(ids)[-1].argmax()))
-    assert prompt + model.generate(prompt, 5, temperature=0) == model.decode(ids)
+    assert prompt + model.generate(prompt, 5, temperature=0, inside_document=True) == model.decode(ids)
+    begun = model.generate("\n" + prompt, 5, temperature=0)
+    end = model.tokenizer.end_of_document
+    assert begun == _greedy(model, [end, *model.encode("\n" + prompt)], 5)
+
+
+def _greedy(model: Model, ids: list[int], count: int) -> str:
+    before = model.decode(ids)
+    for _ in range(count):
+        ids.append(int(model.logits(ids)[-1].argmax()))
+    return model.decode(ids)[len(before) :]
 
 
 def test_a_score_is_that_of_the_program(model: Model, tmp_path: Path) -> None:
@@ -101,7 +111,14 @@ def test_a_model_of_ones_own_trains_with_dropout_without_process_groups() -> Non
 
 
 def test_what_cannot_be_is_said(model: Model, folder: Path) -> None:
-    for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"max_new_tokens": 0}, {"seed": -1}):
+    for wrong in (
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"top_p": 0.0},
+        {"min_p": 2},
+    ):
         with pytest.raises(InputError, match=f"{next(iter(wrong))} is|top_k 0"):
             model.generate("def", **wrong)
     with pytest.raises(InputError, match="protocol is 'nothing', expected one of stream"):

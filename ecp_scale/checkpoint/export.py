@@ -82,6 +82,11 @@ class ExportedModel:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not an exported model ({type(error).__name__}: {error})") from error
+        if record.file and not (folder / record.file).exists():
+            raise InputError(
+                f"{folder / record.file} is missing; where transformers have saved the model, copy it from the folder "
+                "that they read"
+            )
         return cls(folder, config, attention, record.load(folder, "the model was trained with"), step, tokens)
 
     def with_geometry(self, **changes: Any) -> "ExportedModel":
@@ -136,7 +141,7 @@ def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> Che
         InputError: if the checkpoint is incomplete, damaged or inconsistent, or ``output`` holds anything but an
             earlier export of the same checkpoint.
     """
-    output = output.absolute()
+    output = output.resolve()
     record = CheckpointRecord.read(checkpoint)
     found = damages(checkpoint, record.files)
     if found:
@@ -186,8 +191,10 @@ def _check_output(output: Path, record: CheckpointRecord) -> None:
         return
     try:
         path = output / "config.json"
-        earlier = sections(json.loads(path.read_text()), path)
-        is_ours = all(WRITTEN.fullmatch(name) for name in found)
+        content = json.loads(path.read_text())
+        earlier = sections(content, path)
+        # transformers have saved it, and may have changed it.
+        is_ours = "transformers_version" not in content and all(WRITTEN.fullmatch(name) for name in found)
         step, tokens = earlier["step"], earlier["tokens"]
         model = ModelConfig(**renamed_fields("model", earlier["model"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -248,5 +255,5 @@ def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, optio
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
     write_tokenizer(folder, tokenizer)
-    write_card(folder, name, model, end, record.step, record.tokens)
+    write_card(folder, name, model, tokenizer, record.step, record.tokens)
     write_code(folder)

@@ -8,8 +8,9 @@ from typing import Any
 
 import ecp_scale.hub
 from ecp_scale.config import AttentionConfig, ModelConfig
+from ecp_scale.console import say
 from ecp_scale.data.tokenizer import Tokenizer
-from ecp_scale.data.tokenizer_json import name_of_end, tokenizer_json
+from ecp_scale.data.tokenizer_json import control_in_text, name_of_end, tokenizer_json
 from ecp_scale.files import write_text
 
 CODE = (
@@ -43,8 +44,8 @@ A language model of the architecture `{architecture}` with {parameters:,} parame
 The model is computed by the files `*_ecp.py` beside the weights, which need torch and transformers alone
 (`tokenization_ecp.py`, where it is used, also sentencepiece); `trust_remote_code=True` lets them run. {use}
 
-In training every document began behind the end of the one before: put `tokenizer.eos_token` (id {end}) before a
-prompt that begins a document. Text never encodes to that token.
+In training every document began behind the end of the one before. A prompt that begins a document is
+`[tokenizer.eos_token_id, *tokenizer(text).input_ids]` (id {end}). {control}
 
 | | |
 |---|---|
@@ -90,6 +91,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
+        "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
     }
     if content is None:
@@ -100,7 +102,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def write_card(folder: Path, name: str, model: ModelConfig, end: int, step: int, tokens: int) -> None:
+def write_card(folder: Path, name: str, model: ModelConfig, tokenizer: Tokenizer, step: int, tokens: int) -> None:
     """Write README.md, and how ``generate()`` begins and ends."""
     field = model.receptive_field_tokens
     reach = f"A token depends on {field:,} tokens at most, its own included."
@@ -112,6 +114,11 @@ def write_card(folder: Path, name: str, model: ModelConfig, end: int, step: int,
             f"Scores are those of the last {model.geometry.trained_positions:,} of {model.sequence_length:,} tokens; "
             "`generate()` is refused, as the context is not causal."
         )
+    end, found = tokenizer.end_of_document, control_in_text(tokenizer)
+    control = "The names of control tokens in a text are text."
+    if found is not None:
+        control = f"Trap: the text {found!r} becomes a control token, as it does not in training."
+        say(f"AutoTokenizer of {name}: the text {found!r} becomes a control token there, and not in our programs")
     text = CARD.format(
         title=name,
         architecture=model.architecture,
@@ -122,6 +129,7 @@ def write_card(folder: Path, name: str, model: ModelConfig, end: int, step: int,
         use=use,
         folder=name,
         end=end,
+        control=control,
         layers=model.layers,
         width=model.width,
         heads=model.heads,

@@ -144,11 +144,20 @@ class SavedWeights(Mapping[str, Tensor]):
         try:
             if self.path.name == INDEX:
                 names = sorted(set(json.loads(self.path.read_text())["weight_map"].values()))
+            if names != [WEIGHTS] and (folder / WEIGHTS).exists():
+                # transformers leave what was there when they save into a folder, and read the one file.
+                if any((folder / Path(name).name).exists() for name in names):
+                    raise InputError(
+                        f"{folder}: holds {WEIGHTS} and the files of {INDEX}; remove what is not the model"
+                    )
+                self.path, names = folder / WEIGHTS, [WEIGHTS]
             self._files: dict[str, Any] = {}
             for path in (folder / Path(name).name for name in names):
                 opened = safe_open(path, framework="pt")
                 self._files |= dict.fromkeys(opened.keys(), opened)
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{path}: cannot be read ({error})") from error
 
     def __getitem__(self, name: str) -> Tensor:

@@ -33,6 +33,23 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
     return None
 
 
+def control_in_text(tokenizer: Tokenizer) -> str | None:
+    """Name of a control token that the library makes of its text: a Unigram or WordLevel model may have it as a piece.
+
+    Our own encoding cuts such a name in two.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    backend = tokenizer.backend
+    backend.encode_special_tokens = True  # i.e. encode their names as text
+    special = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+    for token in special:
+        number = backend.token_to_id(token.content)
+        if number != tokenizer.unknown and number in backend.encode(token.content, add_special_tokens=False).ids:
+            return str(token.content)
+    return None
+
+
 def _special(number: int, name: str) -> dict[str, Any]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": name, "special": True, **plain}

@@ -1,6 +1,7 @@
 """Token by token: with caches (two segments per layer for ecp), or by re-reading the last window (latent models)."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,25 +12,85 @@ from ecp_scale.models.language_model import LanguageModel
 LEAST_TEMPERATURE = 0.001
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. What leaves tokens out is applied in the order of the fields."""
+
+    repetition_penalty: float = 1.0
+    """Scores of tokens that were there are divided by it, or multiplied where negative (arXiv 1909.05858)."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability (arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Only tokens at least so probable beside the likeliest (arXiv 2407.01082)."""
+    seed: int = 1
+
+    def check(self) -> None:
+        """Refuse numbers that cannot be sampled with.
+
+        Raises:
+            InputError: naming the number.
+        """
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature <= 1 / LEAST_TEMPERATURE:
+            raise InputError(
+                f"temperature is {self.temperature}, expected 0 (the likeliest token) or a number from "
+                f"{LEAST_TEMPERATURE} to {1 / LEAST_TEMPERATURE:.0f}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k}, expected at least 1")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p is {self.min_p}, expected 0 to 1")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}, expected a number from 0.01 to 100")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}, expected a number from 0 to 2^63 - 1")
+
+    def choose(self, scores: Tensor, seen: Tensor, generator: torch.Generator) -> int:
+        """The next token.
+
+        Args:
+            scores: of every token (V,), in float32.
+            seen: ids that were there, in any order.
+            generator: of the random numbers.
+        """
+        if self.repetition_penalty != 1:
+            penalised = scores[seen]
+            penalty = self.repetition_penalty
+            scores = scores.index_copy(0, seen, torch.where(penalised > 0, penalised / penalty, penalised * penalty))
+        if self.temperature == 0:
+            return int(scores.argmax())
+        scores = scores / self.temperature
+        if self.top_k is not None:
+            smallest = scores.topk(min(self.top_k, len(scores))).values[-1]
+            scores = scores.masked_fill(scores < smallest, -torch.inf)
+        probabilities = scores.softmax(-1)
+        if self.top_p < 1:
+            ranked, order = probabilities.sort(descending=True)
+            before = ranked.cumsum(-1) - ranked
+            probabilities[order[before >= self.top_p]] = 0
+        probabilities[probabilities < self.min_p * probabilities.max()] = 0
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
 def generate(
     model: LanguageModel,
     prompt: list[int],
     max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 1,
+    sampling: Sampling | None = None,
     end_of_document: int | None = None,
 ) -> Iterator[int]:
-    """Sample a continuation.
+    """Continue some ids.
 
     Args:
         model: in evaluation mode.
         prompt: at least one id; any length, it passes through the caches in chunks.
         max_new_tokens: where to stop.
-        temperature: 0 takes the likeliest token.
-        top_k: sample among the k likeliest only.
-        seed: of the sampling.
+        sampling: how tokens are chosen; None draws them as they are likely.
         end_of_document: id after which to stop; it is not returned.
 
     Returns:
@@ -38,46 +99,29 @@ def generate(
     Raises:
         InputError: naming a number that cannot be sampled with.
     """
-    check_sampling(max_new_tokens, temperature, top_k, seed)
-    return _generate(model, prompt, max_new_tokens, temperature, top_k, seed, end_of_document)
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
-    """Refuse numbers that ``generate`` cannot sample with.
-
-    Raises:
-        InputError: naming the number.
-    """
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
-        raise InputError(
-            f"temperature is {temperature}, expected 0 (the likeliest token) or a number from {LEAST_TEMPERATURE} to "
-            f"{1 / LEAST_TEMPERATURE:.0f}"
-        )
-    if max_new_tokens < 1 or (top_k is not None and top_k < 1):
-        raise InputError(f"max_new_tokens is {max_new_tokens} and top_k {top_k}, expected at least 1")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed}, expected a number from 0 to 2^63 - 1")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    sampling = sampling or Sampling()
+    sampling.check()
+    return _generate(model, prompt, max_new_tokens, sampling, end_of_document)
 
 
 @torch.no_grad()
 def _generate(
-    model: LanguageModel,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    end_of_document: int | None,
+    model: LanguageModel, prompt: list[int], max_new_tokens: int, sampling: Sampling, end_of_document: int | None
 ) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
     follow = _streamed(model) if model.config.geometry.streams else _windowed(model, end_of_document or 0)
-    logits = follow(prompt)
-    for _ in range(max_new_tokens):
-        token = _sample(logits.float().cpu(), temperature, top_k, generator)
+    seen = dict.fromkeys(prompt)
+    scores = follow(prompt)
+    for number in range(max_new_tokens):
+        token = sampling.choose(scores.float().cpu(), torch.tensor([*seen]), generator)
         if token == end_of_document:
             return
         yield token
-        logits = follow([token])
+        seen[token] = None
+        if number + 1 < max_new_tokens:
+            scores = follow([token])
 
 
 def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:
@@ -103,12 +147,3 @@ def _windowed(model: LanguageModel, padding: int) -> Callable[[list[int]], Tenso
         return model.logits(torch.tensor([seen], device=device), last=1)[0, -1]
 
     return follow
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))

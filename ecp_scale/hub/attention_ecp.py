@@ -64,7 +64,7 @@ class EcpAttention(nn.Module):
             attended = self._latent_attention(q, k, v, places)
         else:
             if cache is not None:
-                k, v = cache.update(k, v, self.layer, kept=places.kept)
+                k, v = cache.layers[self.layer].update(k, v, kept=places.kept)
             attended = self._causal_attention(q, k, v, places)
         return self._project(attended.transpose(1, 2).flatten(2), places)
 

@@ -90,6 +90,10 @@ class EcpConfig(PretrainedConfig):
             raise ValueError(f"architecture is {architecture!r}, expected one of {', '.join(CAUSAL + LATENT)}")
         if width % heads or heads % (key_value_heads or heads):
             raise ValueError(f"width {width}, heads {heads}, key_value_heads {key_value_heads}: do not divide")
+        if architecture == "longlora" and (key_value_heads or heads) % 2:
+            raise ValueError(
+                f"longlora shifts half of the key/value heads, and {key_value_heads or heads} have no half"
+            )
         self.architecture = architecture
         self.vocab_size = vocab_size
         self.layers = layers

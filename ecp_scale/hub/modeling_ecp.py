@@ -84,7 +84,7 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         position_ids: None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -98,7 +98,7 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, D) in place of the ids.
             labels: ids (B, T), -100 where none is trained; they are shifted here.
             use_cache: return a cache, where the architecture can; the default is to, unless in training or for a loss.
-            logits_to_keep: scores of so many last positions; 0 means all.
+            logits_to_keep: scores of so many last positions, or of those at these indices; 0 means all.
             position_ids: not used: positions follow from the mask.
             kwargs: of the loss.
 
@@ -115,7 +115,7 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         count = x.shape[1]
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         back = None
-        if attention_mask is not None:
+        if attention_mask is not None and self.config.streams:
             valid = attention_mask[:, -count:].bool()
             if count > 1:
                 # Tokens first and padding behind them, where nothing sees it; sequences then begin side by side.
@@ -128,8 +128,9 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
             x = block(x, places, past_key_values=cache)
             places = cast(EcpBlock, block).attention.left(places)
         if back is not None:
-            x = at_rows(x, back)
-        logits = self.output(self.norm(x[:, -logits_to_keep:] if logits_to_keep else x))
+            x = at_rows(x, back.to(x.device))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        logits = self.output(self.norm(x if isinstance(kept, int) else x[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -148,6 +149,9 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         """Refuse what this model would read wrongly."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None and given.shape[1] == 0:
+            raise ValueError("expected at least one token")
         if position_ids is not None:
             raise ValueError("position_ids are not read: positions follow from attention_mask")
         if input_ids is None and self.config.document_mask:
@@ -163,7 +167,6 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the context of {name} is not causal: it has no cache")
         if attention_mask is not None and not attention_mask.all():
             raise ValueError(f"the context of {name} is not causal and cannot be padded; pass sequences of one length")
-        given = input_ids if inputs_embeds is None else inputs_embeds
         count = 0 if given is None else given.shape[1]
         if name == "compressed_double_attention" and count != self.config.sequence_length:
             raise ValueError(f"{name} reads exactly {self.config.sequence_length} tokens, found {count}")

@@ -3,6 +3,7 @@
 A tokenizer.json that is converted from a sentencepiece model normalises some texts otherwise; this one cannot.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ class EcpTokenizer(PreTrainedTokenizer):
         return {**pieces, **self.added_tokens_encoder}
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
+        pieces = self._pieces(text)
+        name = str(self.eos_token)
+        if len(name) < 2 or name not in pieces:
+            return pieces
+        # The end of documents may be a piece that text can become: its name is cut behind the first character.
+        border = f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})"
+        return [piece for part in re.split(border, text, flags=re.IGNORECASE) for piece in self._pieces(part)]
+
+    def _pieces(self, text: str) -> list[str]:
         if self.symbol is None or SPACE_SYMBOL not in text:
             return self.processor.encode(text, out_type=str)
         # The symbol of a space stands for itself, as bytes.

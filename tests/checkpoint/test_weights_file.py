@@ -79,3 +79,14 @@ def test_a_gigabyte_is_written_in_little_memory(tmp_path: Path) -> None:
     )
     assert (tmp_path / WEIGHTS).stat().st_size > 1 << 29
     assert int(done.stdout) < 200e6
+
+
+def test_one_file_beside_files_of_an_index_is_the_model_where_those_are_gone(tmp_path: Path) -> None:
+    """As transformers leave a folder that they save into."""
+    write(tmp_path, file_bytes=100)
+    write(tmp_path)
+    with pytest.raises(InputError, match=r"holds model\.safetensors and the files of model\.safetensors\.index\.json"):
+        SavedWeights(tmp_path)
+    for path in tmp_path.glob("model-*"):
+        path.unlink()
+    assert SavedWeights(tmp_path).path.name == WEIGHTS

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from ecp_scale.checkpoint.export import ExportedModel, export
 from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.checkpoint.weights_file import WriteOptions
-from ecp_scale.evaluation.generation import generate
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation.generation import Sampling, generate
 from tests.corpus import ShardedText
 from tests.parallel.layouts import Layout, trained
 
@@ -76,7 +77,7 @@ def folder(sharded_text: ShardedText, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_it_is_used_without_this_package(folder: Path, tmp_path: Path) -> None:
+def test_it_is_used_without_this_package(folder: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
     alone(USE, folder, tmp_path / "saved", tmp_path)
     found = np.load(tmp_path / "saved.npz")
     exported = ExportedModel.open(folder)
@@ -89,9 +90,11 @@ def test_it_is_used_without_this_package(folder: Path, tmp_path: Path) -> None:
     assert_close(torch.from_numpy(found["narrow"]), expected, rtol=0, atol=0.1)
     end = tokenizer.end_of_document
     for row, text in zip(found["generated"], ("def first(", "import os\nfor name in os.listdir("), strict=True):
-        new = list(generate(model, tokenizer.encode(text), 20, temperature=0, end_of_document=end))
+        new = list(generate(model, tokenizer.encode(text), 20, Sampling(temperature=0), end))
         assert row[found["start"] :][: len(new)].tolist() == new
     # What it saved is read by ours.
+    with pytest.raises(InputError, match=r"saved: holds .*choose a new folder"):
+        export(find_checkpoint(trained(Layout(), sharded_text)), tmp_path / "saved")
     saved = ExportedModel.open(tmp_path / "saved")
     assert saved.config == exported.config
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ecp_scale.config import ModelConfig
-from ecp_scale.evaluation.generation import generate
+from ecp_scale.evaluation.generation import Sampling, generate
 from ecp_scale.parallel.groups import Groups
 from tests.hub.pairs import DOCUMENTS, pair, randomized
 from tests.models.settings import BOTH, CAUSAL, random_tokens, variant
@@ -26,7 +26,9 @@ def test_a_batch_of_unequal_prompts_goes_on_as_each_does_alone(
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     found = theirs.generate(ids, attention_mask=mask, max_new_tokens=40, **PLAIN)
-    assert found[:, longest:].tolist() == [list(generate(ours, prompt, 40, temperature=0)) for prompt in prompts]
+    assert found[:, longest:].tolist() == [
+        list(generate(ours, prompt, 40, Sampling(temperature=0))) for prompt in prompts
+    ]
     # Beams move the sequences of the cache around; without one nothing is remembered.
     beams = [
         theirs.generate(ids, attention_mask=mask, max_new_tokens=12, num_beams=3, use_cache=cached, **PLAIN)

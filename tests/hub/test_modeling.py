@@ -28,8 +28,9 @@ def test_logits_and_gradients_are_ours(architecture: str, config: ModelConfig, d
         lengths = [17, 32]
     for length in lengths:
         tokens = random_tokens(config, length) % 9
-        found = theirs(tokens).logits
+        found = theirs(tokens, attention_mask=torch.ones_like(tokens)).logits
         assert_close(found, ours.logits(tokens), **EXACT)
+        assert_close(theirs(tokens, logits_to_keep=torch.tensor([0, -1])).logits, found[:, [0, -1]], **EXACT)
         if length == 1:
             continue
         theirs.zero_grad()
@@ -105,6 +106,7 @@ def test_what_would_be_read_wrongly_is_refused(groups: Groups) -> None:
         ("either input_ids or inputs_embeds", {}),
         ("do not tell documents apart", {"inputs_embeds": torch.zeros(2, 8, 24)}),
         ("has 4 dimensions", {"input_ids": tokens, "attention_mask": torch.ones(2, 1, 8, 8)}),
+        ("at least one token", {"input_ids": tokens[:, :0]}),
         ("past_key_values is a list", {"input_ids": tokens, "past_key_values": []}),
     ):
         with pytest.raises(ValueError, match=message):
