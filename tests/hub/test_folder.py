@@ -1,7 +1,6 @@
 """The folder of an exported model, as someone uses it who has torch and transformers, and not this package."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from ecp_scale.checkpoint.weights_file import WriteOptions
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.generation import Sampling, generate
 from tests.corpus import ShardedText
+from tests.launching import environment
 from tests.parallel.layouts import Layout, trained
 
 pytest.importorskip("transformers")
@@ -64,9 +64,10 @@ with torch.no_grad():
 
 def alone(script: str, folder: Path, out: Path, home: Path) -> None:
     """Run a script that cannot import this package."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # Without what other tests leave of ranks, which accelerate takes for a launch.
+    variables = {**environment(), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-c", ALONE + script, str(folder), str(out)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=home)
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
