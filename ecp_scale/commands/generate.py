@@ -39,8 +39,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the first sample; others count on (default: 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each continuation, and no text")
     options = parser.parse_args()
-    if options.num_samples < 1:
-        raise InputError(f"--num-samples is {options.num_samples}, expected at least 1")
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
     if "" in options.stop:
         raise InputError("--stop is empty, expected at least one character")
     return options

@@ -6,6 +6,10 @@ from ecp_scale.data.tokenizer import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for the first bytes of a character."""
+BEFORE = 8
+"""Ids of the prompt that the first new one is decoded with."""
+LONGEST = 8
+"""Ids that a character may take; what is unfinished after so many is none."""
 
 
 def pieces_of_text(
@@ -22,15 +26,15 @@ def pieces_of_text(
     Yields:
         Text that no later id changes.
     """
-    ids, begin, end = list(prompt), max(0, len(prompt) - 8), len(prompt)
+    ids, begin, end = list(prompt), max(0, len(prompt) - BEFORE), len(prompt)
     held_back = max((len(stop) for stop in stops), default=1) - 1
     waiting = ""
     for token in new:
         ids.append(token)
-        known, text = tokenizer.decode(ids[begin:end]), tokenizer.decode(ids[begin:])
-        if text.endswith(UNFINISHED) and len(ids) - end < 8:
+        text = _text_behind(tokenizer, ids[begin:], end - begin)
+        if text.endswith(UNFINISHED) and len(ids) - end < LONGEST:
             continue
-        waiting += text[len(known) :] if text.startswith(known) else tokenizer.decode(ids[end:])
+        waiting += text
         begin, end = end, len(ids)
         found = min((place for stop in stops if (place := waiting.find(stop)) >= 0), default=None)
         if found is not None:
@@ -41,7 +45,12 @@ def pieces_of_text(
             yield waiting[:certain]
             waiting = waiting[certain:]
     if end < len(ids):
-        known, text = tokenizer.decode(ids[begin:end]), tokenizer.decode(ids[begin:])
-        waiting += text[len(known) :] if text.startswith(known) else tokenizer.decode(ids[end:])
+        waiting += _text_behind(tokenizer, ids[begin:], end - begin)
     if waiting:
         yield waiting
+
+
+def _text_behind(tokenizer: Tokenizer, ids: list[int], known: int) -> str:
+    """Text of ids without that of the first ``known``, beside which the others are decoded as they are in the whole."""
+    before, text = tokenizer.decode(ids[:known]), tokenizer.decode(ids)
+    return text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[known:])

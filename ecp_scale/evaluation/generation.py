@@ -55,13 +55,12 @@ class Sampling:
 
         Args:
             scores: of every token (V,), in float32.
-            seen: ids that were there, in any order.
+            seen: which tokens were there (V,).
             generator: of the random numbers.
         """
         if self.repetition_penalty != 1:
-            penalised = scores[seen]
             penalty = self.repetition_penalty
-            scores = scores.index_copy(0, seen, torch.where(penalised > 0, penalised / penalty, penalised * penalty))
+            scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
         if self.temperature == 0:
             return int(scores.argmax())
         scores = scores / self.temperature
@@ -112,14 +111,15 @@ def _generate(
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
     follow = _streamed(model) if model.config.geometry.streams else _windowed(model, end_of_document or 0)
-    seen = dict.fromkeys(prompt)
+    seen = torch.zeros(model.config.known_vocab_size, dtype=torch.bool)
+    seen[prompt] = True
     scores = follow(prompt)
     for number in range(max_new_tokens):
-        token = sampling.choose(scores.float().cpu(), torch.tensor([*seen]), generator)
+        token = sampling.choose(scores.float().cpu(), seen, generator)
         if token == end_of_document:
             return
         yield token
-        seen[token] = None
+        seen[token] = True
         if number + 1 < max_new_tokens:
             scores = follow([token])
 

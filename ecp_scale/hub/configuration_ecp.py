@@ -86,14 +86,7 @@ class EcpConfig(PretrainedConfig):
         end_of_document: int | None = None,
         **others: Any,
     ) -> None:
-        if architecture not in CAUSAL + LATENT:
-            raise ValueError(f"architecture is {architecture!r}, expected one of {', '.join(CAUSAL + LATENT)}")
-        if width % heads or heads % (key_value_heads or heads):
-            raise ValueError(f"width {width}, heads {heads}, key_value_heads {key_value_heads}: do not divide")
-        if architecture == "longlora" and (key_value_heads or heads) % 2:
-            raise ValueError(
-                f"longlora shifts half of the key/value heads, and {key_value_heads or heads} have no half"
-            )
+        _check(architecture, width, heads, key_value_heads or heads)
         self.architecture = architecture
         self.vocab_size = vocab_size
         self.layers = layers
@@ -153,3 +146,13 @@ class EcpConfig(PretrainedConfig):
             "sliding_window": self.window or max(1, min(3 * m // 2, n)),
             "longlora": self.group_length or max(2, min(3 * m, n) // 2 * 2),
         }.get(self.architecture)
+
+
+def _check(architecture: str, width: int, heads: int, key_value_heads: int) -> None:
+    """Refuse what no model can be."""
+    if architecture not in CAUSAL + LATENT:
+        raise ValueError(f"architecture is {architecture!r}, expected one of {', '.join(CAUSAL + LATENT)}")
+    if width % heads or heads % key_value_heads:
+        raise ValueError(f"width {width}, heads {heads}, key_value_heads {key_value_heads}: do not divide")
+    if architecture == "longlora" and key_value_heads % 2:
+        raise ValueError(f"longlora shifts half of the key/value heads, and {key_value_heads} have no half")

@@ -64,7 +64,8 @@ def test_an_end_of_document_ends_it(groups: Groups) -> None:
 def distribution(sampling: Sampling, scores: list[float], seen: list[int]) -> dict[int, float]:
     """How often each token is drawn."""
     generator = torch.Generator().manual_seed(1)
-    draws = [sampling.choose(torch.tensor(scores), torch.tensor(seen), generator) for _ in range(3000)]
+    were_there = torch.tensor([token in seen for token in range(len(scores))])
+    draws = [sampling.choose(torch.tensor(scores), were_there, generator) for _ in range(3000)]
     return {token: draws.count(token) / len(draws) for token in sorted(set(draws))}
 
 
