@@ -60,6 +60,12 @@ class ExportedModel:
     tokenizer: Tokenizer
     step: int
     tokens: int
+    dtype: torch.dtype = torch.float32
+    """Of the weights in the files."""
+    precision: str = "fp32"
+    """Of the training."""
+    probe_loss: float | None = None
+    """That the training had, see ``ecp_scale.models.probe``."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "ExportedModel":
@@ -76,9 +82,11 @@ class ExportedModel:
             attention = AttentionConfig(**renamed_fields("attention", content["attention"]))
             record = TokenizerRecord(**content["tokenizer"])
             step, tokens = int(content["step"]), int(content["tokens"])
+            dtype: torch.dtype = getattr(torch, content.get("dtype", "float32"))
+            precision, probe_loss = content.get("precision", "fp32"), content.get("probe_loss")
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; expected a folder of ecp-convert") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not an exported model ({type(error).__name__}: {error})") from error
@@ -87,7 +95,17 @@ class ExportedModel:
                 f"{folder / record.file} is missing; where transformers have saved the model, copy it from the folder "
                 "that they read"
             )
-        return cls(folder, config, attention, record.load(folder, "the model was trained with"), step, tokens)
+        return cls(
+            folder,
+            config,
+            attention,
+            record.load(folder, "the model was trained with"),
+            step,
+            tokens,
+            dtype,
+            precision,
+            probe_loss,
+        )
 
     def with_geometry(self, **changes: Any) -> "ExportedModel":
         """The model with another sequence length, segment length, latents, window or group length.
@@ -135,7 +153,8 @@ def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> Che
     It is a folder of Hugging Face's transformers, and ours. What is cut short leaves ``.NAME.partial`` beside it, from
     which the next conversion of the same checkpoint goes on.
 
-    Every file of the checkpoint is compared with its hash first.
+    The weights are compared with the digests that were saved with them, and other files of the checkpoint are not read;
+    where an earlier version has saved it, every file is compared with its hash first.
 
     Raises:
         InputError: if the checkpoint is incomplete, damaged or inconsistent, or ``output`` holds anything but an
@@ -143,7 +162,8 @@ def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> Che
     """
     output = output.resolve()
     record = CheckpointRecord.read(checkpoint)
-    found = damages(checkpoint, record.files)
+    states = "_states.pt" if record.digests else ()
+    found = damages(checkpoint, {name: file for name, file in record.files.items() if not name.endswith(states)})
     if found:
         raise InputError("\n".join(found))
     _check_output(output, record)
@@ -222,6 +242,7 @@ def sections(content: dict[str, Any], path: Path) -> dict[str, Any]:
     known = {item.name for item in dataclasses.fields(ModelConfig)} - set(NOT_THEIRS)
     return {
         **ours,
+        "dtype": content.get("dtype", "float32"),
         "model": {**ours["model"], **{name: content[name] for name in known if name in content}},
         "attention": {name: content[name] for name in ATTENTION},
     }
@@ -230,7 +251,11 @@ def sections(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, options: WriteOptions, name: str) -> None:
     saved = SavedStates(checkpoint, record.files, record.partitions, record.tensor_parallel)
     shapes = {name: saved.shape(name) for name in record.partitions}
-    write_weights(folder, shapes, saved.weight, options)
+    try:
+        write_weights(folder, shapes, saved.weight, options, record.digests)
+    except InputError as error:
+        why = damages(checkpoint, record.files)  # not looked at before where there are digests
+        raise InputError("\n".join([f"{checkpoint}: {error}", *why])) from error
     tokenizer_file = ""
     if record.tokenizer_file:
         # sentencepiece reads the file itself; others have a tokenizer.json of their own, which may be another one.
@@ -251,6 +276,8 @@ def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, optio
             "tokenizer": dataclasses.asdict(kept),
             "step": record.step,
             "tokens": record.tokens,
+            "precision": record.precision,
+            "probe_loss": record.probe_loss,
         },
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")

@@ -28,10 +28,11 @@ from ecp_scale.parallel.partition import Partition
 from ecp_scale.zero.state_files import FileRecord
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 7
-READABLE = (3, 4, 5, 6, 7)
+FORMAT_VERSION = 8
+READABLE = (3, 4, 5, 6, 7, 8)
 """Version 3 does not say which tokens the corpora hold, only how many; 3 and 4 have no hashes of files; up to 5 some
-fields have other names (``ecp_scale.config.renames``); up to 6 no versions of libraries are written."""
+fields have other names (``ecp_scale.config.renames``); up to 6 no versions of libraries are written; up to 7 no digests
+of the weights, and no loss of the probe."""
 HASHED = 5
 """Format version from which on files and the record itself have hashes."""
 RENAMED = 6
@@ -65,6 +66,10 @@ class CheckpointRecord:
     """Tokens of the whole run, as it was planned then."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the libraries that wrote it; empty where an earlier version did."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of every parameter in fp32 (``ecp_scale.parallel.digests``); empty where an earlier version wrote it."""
+    probe_loss: float | None = None
+    """What the probe's tokens cost (``ecp_scale.models.probe``), in nats per token, in the precision of the run."""
 
     def write(self, folder: Path) -> None:
         """Declare the folder complete; every file in it must have reached the disk."""

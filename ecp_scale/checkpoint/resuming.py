@@ -4,9 +4,11 @@ The first rank chooses the checkpoint: a shared file system may show another hos
 """
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,7 +18,9 @@ from ecp_scale.checkpoint.saving import Progress, layout_of
 from ecp_scale.config import Config
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
-from ecp_scale.parallel.groups import agreed
+from ecp_scale.parallel.digests import difference, summed
+from ecp_scale.parallel.groups import agreed, decided
+from ecp_scale.zero.digests import held_digests
 from ecp_scale.zero.engine import Engine
 from ecp_scale.zero.filling import fill, optimizer_order, share_weights
 from ecp_scale.zero.saved_states import SavedStates
@@ -130,6 +134,31 @@ def load(engine: Engine, config: Config, start: Start) -> None:
         agreed(lambda: fill(engine, saved()), True)
         share_weights(engine)
         engine.global_steps, engine.skipped_steps = record.step, record.skipped_steps
+    if record.digests:
+        check_digests(engine, record.digests, str(folder))
+
+
+def check_digests(engine: Engine, expected: Mapping[str, str], source: str) -> None:
+    """Refuse weights that are not those whose digests are known; all ranks take part.
+
+    Args:
+        engine: which has been filled with them.
+        expected: the digest of every parameter.
+        source: where the weights come from, for the error.
+
+    Raises:
+        InputError: on all ranks, naming the first parameter that differs.
+    """
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, held_digests(engine))
+    decided(lambda: refuse_difference(summed(list(expected), parts), expected, source))
+
+
+def refuse_difference(found: Mapping[str, str], expected: Mapping[str, str], source: str) -> None:
+    """Raise an InputError that names the first parameter with another digest."""
+    differing = difference(found, expected)
+    if differing is not None:
+        raise InputError(f"{source}: the weights are not those that were saved: {differing}")
 
 
 def _own_files(engine: Engine, record: CheckpointRecord) -> list[str]:

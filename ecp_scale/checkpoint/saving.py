@@ -21,9 +21,11 @@ from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
+from ecp_scale.parallel.digests import summed
 from ecp_scale.parallel.groups import agreed, decided
 from ecp_scale.parallel.partition import partitions
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
+from ecp_scale.zero.digests import held_digests
 from ecp_scale.zero.engine import Engine
 from ecp_scale.zero.state_files import FileRecord, copy_hashed, write_error
 
@@ -63,6 +65,8 @@ class Saves:
         self._partial: Path | None = None
         self._complaints: set[str] = set()
         self._skipped_steps = 0
+        self._digests: dict[str, int] = {}
+        self._probe_loss: float | None = None
         self.done = Progress()
         """How far the run was when the save began that is in progress, or the last one."""
 
@@ -80,8 +84,12 @@ class Saves:
         """Of this rank's part of the save in progress: 1 if it is written, and 1 if that has failed; else 0."""
         return int(not self._files.is_writing), int(self._files.has_failed)
 
-    def begin(self, done: Progress) -> None:
+    def begin(self, done: Progress, probe_loss: float | None = None) -> None:
         """Begin to save what is done; the states may change when this returns.
+
+        Args:
+            done: how far the run is.
+            probe_loss: of the weights as they are.
 
         Raises:
             SaveFailedError: if its folder cannot be made.
@@ -94,6 +102,7 @@ class Saves:
             raise SaveFailedError(partial)
         self._partial = partial
         self._engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+        self._digests, self._probe_loss = held_digests(self._engine), probe_loss
 
     def finish(self) -> Path:
         """Wait until all ranks have written, and make it a checkpoint.
@@ -109,7 +118,7 @@ class Saves:
         self._partial = None
         written = agreed(lambda: self._written(partial), takes_long=True)
         reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, (written, socket.gethostname()))
+        dist.all_gather_object(reports, (written, socket.gethostname(), self._digests))
         failure = decided(lambda: _attempt(lambda: self._publish(partial, reports), partial))
         if failure is not None:
             raise SaveFailedError(failure)
@@ -151,11 +160,13 @@ class Saves:
                 say(f"older checkpoints cannot be removed: {text}")
             self._complaints.add(text)
 
-    def _publish(self, partial: Path, reports: list[tuple[dict[str, FileRecord] | str, str]]) -> str | None:
+    def _publish(
+        self, partial: Path, reports: list[tuple[dict[str, FileRecord] | str, str, dict[str, int]]]
+    ) -> str | None:
         """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""
         failures: list[str] = []
         files: dict[str, FileRecord] = {}
-        for rank, (written, host) in enumerate(reports):
+        for rank, (written, host, _) in enumerate(reports):
             if isinstance(written, str):
                 failures.append(f"rank {rank} on host {host}: {written}")
                 continue
@@ -168,7 +179,7 @@ class Saves:
         try:
             if failures:
                 return "; ".join(failures)
-            record = self._record(partial, files)
+            record = self._record(partial, files, [digests for _, _, digests in reports])
             lacking = record.lacking()
             if lacking is not None:
                 return f"{partial}: the record {lacking}"
@@ -182,7 +193,7 @@ class Saves:
         self._remove_old(newest)
         return None
 
-    def _record(self, partial: Path, files: dict[str, FileRecord]) -> CheckpointRecord:
+    def _record(self, partial: Path, files: dict[str, FileRecord], digests: list[dict[str, int]]) -> CheckpointRecord:
         tokenizer = self._blend.corpora[0].tokenizer
         if tokenizer.path is not None:
             files[tokenizer.path.name] = copy_hashed(tokenizer.path, partial / tokenizer.path.name)
@@ -191,7 +202,9 @@ class Saves:
             tokens=self.done.tokens,
             tokenizer=self._blend.corpora[0].manifest.tokenizer,
             tokenizer_file=tokenizer.path.name if tokenizer.path else "",
-            partitions=partitions(self._engine.module),
+            partitions=(stored := partitions(self._engine.module)),
+            digests=summed(list(stored), digests),
+            probe_loss=self._probe_loss,
             files=dict(sorted(files.items())),
             data_digest=f"{self.done.data_digest:016x}",
             skipped_steps=self._skipped_steps,

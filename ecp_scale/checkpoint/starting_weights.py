@@ -1,11 +1,11 @@
 """The weights of an exported model as those that a new run begins with."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ecp_scale.checkpoint.export import ExportedModel
 from ecp_scale.checkpoint.weights_file import SavedWeights
@@ -55,7 +55,7 @@ def check_starting_weights(folder: Path, config: Config, corpus: Corpus) -> Expo
             f"--init-from {folder} does not fit the run:\n" + "\n".join(f"  - {text}" for text in problems)
         )
     weights = SavedWeights(folder)
-    elements = sum(torch.Size(weights.shape(name)).numel() for name in weights)
+    elements = sum(math.prod(weights[name].shape) for name in weights)
     if elements != wanted.parameters:
         raise InputError(f"{weights.path}: holds {elements:,} parameters, expected {wanted.parameters:,}")
     return exported
@@ -74,6 +74,8 @@ class StartingWeights:
 
     def __init__(self, folder: Path) -> None:
         self._weights = SavedWeights(folder)
+        self.digests = self._weights.digests
+        """Of every tensor; empty where transformers have saved them."""
 
     def keys(self, name: str) -> list[str]:
         """The weight alone: the optimizer begins anew."""
@@ -85,7 +87,7 @@ class StartingWeights:
         """Elements of a rank's share, flat and in fp32; see ``SavedStates.read``."""
         if not keys:
             return {}
-        whole: Tensor = self._weights[name].flatten()
+        whole = self._weights[name][:].flatten()
         out = torch.zeros(stop - start)
         for run in share.runs(start, stop):
             out[run.start - start :][: run.length] = whole[run.whole_start :][: run.length]

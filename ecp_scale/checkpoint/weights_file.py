@@ -10,8 +10,10 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +23,14 @@ from tqdm import tqdm
 
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
+from ecp_scale.parallel.digests import as_text, difference, digest
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5_000_000_000
 """Most bytes of tensors in a file, unless one tensor alone has more."""
+DIGESTS = "ecp_digests"
+"""Key of the tensors' digests in a file's metadata."""
 PIECE = 1 << 18
 """Elements that are in memory at a time. Trap: the kernel takes more than a megabyte at once twice as long."""
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -56,16 +61,22 @@ def write_weights(
     shapes: Mapping[str, Sequence[int]],
     read: Callable[[str, int, int], Tensor],
     options: WriteOptions = PLAIN,
+    digests: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write all tensors; they are on disk when this returns. Files that are there already are left as they are.
+
+    Each file says the digests (``ecp_scale.parallel.digests``) of what is written, in the metadata of its header, which
+    transformers do not keep when they save a model.
 
     Args:
         folder: an existing one.
         shapes: of every tensor, by name, in the order in which they are written.
         read: the elements of a tensor from one number up to another, flat; called by several threads.
         options: how.
+        digests: that the elements that are read must have, by name; empty where they are not known.
 
     Raises:
+        InputError: naming the first tensor with another digest.
         OSError: if a file cannot be written.
     """
     sizes = {name: math.prod(shape) * options.dtype.itemsize for name, shape in shapes.items()}
@@ -73,20 +84,34 @@ def write_weights(
     total = sum(sizes.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None if options.progress else True, desc="weights")
 
+    def write_tensor(out: FileIO, name: str) -> str:
+        elements, saved, written = math.prod(shapes[name]), 0, 0
+        for start in range(0, elements, PIECE):
+            exact = read(name, start, min(start + PIECE, elements))
+            piece = exact.to(options.dtype)
+            saved += digest(exact, start=start)
+            written += digest(piece, start=start) if options.dtype != torch.float32 else 0
+            write_all(out, memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            bar.update(piece.nbytes)
+        wrong = difference({name: as_text(saved)}, {name: digests[name]}) if digests else None
+        if wrong is not None:
+            raise InputError(f"the weights are not those that were saved: {wrong}")
+        return as_text(written if options.dtype != torch.float32 else saved)
+
     def write(file: _File) -> None:
         target = folder / file.name
         if target.exists():
             bar.update(sum(sizes[name] for name in file.tensors))
             return
         unfinished = target.with_name(target.name + ".tmp")
+        shares = {name: list(shapes[name]) for name in file.tensors}
+        written = dict.fromkeys(file.tensors, as_text(0))
         with unfinished.open("wb", buffering=0) as out:
-            out.write(_header({name: list(shapes[name]) for name in file.tensors}, options.dtype))
+            out.write(_header(shares, options.dtype, written))
             for name in file.tensors:
-                elements = math.prod(shapes[name])
-                for start in range(0, elements, PIECE):
-                    piece = read(name, start, min(start + PIECE, elements)).to(options.dtype)
-                    write_all(out, memoryview(piece.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-                    bar.update(piece.nbytes)
+                written[name] = write_tensor(out, name)
+            out.seek(0)
+            out.write(_header(shares, options.dtype, written))
             os.fsync(out.fileno())
         unfinished.replace(target)
 
@@ -118,8 +143,8 @@ def _files(sizes: Mapping[str, int], file_bytes: int) -> list[_File]:
     return [_File(f"model-{n:05d}-of-{len(shares):05d}.safetensors", names) for n, names in enumerate(shares, start=1)]
 
 
-def _header(shapes: Mapping[str, list[int]], dtype: torch.dtype) -> bytes:
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(shapes: Mapping[str, list[int]], dtype: torch.dtype, digests: Mapping[str, str]) -> bytes:
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", DIGESTS: json.dumps(digests)}}
     start = 0
     for name, shape in shapes.items():
         stop = start + torch.Size(shape).numel() * dtype.itemsize
@@ -130,7 +155,25 @@ def _header(shapes: Mapping[str, list[int]], dtype: torch.dtype) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class SavedWeights(Mapping[str, Tensor]):
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file; ``stored[:]`` reads all of it, ``stored[2:4, 1:]`` that part alone."""
+
+    file: Any
+    name: str
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the whole tensor."""
+        shape: list[int] = self.file.get_slice(self.name).get_shape()
+        return shape
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        part: Tensor = self.file.get_slice(self.name)[index]
+        return part
+
+
+class SavedWeights(Mapping[str, StoredTensor]):
     """The tensors of an exported model by name; each is read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -152,25 +195,36 @@ class SavedWeights(Mapping[str, Tensor]):
                     )
                 self.path, names = folder / WEIGHTS, [WEIGHTS]
             self._files: dict[str, Any] = {}
+            digests: dict[str, str] = {}
             for path in (folder / Path(name).name for name in names):
                 opened = safe_open(path, framework="pt")
                 self._files |= dict.fromkeys(opened.keys(), opened)
+                digests |= json.loads((opened.metadata() or {}).get(DIGESTS, "{}"))
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: cannot be read ({error})") from error
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        self.digests = digests if digests.keys() == self._files.keys() else {}
+        """Of every tensor, as it was written; empty where something else has written one of them."""
 
-    def shape(self, name: str) -> list[int]:
-        """Shape of a tensor, which is not read."""
-        shape: list[int] = self._files[name].get_slice(name).get_shape()
-        return shape
+    def __getitem__(self, name: str) -> StoredTensor:
+        return StoredTensor(self._files[name], name)
+
+    def computed_digests(self) -> dict[str, str]:
+        """Of every tensor, as it is now; a row of one is in memory at a time."""
+        return {name: as_text(sum(digest(part, start=start) for start, part in _pieces(self[name]))) for name in self}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _pieces(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+    """A tensor as some whole rows at a time, flat, each with the number of its first element."""
+    rows, width = stored.shape[0], math.prod(stored.shape[1:])
+    step = max(1, PIECE // width)
+    for first in range(0, rows, step):
+        yield first * width, stored[first : first + step].flatten()

@@ -1,4 +1,7 @@
-"""Continue prompts with an exported model; text appears as it is made."""
+"""Continue prompts with an exported model; text appears as it is made.
+
+On several ranks (torchrun --nproc-per-node 4 launch/generate.py ...) all share the model.
+"""
 
 import argparse
 import json
@@ -7,9 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ecp_scale.console import say
-from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+
+if TYPE_CHECKING:
+    from ecp_scale.data.tokenizer import Tokenizer
+    from ecp_scale.evaluation.generation import Sampling
+    from ecp_scale.models.language_model import LanguageModel
 
 
 def read_options() -> argparse.Namespace:
@@ -37,7 +46,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="among those of P times the likeliest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: say new things")
     parser.add_argument("--seed", type=int, default=1, help="of the first sample; others count on (default: 1)")
+    parser.add_argument(
+        "--precision", "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each continuation, and no text")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # which the deepspeed launcher adds
     options = parser.parse_args()
     for name in ("num_samples", "max_new_tokens"):
         if getattr(options, name) < 1:
@@ -51,12 +64,14 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Read the command line and print every prompt with its continuations."""
     options = read_options()
-    prompts = list(_prompts(options))
 
     from ecp_scale.checkpoint.export import ExportedModel
-    from ecp_scale.evaluation.continuation import pieces_of_text
-    from ecp_scale.evaluation.generation import Sampling, generate
-    from ecp_scale.parallel.device import local_device
+    from ecp_scale.evaluation.generation import Sampling
+    from ecp_scale.evaluation.ranks import launched
+    from ecp_scale.parallel.context import ParallelContext
+    from ecp_scale.parallel.device import check_precision
+    from ecp_scale.parallel.groups import agreed, decided
+    from ecp_scale.precision import DTYPES
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     samplings = [
@@ -64,39 +79,70 @@ def main() -> None:
         for number in range(options.num_samples)
     ]
     samplings[-1].check()
+    prompts = list(_prompts(options)) if is_first_rank() else []
     exported = ExportedModel.open(options.model)
-    tokenizer = exported.tokenizer
+    with launched(exported.config, tensor=None) as groups:
+        agreed(lambda: check_precision(groups.device, options.precision))
+        encoded = decided(lambda: _encoded(exported.tokenizer, prompts, options.inside_document))
+        parallel = ParallelContext(groups.tensor, DTYPES[options.precision])
+        model = agreed(lambda: exported.load(parallel.dtype, groups.device, parallel), takes_long=True)
+        made, began = 0, time.perf_counter()
+        for prompt, ids in encoded:
+            for sampling in samplings:
+                made += _continue(model, exported.tokenizer, prompt, ids, sampling, options)
+        seconds = time.perf_counter() - began
+    if is_first_rank():
+        say(f"{made:,} tokens in {seconds:.1f} s, {made / seconds:.1f} per second, prompts included")
+
+
+def _encoded(
+    tokenizer: "Tokenizer", prompts: list[tuple[str, str]], inside_document: bool
+) -> list[tuple[str, list[int]]]:
+    """Every prompt with its ids."""
     encoded = []
     for where, prompt in prompts:
         ids = tokenizer.encode(prompt)
         if not ids:
             raise InputError(f"{where} {prompt!r:.60} has no tokens; expected some text")
-        encoded.append(ids if options.inside_document else [tokenizer.end_of_document, *ids])
-    model = exported.load(device=local_device(0))
-    made, began = 0, time.perf_counter()
-    for (_, prompt), ids in zip(prompts, encoded, strict=True):
-        for sampling in samplings:
-            new: list[int] = []
+        encoded.append((prompt, ids if inside_document else [tokenizer.end_of_document, *ids]))
+    return encoded
 
-            def counted(ids: list[int] = ids, sampling: Sampling = sampling, new: list[int] = new) -> Iterator[int]:
-                for token in generate(model, ids, options.max_new_tokens, sampling, tokenizer.end_of_document):
-                    new.append(token)
-                    yield token
 
-            pieces = pieces_of_text(tokenizer, ids, counted(), options.stop)
-            if options.json:
-                text = "".join(pieces)
-                print(
-                    json.dumps({"prompt": prompt, "text": text, "tokens": len(new), "seed": sampling.seed}), flush=True
-                )
-            else:
-                print(prompt, end="", flush=True)
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                print(flush=True)
-            made += len(new)
-    seconds = time.perf_counter() - began
-    say(f"{made:,} tokens in {seconds:.1f} s, {made / seconds:.1f} per second, prompts included")
+def _continue(
+    model: "LanguageModel",
+    tokenizer: "Tokenizer",
+    prompt: str,
+    ids: list[int],
+    sampling: "Sampling",
+    options: argparse.Namespace,
+) -> int:
+    """Print one continuation, and say how many tokens it has."""
+    from ecp_scale.evaluation.continuation import pieces_of_text
+    from ecp_scale.evaluation.generation import generate
+
+    new: list[int] = []
+
+    def counted() -> Iterator[int]:
+        for token in generate(model, ids, options.max_new_tokens, sampling, tokenizer.end_of_document):
+            new.append(token)
+            yield token
+
+    pieces = pieces_of_text(tokenizer, ids, counted(), options.stop)
+    if options.json:
+        content = {"prompt": prompt, "text": "".join(pieces), "tokens": len(new), "seed": sampling.seed}
+        _print(json.dumps(content) + "\n")
+        return len(new)
+    _print(prompt)
+    for piece in pieces:
+        _print(piece)
+    _print("\n")
+    return len(new)
+
+
+def _print(text: str) -> None:
+    """Show what the first rank makes; the others make the same."""
+    if is_first_rank():
+        print(text, end="", flush=True)
 
 
 def _prompts(options: argparse.Namespace) -> Iterator[tuple[str, str]]:

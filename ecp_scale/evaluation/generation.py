@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
@@ -86,7 +88,7 @@ def generate(
     """Continue some ids.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; the ranks that share it all call this, and get the same.
         prompt: at least one id; any length, it passes through the caches in chunks.
         max_new_tokens: where to stop.
         sampling: how tokens are chosen; None draws them as they are likely.
@@ -110,18 +112,28 @@ def _generate(
     model: LanguageModel, prompt: list[int], max_new_tokens: int, sampling: Sampling, end_of_document: int | None
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
+    device = next(model.parameters()).device
     follow = _streamed(model) if model.config.geometry.streams else _windowed(model, end_of_document or 0)
     seen = torch.zeros(model.config.known_vocab_size, dtype=torch.bool)
     seen[prompt] = True
     scores = follow(prompt)
     for number in range(max_new_tokens):
-        token = sampling.choose(scores.float().cpu(), seen, generator)
+        token = _of_first(model.parallel.tp_group, sampling.choose(scores.float().cpu(), seen, generator), device)
         if token == end_of_document:
             return
         yield token
         seen[token] = True
         if number + 1 < max_new_tokens:
             scores = follow([token])
+
+
+def _of_first(group: ProcessGroup, token: int, device: torch.device) -> int:
+    """What the first rank of a group has chosen: another processor may round so that another token wins."""
+    if group.size() == 1:
+        return token
+    chosen = torch.tensor(token, device=device)
+    dist.broadcast(chosen, group_src=0, group=group)
+    return int(chosen)
 
 
 def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:

@@ -12,12 +12,15 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from itertools import islice
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from ecp_scale.config import ModelConfig
@@ -137,12 +140,33 @@ def default_protocol(config: ModelConfig) -> Protocol:
     return "stream" if relative and config.geometry.bounded_cache else "sliding"
 
 
+class Part(NamedTuple):
+    """Which part of a text a replica of the model scores."""
+
+    number: int = 0
+    among: int = 1
+
+
 def evaluate(
-    model: LanguageModel, text: Text, end_of_document: int, protocol: Protocol, progress: bool = False
+    model: LanguageModel,
+    text: Text,
+    end_of_document: int,
+    protocol: Protocol,
+    progress: bool = False,
+    replicas: ProcessGroup | None = None,
 ) -> EvaluationResult:
     """Score a text.
 
     An end of document is put before the first token, so that the first one is predicted too.
+
+    Args:
+        model: in evaluation mode.
+        text: the same on all ranks.
+        end_of_document: id that ends a document.
+        protocol: how the text is cut.
+        progress: show it on a terminal.
+        replicas: ranks with a model each, or a share of one, that score a part of the text each; every rank gets the
+            figures of all of it.
 
     Raises:
         InputError: if the text is too short for the protocol, or the architecture cannot follow it.
@@ -150,45 +174,70 @@ def evaluate(
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
     ids = _Led(text.ids, end_of_document, 1)
-    n = model.config.sequence_length
+    n, geometry = model.config.sequence_length, model.config.geometry
+    part = Part() if replicas is None else Part(replicas.rank(), replicas.size())
     if text.words == 0:
         raise InputError("the text to evaluate has no words")
     if protocol == "release" and len(ids) < n + 1:
         raise InputError(f"protocol release needs a window of {n} + 1 tokens, the text has {len(ids)}")
-    if protocol == "stream" and not model.config.geometry.streams:
+    if protocol == "stream" and not geometry.streams:
         raise InputError(f"protocol stream: the context of {model.config.architecture} is not causal; use sliding")
-    scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids)
-    nll, scored = 0.0, 0
-    with tqdm(total=len(text.ids), unit="token", disable=None if progress else True, desc=protocol) as bar:
+    if protocol == "stream" and part.among > 1 and not geometry.bounded_cache:
+        raise InputError(
+            f"protocol stream: {model.config.architecture} depends on all that came before, so {part.among} replicas "
+            "cannot share a text; use sliding, or parallel.tensor for all ranks"
+        )
+    scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids, part)
+    sums = torch.zeros(2, dtype=torch.float64)
+    with tqdm(
+        total=len(text.ids) // part.among, unit="token", disable=None if progress else True, desc=protocol
+    ) as bar:
         for losses in scores:
-            nll += losses.double().sum().item()
-            scored += losses.numel()
+            sums += torch.tensor([losses.double().sum().item(), losses.numel()])
             bar.update(losses.numel())
-    return EvaluationResult.of(protocol, nll, scored, text)
+    if replicas is not None and part.among > 1:
+        shared = sums.to(next(model.parameters()).device)
+        dist.all_reduce(shared, group=replicas)
+        sums = shared.cpu()
+    return EvaluationResult.of(protocol, sums[0].item(), int(sums[1]), text)
 
 
-def _stream(model: LanguageModel, ids: _Led) -> Iterator[Tensor]:
+def _stream(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
+    """A replica begins as many tokens before its own as they depend on, at a border of segments: it is exact."""
+    n, targets = model.config.sequence_length, len(ids) - 1
+    first, last = (targets * number // part.among for number in (part.number, part.number + 1))
+    begin = max(0, first - model.config.receptive_field_tokens) // n * n
     stream = model.new_stream()
-    for start in range(0, len(ids) - 1, STREAM_CHUNK_TOKENS):
-        yield _losses(model, ids[start : start + STREAM_CHUNK_TOKENS + 1], stream)
+    stream.position = begin
+    for start in range(begin, last, STREAM_CHUNK_TOKENS):
+        stop = min(start + STREAM_CHUNK_TOKENS, last)
+        losses = _losses(model, ids[start : stop + 1], stream)
+        if stop > first:
+            yield losses[max(0, first - start) :]
 
 
-def _sliding(model: LanguageModel, ids: _Led) -> Iterator[Tensor]:
+def _sliding(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
     n, scored_at_most = model.config.sequence_length, model.config.geometry.trained_positions
     first = min(len(ids) - 1, scored_at_most)
     # A latent model reads n tokens for any text, and scores the last ones; of a short text those that are text.
     padding = n - first if scored_at_most < n else 0
     ids = _Led(ids.ids, ids.leader, ids.count + padding)
-    yield _losses(model, ids[: n + 1])[-first:]
     stride = min(n // 2, scored_at_most)
-    for start in range(n, len(ids) - 1, stride):
-        scored = min(stride, len(ids) - 1 - start)
-        yield _losses(model, ids[start + scored - n : start + scored + 1])[-scored:]
+
+    def windows() -> Iterator[tuple[int, int]]:
+        """The last target of each, and how many of them are scored."""
+        yield min(n, len(ids) - 1), first
+        for start in range(n, len(ids) - 1, stride):
+            scored = min(stride, len(ids) - 1 - start)
+            yield start + scored, scored
+
+    for end, scored in islice(windows(), part.number, None, part.among):
+        yield _losses(model, ids[max(0, end - n) : end + 1])[-scored:]
 
 
-def _release(model: LanguageModel, ids: _Led) -> Iterator[Tensor]:
+def _release(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
     n = model.config.sequence_length
-    for start in range(0, len(ids) - n, n // 2):
+    for start in range(0, len(ids) - n, n // 2)[part.number :: part.among]:
         yield _losses(model, ids[start : start + n + 1])
 
 

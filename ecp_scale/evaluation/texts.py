@@ -32,7 +32,7 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     if manifest_path(Path(data)).exists():
         corpus = open_shards(data, tokenizer)
         totals = corpus.manifest.totals
-        spool = _Spool()
+        spool = Spool()
         for start in range(0, corpus.tokens, SPOOLED):
             spool.add(corpus.read(start, min(SPOOLED, corpus.tokens - start)))
         return Text(spool.ids(), totals.bytes, totals.words, totals.lines, totals.unknown)
@@ -50,7 +50,7 @@ def measure_text(documents: Iterable[str], tokenizer: Tokenizer, name: str = "te
     Raises:
         InputError: if the tokenizer cannot encode a document.
     """
-    spool = _Spool()
+    spool = Spool()
     size = words = lines = unknown = 0
     cutter = Cutter(tokenizer)
     for document in documents:
@@ -67,7 +67,7 @@ def measure_text(documents: Iterable[str], tokenizer: Tokenizer, name: str = "te
     return Text(spool.ids(), size, words, lines, unknown)
 
 
-class _Spool:
+class Spool:
     """Ids in a temporary file: those of a gigabyte of text take four in memory."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +154,38 @@ class Partition:
             whole[0] = self.vocabulary_rows
         return whole
 
-    def split(self, whole: Tensor, size: int, rank: int, padded_rows: int) -> Tensor:
-        """The share of one rank; the vocabulary's padding rows are 0."""
-        if self.vocabulary_rows is not None:
-            padding = whole.new_zeros(padded_rows - whole.shape[0], *whole.shape[1:])
-            whole = torch.cat((whole, padding))
-        return whole if self.partition_dim is None else whole.chunk(size, self.partition_dim)[rank]
+    def split(self, whole: "Sliceable", size: int, rank: int, rows: int) -> Tensor:
+        """The share of one rank; nothing else is read. The vocabulary's padding rows are 0.
+
+        Args:
+            whole: the whole tensor, without padding.
+            size: of the tensor group.
+            rank: in it.
+            rows: of the share, padding included.
+        """
+        if self.partition_dim is None:
+            share = whole[:]
+        else:
+            before, there = self.partition_dim, whole.shape[self.partition_dim]
+            length = rows if before == 0 else there // size
+            first = min(rank * length, there - 1)  # of a share that is all padding one row is read
+            share = whole[(slice(None),) * before + (slice(first, min(first + length, there)),)]
+            if rank * length > first:
+                share = share[:0]
+        if self.vocabulary_rows is None:
+            return share
+        return torch.cat((share, share.new_zeros(rows - share.shape[0], *share.shape[1:])))
+
+
+class Sliceable(Protocol):
+    """A tensor, or what reads a part of one when it is asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the whole."""
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        """A part, by a slice or a tuple of slices."""
 
 
 def partitions(model: nn.Module) -> dict[str, Partition]:
@@ -173,7 +199,7 @@ def full_shape(parameter: nn.Parameter, size: int) -> list[int]:
 
 
 @torch.no_grad()
-def load_full(model: nn.Module, parallel: ParallelContext, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_full(model: nn.Module, parallel: ParallelContext, tensors: Mapping[str, Sliceable], source: str) -> None:
     """Fill a model with this rank's share of whole tensors.
 
     Raises:
@@ -183,11 +209,11 @@ def load_full(model: nn.Module, parallel: ParallelContext, tensors: Mapping[str,
     problems = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
     problems += [f"{name} is not part of this model" for name in tensors.keys() - parameters.keys()]
     for name in parameters.keys() & tensors.keys():
-        expected = full_shape(parameters[name], parallel.tp_size)
-        if list(tensors[name].shape) != expected:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, expected {expected}")
+        found, expected = list(tensors[name].shape), full_shape(parameters[name], parallel.tp_size)
+        if found != expected:
+            problems.append(f"{name} has shape {found}, expected {expected}")
     if problems:
         raise InputError(f"{source} does not fit the model:\n" + "\n".join(f"  - {text}" for text in sorted(problems)))
     for name, parameter in parameters.items():
-        padded_rows = parameter.shape[0] * parallel.tp_size
-        parameter.copy_(Partition.of(parameter).split(tensors[name], parallel.tp_size, parallel.tp_rank, padded_rows))
+        partition, rows = Partition.of(parameter), parameter.shape[0]
+        parameter.copy_(partition.split(tensors[name], parallel.tp_size, parallel.tp_rank, rows))

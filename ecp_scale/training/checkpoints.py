@@ -1,6 +1,7 @@
 """When a run is saved, and what is said about it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,18 +15,27 @@ from ecp_scale.console import say
 class Checkpoints:
     """Saves in front of the training, or behind it; all ranks call it alike."""
 
-    def __init__(self, saves: Saves, config: CheckpointConfig, run: Path, newest: Path | None) -> None:
+    def __init__(
+        self,
+        saves: Saves,
+        config: CheckpointConfig,
+        run: Path,
+        newest: Path | None,
+        probe: Callable[[], float] | None = None,
+    ) -> None:
         """Args:
         saves: what saves.
         config: of the run.
         run: its folder.
         newest: the checkpoint that it goes on from.
+        probe: tells the loss of fixed tokens, which is saved with the weights; all ranks call it.
         """
         self.newest = newest
         """The newest checkpoint, which a run can go on from."""
         self._saves = saves
         self._config = config
         self._run = run
+        self._probe = probe
         self._began = 0.0
         self._copied = 0.0
         saves.catch_up(newest)
@@ -61,7 +71,7 @@ class Checkpoints:
             self.finish()
         self._began = time.perf_counter()
         try:
-            self._saves.begin(done)
+            self._saves.begin(done, self._probe() if self._probe else None)
         except SaveFailedError as error:
             self._failed(done.step, error, is_last)
             return

@@ -3,15 +3,15 @@
 import socket
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from ecp_scale.checkpoint.mirror import held_mirror
-from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start, load
+from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start
 from ecp_scale.checkpoint.saving import Progress, Saves
-from ecp_scale.checkpoint.starting_weights import StartingWeights
 from ecp_scale.cluster.signals import StopRequest, write_stopped
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
@@ -28,9 +28,10 @@ from ecp_scale.training.checkpoints import Checkpoints
 from ecp_scale.training.corpora import check_view, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
+from ecp_scale.training.probe import probe_loss
 from ecp_scale.training.profiling import profiled
 from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
-from ecp_scale.training.starting import check_backend, check_rate, initial_weights, write_settings
+from ecp_scale.training.starting import check_backend, check_rate, initial_weights, load_weights, write_settings
 from ecp_scale.training.step import (
     DivergedError,
     StepResult,
@@ -50,7 +51,6 @@ from ecp_scale.zero.engine import (
     set_batch,
     set_learning_rate,
 )
-from ecp_scale.zero.filling import fill, share_weights
 from ecp_scale.zero.making import check_host_memory
 
 
@@ -105,18 +105,12 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         agreed(lambda: check_overlap(config, request.deepspeed, groups, request.world_size))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
             engine = build_engine(config, settings, groups, draw=start.record is None and initial is None)
-        if initial is not None:
-            agreed(lambda: fill(engine, StartingWeights(initial)), takes_long=True)
-            share_weights(engine)
-        if start.record is not None:
-            size = sum(file.size for file in start.record.files.values())
-            what = f"loading     {len(start.record.files)} files, {size:,} bytes, once their hashes are checked"
-            with waiting(what, dist.get_rank() == 0):
-                load(engine, config, start)
+        load_weights(engine, config, groups, start, initial)
         apply_optimizer_config(engine, config.optimizer)
         decided(lambda: write_settings(run, to_yaml(config), settings))
         saves = Saves(engine, config, blend, run, run_tokens)
-        checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder)
+        probe = partial(probe_loss, engine, config, groups)
+        checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder, probe)
         _Run(config, groups, engine, blend, validation, run, run_tokens, stop, checkpoints).steps(start.progress)
         engine.destroy()
 

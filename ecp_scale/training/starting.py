@@ -5,18 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ecp_scale.attention import Settings, refusal
-from ecp_scale.checkpoint.resuming import Start
-from ecp_scale.checkpoint.starting_weights import check_starting_weights
+from ecp_scale.checkpoint.resuming import Start, check_digests, load
+from ecp_scale.checkpoint.starting_weights import StartingWeights, check_starting_weights
 from ecp_scale.cluster.signals import STOPPED
 from ecp_scale.command_line import Request
 from ecp_scale.config import Config, OptimizerConfig
-from ecp_scale.console import say
+from ecp_scale.console import say, waiting
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
+from ecp_scale.parallel.groups import Groups, agreed
 from ecp_scale.precision import weight_type
+from ecp_scale.training.probe import check_probe
+from ecp_scale.zero.engine import Engine
+from ecp_scale.zero.filling import fill, share_weights
 
 LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
@@ -86,3 +91,23 @@ def initial_weights(request: Request, start: Start, config: Config, blend: Blend
     exported = check_starting_weights(folder, config, blend.corpora[0])
     say(f"start       with the weights of {folder}: step {exported.step:,}, {exported.tokens:,} tokens")
     return folder
+
+
+def load_weights(engine: Engine, config: Config, groups: Groups, start: Start, initial: Path | None) -> None:
+    """Fill a new engine with a checkpoint, or with the weights of a model folder, if there are any; all take part.
+
+    Raises:
+        InputError: on all ranks, if what is read is damaged, or not what was written.
+    """
+    if initial is not None:
+        weights = agreed(lambda: StartingWeights(initial))
+        agreed(lambda: fill(engine, weights), takes_long=True)
+        share_weights(engine)
+        if weights.digests:
+            check_digests(engine, weights.digests, str(initial))
+    if start.record is not None:
+        size = sum(file.size for file in start.record.files.values())
+        what = f"loading     {len(start.record.files)} files, {size:,} bytes, once their hashes are checked"
+        with waiting(what, dist.get_rank() == 0):
+            load(engine, config, start)
+        check_probe(start, config, engine, groups)

@@ -54,7 +54,7 @@ def fill(engine: deepspeed.DeepSpeedEngine, saved: States) -> None:
         if number == 0:
             step = saved.read(name, share, 0, 0, [STEP] if STEP in keys else [])
             begin_states(engine, [key for key in keys if key not in (WEIGHT, STEP)], step)
-        start, stop = _owned(parameter, held.start, held.values.numel())
+        start, stop = owned(parameter, held.start, held.values.numel())
         if stop > start:
             write(engine.optimizer, parameter, saved.read(name, share, start, stop, keys))
 
@@ -65,7 +65,7 @@ def share_weights(engine: deepspeed.DeepSpeedEngine) -> None:
         engine.optimizer.update_lp_params()
 
 
-def _owned(parameter: nn.Parameter, start: int, elements: int) -> tuple[int, int]:
+def owned(parameter: nn.Parameter, start: int, elements: int) -> tuple[int, int]:
     """Which elements of its share this rank holds in fp32, the first and the one after the last."""
     stored: Any = parameter
     if not hasattr(stored, "_hp_mapping"):

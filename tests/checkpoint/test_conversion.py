@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from ecp_scale.checkpoint.export import WRITTEN, ExportedModel, export
 from ecp_scale.checkpoint.folder import find_checkpoint
+from ecp_scale.checkpoint.proof import prove
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import Groups
 from tests.corpus import ShardedText
@@ -46,6 +47,7 @@ def test_the_converted_model_has_the_trainers_logits(
     tolerance = 0.05 if layout.precision == "bf16" else 1e-5
     assert_close(logits, trainers, rtol=tolerance, atol=tolerance)
     assert logits.shape[-1] == exported.tokenizer.vocab_size
+    assert (proof := prove(exported, exported.load(), "fp32")).is_right, proof.lines
 
 
 @pytest.mark.parametrize("layout", BF16, ids=str)
