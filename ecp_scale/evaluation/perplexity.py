@@ -203,10 +203,12 @@ def evaluate(
 
 
 def _stream(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
-    """A replica begins as many tokens before its own as they depend on, at a border of segments: it is exact."""
-    n, targets = model.config.sequence_length, len(ids) - 1
+    """A replica begins as many tokens before its own as they depend on, where segments and groups begin: it is exact."""
+    geometry, targets = model.config.geometry, len(ids) - 1
+    # A window is whole segments; groups need not end where it does.
+    border = math.lcm(geometry.sequence_length, geometry.group_length if "group_length" in geometry.fields else 1)
     first, last = (targets * number // part.among for number in (part.number, part.number + 1))
-    begin = max(0, first - model.config.receptive_field_tokens) // n * n
+    begin = max(0, first - geometry.receptive_field_tokens) // border * border
     stream = model.new_stream()
     stream.position = begin
     for start in range(begin, last, STREAM_CHUNK_TOKENS):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation import perplexity
-from ecp_scale.evaluation.perplexity import EvaluationResult, Text, default_protocol, evaluate, unigram_result
+from ecp_scale.evaluation.perplexity import EvaluationResult, Part, Text, default_protocol, evaluate, unigram_result
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.groups import Groups
 from tests.models.settings import ARCHITECTURES, BOTH, LATENT, NAMES, PAPER, SCALED, build, variant
@@ -67,6 +68,27 @@ def test_release_drops_the_tail_and_scores_every_position_of_every_window(groups
     result = evaluate(model, text, END, "release")
     assert result.tokens_scored == n * len(windows)
     assert result.nll_per_token == pytest.approx(np.mean(means), rel=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["stream", "sliding", "release"])
+@pytest.mark.parametrize("replicas", [2, 7])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_parts_of_replicas_are_the_whole(
+    protocol: str, replicas: int, architecture: str, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "STREAM_CHUNK_TOKENS", 40)
+    model = build(variant(SCALED, architecture), groups)
+    if protocol == "stream" and not model.config.geometry.bounded_cache:
+        return
+    ids = perplexity._Led(np.random.default_rng(5).integers(0, 29, 10 * LENGTH), END, 1)
+    score = {"stream": perplexity._stream, "sliding": perplexity._sliding, "release": perplexity._release}[protocol]
+    whole = torch.cat(list(score(model, ids, Part())))
+    parts = [list(score(model, ids, Part(number, replicas))) for number in range(replicas)]
+    if protocol == "stream":
+        found = torch.cat([losses for part in parts for losses in part])
+    else:
+        found = torch.cat([losses for window in zip_longest(*parts) for losses in window if losses is not None])
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", LATENT)
