@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH) --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,data,export,hub,wandb,tensorboard]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,data,export,harness,wandb,tensorboard]" --constraint constraints.txt
 	touch $@
 
 demo: install

@@ -5,6 +5,7 @@ groups share the text. With --verify, say whether the model is what was trained.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -33,6 +34,9 @@ def read_options() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=home, metavar="PATH", help=".txt, .jsonl, a folder, a shard prefix")
     what.add_argument(
+        "--tasks", type=home, nargs="+", metavar="FILE", help="tasks of lm-eval, in YAML (or names of its own)"
+    )
+    what.add_argument(
         "--verify", action="store_true", help="compare the digest of every weight, and the loss of the probe"
     )
     parser.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
@@ -47,11 +51,21 @@ def read_options() -> argparse.Namespace:
         "--precision", "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)"
     )
     parser.add_argument(
-        "--parallel.tensor", dest="tensor", type=int, default=1, metavar="N", help="ranks that share it (default: 1)"
+        "--parallel.tensor",
+        dest="tensor",
+        type=int,
+        metavar="N",
+        help="ranks that share it (default: 1; tasks: all)",
     )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="requests of tasks together (default: 8)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="requests of every task")
     parser.add_argument("--json", type=home, metavar="FILE", help="write the result here too")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # which the deepspeed launcher adds
     options = parser.parse_args()
+    if options.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("--tasks needs lm-eval: pip install 'ecp-scale[harness]'")
     if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
         raise InputError(f"--json {options.json}: expected a file in a folder that exists")
     return options
@@ -72,14 +86,19 @@ def main() -> None:
     if options.verify and geometry:
         raise InputError(f"--verify looks at the model as it was trained; leave out {', '.join(geometry)}")
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
-    with launched(exported.config, options.tensor) as groups:
+    tensor = options.tensor if options.tensor or options.tasks else 1
+    with launched(exported.config, tensor) as groups:
         agreed(lambda: check_precision(groups.device, options.precision))
         dtype = DTYPES[options.precision]
         parallel = ParallelContext(groups.tensor, dtype)
-        text = None if options.verify else _text(exported, groups, options)
+        text = _text(exported, groups, options) if options.data else None
         model = agreed(lambda: exported.load(dtype, groups.device, parallel), takes_long=True)
         if text is not None:
             _evaluate(exported, model, text, groups, options)
+        elif options.tasks:
+            if groups.replicas.size() > 1:
+                raise InputError(f"--tasks: {groups.replicas.size()} replicas; expected parallel.tensor of all ranks")
+            _run_tasks(exported, model, options)
         elif not _is_proven(exported, model, options.precision):
             sys.exit(1)
 
@@ -89,6 +108,16 @@ def _text(exported: "ExportedModel", groups: "Groups", options: argparse.Namespa
     from ecp_scale.evaluation.texts import read_text
 
     return from_first_rank(lambda: read_text(options.data, exported.tokenizer, options.text_key), groups)
+
+
+def _run_tasks(exported: "ExportedModel", model: "LanguageModel", options: argparse.Namespace) -> None:
+    """Print the harness's table, and write its results."""
+    from ecp_scale.evaluation.harness import run_tasks, table
+
+    results = run_tasks(model, exported.tokenizer, options.tasks, options.batch_size, options.limit)
+    if results is not None and is_first_rank():
+        print(table(results))
+        _write(options.json, {"model": options.model, "results": results["results"], "versions": results["versions"]})
 
 
 def _is_proven(exported: "ExportedModel", model: "LanguageModel", precision: str) -> bool:
@@ -144,8 +173,14 @@ def _evaluate(
         )
     if not gives_texts_back(tokenizer):
         print("this tokenizer does not give texts back as they were: what it loses (case, white space) is not scored")
-    if options.json:
-        try:
-            Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {options.json}: {error.strerror or error}") from error
+    _write(options.json, content)
+
+
+def _write(file: str | None, content: dict[str, Any]) -> None:
+    """Write the result to the file of --json, if there is one."""
+    if file is None:
+        return
+    try:
+        Path(file).write_text(json.dumps(content, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise InputError(f"--json {file}: {error.strerror or error}") from error

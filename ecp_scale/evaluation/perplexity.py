@@ -203,7 +203,7 @@ def evaluate(
 
 
 def _stream(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
-    """A replica begins as many tokens before its own as they depend on, where segments and groups begin: it is exact."""
+    """Exact: a replica begins as many tokens before its own as they depend on, where segments and groups begin."""
     geometry, targets = model.config.geometry, len(ids) - 1
     # A window is whole segments; groups need not end where it does.
     border = math.lcm(geometry.sequence_length, geometry.group_length if "group_length" in geometry.fields else 1)

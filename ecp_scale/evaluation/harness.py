@@ -1,0 +1,180 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, read by a stream: a context of any length counts in full.
+
+The harness makes the requests and the metrics; ``lm_eval --model hf`` on the same folder differs where a text is longer
+than its windows alone. Needs the extra ``harness``.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import evaluator
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+from torch import Tensor
+from tqdm import tqdm
+
+from ecp_scale.data.tokenizer import Tokenizer
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation.continuation import pieces_of_text
+from ecp_scale.evaluation.generation import Sampling, generate
+from ecp_scale.evaluation.perplexity import Text, default_protocol, evaluate
+from ecp_scale.models.language_model import LanguageModel
+
+LONGEST_CONTINUATION = 256
+"""Tokens that are made where a task does not say how many."""
+
+
+def run_tasks(
+    model: LanguageModel, tokenizer: Tokenizer, tasks: Sequence[str], batch_size: int, limit: int | None
+) -> dict[str, Any] | None:
+    """Evaluate a model on tasks; ranks that share it all take part.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        tasks: YAML files of tasks, or names of those that the harness brings.
+        batch_size: requests that are scored together.
+        limit: requests of each task; None takes all.
+
+    Returns:
+        What the harness returns; None on all ranks of a host but the first.
+
+    Raises:
+        InputError: naming a task that is none.
+    """
+    files = [str(Path(task).resolve()) for task in tasks if Path(task).is_file()]
+    manager = TaskManager(include_defaults=len(files) < len(tasks))
+    names = [task for task in tasks if not Path(task).is_file()]
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise InputError(f"--tasks {unknown[0]}: neither a file nor a task of the harness")
+    try:
+        loaded = manager.load([*files, *names])
+    except Exception as error:  # A task may be anything, and run code of its own.
+        raise InputError(f"--tasks {', '.join(tasks)}: cannot be loaded ({type(error).__name__}: {error})") from error
+    harness = StreamingModel(model, tokenizer, batch_size)
+    found: dict[str, Any] | None = evaluator.simple_evaluate(
+        harness, tasks=list(loaded["tasks"].values()), limit=limit, log_samples=False, bootstrap_iters=1000
+    )
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The harness's own table of results."""
+    text: str = make_table(results)
+    return text
+
+
+class StreamingModel(TemplateLM):
+    """A language model as the harness asks it."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, batch_size: int = 8) -> None:
+        super().__init__()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._device = next(model.parameters()).device
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document, and stands before a text that has no context."""
+        return self._tokenizer.end_of_document
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Ids of a text; none are added."""
+        return self._tokenizer.encode(string)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each behind the end of a document."""
+        protocol = default_protocol(self._model.config)
+        found = []
+        for request in tqdm(requests, desc="texts", disable=disable_tqdm or None):
+            ids = np.array(self._tokenizer.encode(request.args[0]), dtype=np.int64)
+            text = Text(ids, bytes=1, words=1)
+            found.append(-evaluate(self._model, text, self.eot_token_id, protocol).nll if len(ids) else 0.0)
+        return found
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation of a context, and whether it is the likeliest."""
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        sizes = [len(context) + len(continuation) for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=lambda number: -sizes[number])  # those of like length together
+        bar = tqdm(total=len(requests), desc="continuations", disable=disable_tqdm or None)
+        together = self._batch_size if self._model.config.geometry.streams else 1
+        for first in range(0, len(order), together):
+            numbers = [number for number in order[first : first + together] if requests[number][2]]
+            for number, scored in zip(numbers, self._scored([requests[number][1:] for number in numbers]), strict=True):
+                found[number] = scored
+            bar.update(len(order[first : first + together]))
+        bar.close()
+        return found
+
+    def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
+        """Contexts with their continuations, behind each of which stands padding that nothing before it sees."""
+        if not pairs:
+            return
+        width = max(len(context) + len(continuation) for context, continuation in pairs)
+        rows = [[*context, *new, *[self.eot_token_id] * (width - len(context) - len(new))] for context, new in pairs]
+        first = min(len(context) for context, _ in pairs)
+        losses, is_likeliest = self._targets(torch.tensor(rows, device=self._device), first)
+        for row, (context, new) in enumerate(pairs):
+            part = slice(len(context) - first, len(context) - first + len(new))
+            yield -losses[row, part].sum().item(), bool(is_likeliest[row, part].all())
+
+    def _targets(self, ids: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Losses (B, T) of ids (B, N) from number ``first`` on, in float64, and whether each id is the likeliest."""
+        parts = []
+        for scores, targets in self._scores(ids, first):
+            exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            losses = torch.nn.functional.cross_entropy(exact.mT, targets, reduction="none")
+            parts.append((losses.double(), scores.argmax(-1) == targets))
+        losses, is_likeliest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return losses, is_likeliest
+
+    def _scores(self, ids: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (B, T, V) of some positions after another, with their targets (B, T), from id number ``first`` on."""
+        n, geometry, length = self._model.config.sequence_length, self._model.config.geometry, ids.shape[1]
+        if geometry.streams:
+            stream = self._model.new_stream()
+            for start in range(0, length - 1, n):
+                stop = min(start + n, length - 1)
+                wanted = max(0, stop + 1 - max(first, start + 1))
+                scores = self._model.logits(ids[:, start:stop], stream, last=max(1, wanted))
+                if wanted:
+                    yield scores[:, -wanted:], ids[:, stop + 1 - wanted : stop + 1]
+            return
+        # A latent model reads n ids for any text: before a short one stand ends of documents.
+        padded = torch.cat((torch.full_like(ids[:, :1], self.eot_token_id).expand(-1, n), ids), dim=1)
+        for start in range(first, length, geometry.trained_positions):
+            stop = min(start + geometry.trained_positions, length)
+            window = padded[:, n + stop - 1 - n : n + stop - 1]
+            yield self._model.logits(window, last=stop - start), ids[:, start:stop]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, up to the first of its stop texts."""
+        found = []
+        for request in tqdm(requests, desc="generation", disable=disable_tqdm or None):
+            context, options = request.args
+            until = options.get("until") or []
+            stops = [until] if isinstance(until, str) else [text for text in until if text]
+            tokens = int(options.get("max_gen_toks") or options.get("max_new_tokens") or LONGEST_CONTINUATION)
+            ids = self._tokenizer.encode(context) or [self.eot_token_id]
+            made = generate(self._model, ids, tokens, _sampling(options), self.eot_token_id)
+            found.append("".join(pieces_of_text(self._tokenizer, ids, made, stops)))
+        return found
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """As transformers read these options: nothing is sampled unless ``do_sample`` says so."""
+    if not options.get("do_sample", options.get("temperature", 0) > 0):
+        return Sampling(temperature=0)
+    return Sampling(
+        temperature=options.get("temperature") or 1.0, top_k=options.get("top_k"), top_p=options.get("top_p", 1.0)
+    )
