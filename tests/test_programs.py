@@ -191,6 +191,42 @@ def test_generation(model: Path) -> None:
     assert "nowhere" in refused("launch/generate.py", "--model", model / "nowhere", "--prompt", "x")
 
 
+def test_generation_from_files_in_samples_as_json(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"question": "def main("}, {"question": "import "}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    how = ("--top-p", 0.9, "--min-p", 0.01, "--top-k", 20, "--repetition-penalty", 1.2, "--seed", 5)
+    words = ("--model", model, "--prompt-file", prompts, "--text-key", "question", "--max-new-tokens", 12)
+    out = run_successfully("launch/generate.py", *words, "--num-samples", 2, "--json", "--stop", "e", *how)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(entry["prompt"], entry["seed"]) for entry in found] == [
+        (line["question"], seed) for line in lines for seed in (5, 6)
+    ]
+    assert all("e" not in entry["text"] and entry["tokens"] <= 12 for entry in found)
+    assert len({entry["text"] for entry in found}) > 2
+    prompts.write_text('{"question": 5}\n')
+    for text, message in {
+        '{"question": 5}': "prompts.jsonl, line 1: 'question' is int, expected text",
+        '{"text": "x"}': "line 1: expected a JSON object with 'question'",
+        "{": "line 1: expected a JSON object",
+        "\n": "holds no prompts",
+    }.items():
+        prompts.write_text(text)
+        assert message in refused("launch/generate.py", *words)
+
+
+def test_a_prompt_of_a_megabyte_is_read_and_repeated(model: Path, sharded_text: ShardedText) -> None:
+    prompt = ("\n".join(sharded_text.documents) * 4)[:1_000_000] + "  caf\u00e9\t"
+    assert len(prompt) > 1_000_000
+    words = [sys.executable, ROOT / "launch" / "generate.py", "--model", model, "--prompt-file", "-"]
+    done = subprocess.run(
+        [*map(str, words), "--max-new-tokens", "8"], input=prompt.encode(), env=environment(), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(prompt.encode())
+    assert b" tokens in " in done.stderr
+
+
 def test_evaluation_of_text_and_of_its_shards_agree(model: Path, sharded_text: ShardedText, tmp_path: Path) -> None:
     results = []
     for number, data in enumerate((sharded_text.text, sharded_text.prefix)):

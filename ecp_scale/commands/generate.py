@@ -64,6 +64,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     """Read the command line and print every prompt with its continuations."""
     options = read_options()
+    prompts = list(_prompts(options)) if is_first_rank() else []
 
     from ecp_scale.checkpoint.export import ExportedModel
     from ecp_scale.evaluation.generation import Sampling
@@ -79,7 +80,6 @@ def main() -> None:
         for number in range(options.num_samples)
     ]
     samplings[-1].check()
-    prompts = list(_prompts(options)) if is_first_rank() else []
     exported = ExportedModel.open(options.model)
     with launched(exported.config, tensor=None) as groups:
         agreed(lambda: check_precision(groups.device, options.precision))

@@ -12,6 +12,8 @@ from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
 
 LEAST_TEMPERATURE = 0.001
+PROMPT_CHUNK_TOKENS = 4096
+"""Tokens of a prompt that pass through the caches at a time."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:
     device = next(model.parameters()).device
 
     def follow(ids: list[int]) -> Tensor:
-        chunks = [ids[i : i + model.config.sequence_length] for i in range(0, len(ids), model.config.sequence_length)]
+        chunks = [ids[i : i + PROMPT_CHUNK_TOKENS] for i in range(0, len(ids), PROMPT_CHUNK_TOKENS)]
         return [model.logits(torch.tensor([chunk], device=device), stream, last=1)[0, -1] for chunk in chunks][-1]
 
     return follow
