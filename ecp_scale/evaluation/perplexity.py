@@ -10,6 +10,7 @@
 """
 
 import math
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -31,20 +32,30 @@ from ecp_scale.models.positions import Stream
 
 Ids = npt.NDArray[np.integer]
 STREAM_CHUNK_TOKENS = 4096
+COUNTED = 1 << 22
+"""Ids that are counted at a time."""
 COMPARABLE_UNKNOWN_SHARE = 0.001
 """Share of unknown tokens above which figures per word and byte flatter: what they stand for costs nothing."""
+
+
+class SliceableIds(typing.Protocol):
+    """Ids of a text in an array, or in a file that is read where they are asked for."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> Ids:
+        """Some of them."""
 
 
 @dataclass(frozen=True)
 class Text:
     """A text to score: ``ids`` (T,) of its documents, each with its end, and the size of the text they came from.
 
-    The ids may lie in a file, which is read where they are asked for.
-
     ``lines`` counts line ends, ``unknown`` the ids that stand for what the vocabulary cannot write.
     """
 
-    ids: Ids
+    ids: SliceableIds
     bytes: int
     words: int
     lines: int = 0
@@ -120,7 +131,7 @@ def _exp(exponent: float) -> float:
 class _Led:
     """Ids behind some others that are all the same; only what is asked for becomes int64, and is read."""
 
-    def __init__(self, ids: Ids, leader: int, count: int) -> None:
+    def __init__(self, ids: SliceableIds, leader: int, count: int) -> None:
         self.ids, self.leader, self.count = ids, leader, count
 
     def __len__(self) -> int:
@@ -260,5 +271,8 @@ def unigram_result(text: Text, training_counts: Ids) -> EvaluationResult:
         training_counts: occurrences (V,) of every id in the training shards.
     """
     probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
-    nll = float(-(np.bincount(text.ids, minlength=len(probabilities)) * np.log(probabilities)).sum())
+    counts = np.zeros(len(probabilities), dtype=np.int64)
+    for start in range(0, len(text.ids), COUNTED):
+        counts += np.bincount(text.ids[start : start + COUNTED], minlength=len(probabilities))
+    nll = float(-(counts * np.log(probabilities)).sum())
     return EvaluationResult.of("unigram", nll, len(text.ids), text)

@@ -1,8 +1,10 @@
 """Texts to evaluate: raw files through the model's tokenizer, or shards that were made with it."""
 
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,9 @@ from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
 
 SPOOLED = 1 << 22
-"""Ids of shards that are read at a time."""
+"""Ids of shards that are read at a time, and bytes that are written at a time."""
+ID = np.dtype(np.int32)
+"""Type of the ids in a temporary file."""
 
 
 def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
@@ -71,18 +75,35 @@ class Spool:
     """Ids in a temporary file: those of a gigabyte of text take four in memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the ids
+        self._file = tempfile.TemporaryFile(buffering=SPOOLED)  # noqa: SIM115, it lives as long as the ids
 
     def add(self, ids: npt.NDArray[np.integer]) -> None:
         """Append some."""
         self._file.write(ids.astype(np.int32).tobytes())
 
-    def ids(self) -> Ids:
+    def ids(self) -> "SpooledIds":
         """All of them."""
         self._file.flush()
-        if not self._file.tell():
-            return np.empty(0, dtype=np.int32)
-        return np.memmap(self._file, dtype=np.int32, mode="r")
+        return SpooledIds(self._file)
+
+
+class SpooledIds:
+    """Ids in a file, of which a slice is read when it is asked for. Trap: pages of a mapped file count as memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._count = file.tell() // ID.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> Ids:
+        start, stop, _ = part.indices(self._count)
+        found = np.empty(max(0, stop - start), dtype=ID)
+        into = memoryview(found)  # type: ignore[arg-type]
+        read = os.preadv(self._file.fileno(), [into], start * ID.itemsize) if len(found) else 0
+        assert read == found.nbytes, "the temporary file has been cut"
+        return found
 
 
 def open_shards(prefix: str, tokenizer: Tokenizer) -> Corpus:
