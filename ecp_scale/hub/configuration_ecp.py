@@ -114,7 +114,8 @@ class EcpConfig(PretrainedConfig):
         self.document_mask = document_mask
         self.restart_positions = restart_positions
         self.end_of_document = end_of_document
-        others.setdefault("tie_word_embeddings", False)
+        if others.setdefault("tie_word_embeddings", False):
+            raise ValueError("tie_word_embeddings is true: the output layer has weights of its own")
         super().__init__(**others)
 
     @property

@@ -86,8 +86,10 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         position_ids: None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Scores of the next token.
 
         Args:
@@ -100,11 +102,16 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache, where the architecture can; the default is to, unless in training or for a loss.
             logits_to_keep: scores of so many last positions, or of those at these indices; 0 means all.
             position_ids: not used: positions follow from the mask.
+            output_hidden_states: return also what enters each block, and what the output layer reads.
+            return_dict: False returns a tuple of what there is.
             kwargs: of the loss.
 
         Returns:
-            ``logits`` (B, T, V), of the scored positions; ``loss``, the mean in nats; ``past_key_values``.
+            ``logits`` (B, T, V), of the scored positions; ``loss``, the mean in nats; ``past_key_values``;
+            ``hidden_states``, each (B, T, D).
         """
+        if kwargs.pop("output_attentions", None):
+            raise ValueError("output_attentions: attention weights are never formed")
         self._check(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
@@ -124,9 +131,14 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
                 x, valid = at_rows(x, order), valid.gather(1, order)
                 input_ids = None if input_ids is None else input_ids.gather(1, order)
         places = places_of(self.config, input_ids, valid, cache, x.dtype)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = []
         for block in self.layers:
+            states += [x] if output_hidden_states else []
             x = block(x, places, past_key_values=cache)
             places = cast(EcpBlock, block).attention.left(places)
+        states += [self.norm(x)] if output_hidden_states else []
         if back is not None:
             x = at_rows(x, back.to(x.device))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
@@ -136,7 +148,9 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels[:, -logits.shape[1] :], vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        hidden_states = tuple(states if back is None else (at_rows(state, back.to(state.device)) for state in states))
+        result = CausalLMOutputWithPast(loss, logits, cache, hidden_states or None)
+        return result.to_tuple() if return_dict is False else result
 
     def _check(
         self,

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from ecp_scale.config import ModelConfig
+from ecp_scale.hub.configuration_ecp import EcpConfig
 from ecp_scale.parallel.groups import Groups
 from tests.hub.pairs import DOCUMENTS, pair, randomized
 from tests.models.settings import ARCHITECTURES, BOTH, CAUSAL, LATENT, NAMES, random_tokens, variant
@@ -99,6 +100,8 @@ def test_the_cache_does_not_grow(architecture: str, groups: Groups) -> None:
 
 
 def test_what_would_be_read_wrongly_is_refused(groups: Groups) -> None:
+    with pytest.raises(ValueError, match="tie_word_embeddings is true"):
+        EcpConfig(tie_word_embeddings=True)
     _, ecp = pair(variant(BOTH[1], "ecp"), groups, DOCUMENTS["documents"])
     tokens = random_tokens(BOTH[1], 8)
     for message, arguments in (
@@ -117,6 +120,30 @@ def test_what_would_be_read_wrongly_is_refused(groups: Groups) -> None:
     _, compressed = pair(variant(BOTH[1], "compressed_double_attention"), groups)
     with pytest.raises(ValueError, match="reads exactly 32 tokens, found 8"):
         compressed(tokens)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_hidden_states_and_tuples_are_returned_where_they_are_asked_for(architecture: str, groups: Groups) -> None:
+    config = variant(BOTH[1], architecture)
+    _, theirs = pair(config, groups)
+    tokens = random_tokens(config, 32)
+    plain = theirs(tokens)
+    assert plain.hidden_states is None
+    full = theirs(tokens, output_hidden_states=True)
+    assert len(full.hidden_states) == config.layers + 1
+    assert_close(full.hidden_states[0], theirs.embedding(tokens))
+    assert_close(theirs.output(full.hidden_states[-1]), plain.logits, **EXACT)
+    logits, *_ = theirs(tokens, return_dict=False)
+    assert_close(logits, plain.logits, **EXACT)
+    if architecture in CAUSAL:
+        mask = torch.ones_like(tokens)
+        mask[0, :5] = 0
+        padded = theirs(tokens, attention_mask=mask, output_hidden_states=True)
+        assert_close(theirs.output(padded.hidden_states[-1]), padded.logits, **EXACT)
+        assert_close(padded.hidden_states[0], theirs.embedding(tokens))
+    with pytest.raises(ValueError, match="attention weights are never formed"):
+        theirs(tokens, output_attentions=True)
 
 
 def test_a_step_of_decoding_is_compiled_once(groups: Groups) -> None:
@@ -151,3 +178,29 @@ def test_dropout_and_recomputation_train(groups: Groups) -> None:
     assert losses[0][0] == losses[1][0]
     assert_close(losses[0][1], losses[1][1])
     assert losses[0][0] != theirs.eval()(tokens, labels=tokens).loss.item()
+
+
+def test_adapters_of_peft_train_and_merge(groups: Groups) -> None:
+    peft = pytest.importorskip("peft")
+    config = BOTH[1]
+    _, theirs = pair(config, groups)
+    tokens = random_tokens(config, 40) % 3
+    adapted = peft.get_peft_model(
+        theirs, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, init_lora_weights=True)
+    )
+    before = {name: parameter.clone() for name, parameter in theirs.named_parameters() if "lora" not in name}
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=3e-2)
+    losses = []
+    for _ in range(20):
+        loss = adapted(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(dict(theirs.named_parameters())[name], value) for name, value in before.items())
+    expected = adapted(tokens).logits
+    generated = adapted.generate(input_ids=tokens[:, :9], max_new_tokens=5, do_sample=False)
+    merged = adapted.merge_and_unload()
+    assert_close(merged(tokens).logits, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(merged.generate(tokens[:, :9], max_new_tokens=5, do_sample=False), generated)
