@@ -197,7 +197,7 @@ def test_adapters_of_peft_train_and_merge(groups: Groups) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
     assert all(torch.equal(dict(theirs.named_parameters())[name], value) for name, value in before.items())
     expected = adapted(tokens).logits
     generated = adapted.generate(input_ids=tokens[:, :9], max_new_tokens=5, do_sample=False)
