@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from ecp_scale.data.tokenizer import load_tokenizer
-from ecp_scale.preparation.documents import read_documents
+from ecp_scale.preparation.documents import read_parts
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
 from ecp_scale.preparation.preprocessing import preprocess
@@ -78,7 +78,7 @@ def measure(inputs: list[str], tokenizer: str, rounds: int, memory_only: bool = 
     sources = find_sources(inputs).sources
     result: dict[str, Any] = {"bytes": sum(source.size for source in sources)}
     alone, together, whole = [], [], []
-    texts = [] if memory_only else list(read_documents(sources, Parsing()))
+    texts = [] if memory_only else [text for text, _ in read_parts(sources, Parsing())]
     for _ in range(1 if memory_only else rounds):
         if texts:
             alone.append(tokenize_alone(tokenizer, [texts]))

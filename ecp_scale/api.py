@@ -136,7 +136,7 @@ class Model:
         Raises:
             InputError: if the text is too short, or the architecture cannot follow the protocol.
         """
-        measured: Text = measure_text([text], self.tokenizer)
+        measured: Text = measure_text([[text]], self.tokenizer)
         end = self.tokenizer.end_of_document
         return evaluate(self.network, measured, end, protocol or default_protocol(self.config))
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +16,7 @@ from ecp_scale.data.tokenizer_kinds import UnencodableError
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Text
 from ecp_scale.preparation.cutting import Cutter
-from ecp_scale.preparation.documents import read_documents
+from ecp_scale.preparation.documents import read_parts
 from ecp_scale.preparation.encoding import measure
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
@@ -40,14 +40,28 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
         for start in range(0, corpus.tokens, SPOOLED):
             spool.add(corpus.read(start, min(SPOOLED, corpus.tokens - start)))
         return Text(spool.ids(), totals.bytes, totals.words, totals.lines, totals.unknown)
-    return measure_text(read_documents(find_sources([data]).sources, Parsing(text_key)), tokenizer, data)
+    return measure_text(_documents(read_parts(find_sources([data]).sources, Parsing(text_key))), tokenizer, data)
 
 
-def measure_text(documents: Iterable[str], tokenizer: Tokenizer, name: str = "text") -> Text:
+def _documents(parts: Iterable[tuple[str, bool]]) -> Iterator[Iterator[str]]:
+    """Each document as its parts, which must be taken before the next one."""
+    remaining = iter(parts)
+
+    def document(part: str, last: bool) -> Iterator[str]:
+        yield part
+        while not last:
+            part, last = next(remaining)
+            yield part
+
+    for part, last in remaining:
+        yield document(part, last)
+
+
+def measure_text(documents: Iterable[Iterable[str]], tokenizer: Tokenizer, name: str = "text") -> Text:
     """Ids and sizes of some documents.
 
     Args:
-        documents: in order.
+        documents: in order, each in parts of which one is in memory at a time.
         tokenizer: of the model that scores them.
         name: of the text, for an error.
 
@@ -58,16 +72,19 @@ def measure_text(documents: Iterable[str], tokenizer: Tokenizer, name: str = "te
     size = words = lines = unknown = 0
     cutter = Cutter(tokenizer)
     for document in documents:
+        goes_on = False  # whether the last character is of a word that the next piece may continue
         try:
-            for piece in cutter.pieces([document]):
+            for piece in cutter.pieces(document):
                 ids = tokenizer.encode_batch([piece.encoded])[0]
                 unknown += 0 if tokenizer.unknown is None else int(np.count_nonzero(ids == tokenizer.unknown))
                 spool.add(ids)
+                counts = measure(piece.text)
+                size, words, lines = size + counts[0], words + counts[1], lines + counts[2]
+                words -= goes_on and not piece.text[:1].isspace() and bool(piece.text)
+                goes_on = not piece.text[-1:].isspace() if piece.text else goes_on
         except UnencodableError as error:
             raise InputError(f"{name}: a document cannot be encoded: {error}") from error
         spool.add(np.array([tokenizer.end_of_document]))
-        counts = measure(document)
-        size, words, lines = size + counts[0], words + counts[1], lines + counts[2]
     return Text(spool.ids(), size, words, lines, unknown)
 
 

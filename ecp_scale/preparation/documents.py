@@ -60,20 +60,6 @@ class LongText:
         return parsing.filtered(self._characters, self._has_text) or parsing.share_of(self.fraction)
 
 
-def read_documents(sources: Sequence[Source], parsing: Parsing) -> Iterator[str]:
-    """Documents in order; what the parsing drops is left out.
-
-    Raises:
-        InputError: naming the source and the record that cannot be read.
-    """
-    parts: list[str] = []
-    for text, last in read_parts(sources, parsing):
-        parts.append(text)
-        if last:
-            yield "".join(parts)
-            parts = []
-
-
 def read_parts(sources: Sequence[Source], parsing: Parsing) -> Iterator[tuple[str, bool]]:
     """Documents in parts, in order, and whether each part ends a document.
 
