@@ -69,9 +69,10 @@ class Checkpoints:
                 done.step, f"waits for the save of step {before:,}: the disk is slower than checkpoint.every_steps"
             )
             self.finish()
+        loss = self._probe() if self._probe else None
         self._began = time.perf_counter()
         try:
-            self._saves.begin(done, self._probe() if self._probe else None)
+            self._saves.begin(done, loss)
         except SaveFailedError as error:
             self._failed(done.step, error, is_last)
             return
