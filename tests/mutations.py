@@ -181,6 +181,33 @@ BUGS = (
         "pass",
         "tests/training/test_asynchronous_saves.py",
     ),
+    Bug(
+        "parallel/digests.py",
+        "numbers += rows.mul_(share.stride - share.width) + share.first",
+        "numbers += share.first",
+        "tests/parallel/test_digests.py",
+    ),
+    Bug(
+        "parallel/digests.py",
+        "mixed += _wrapped(first * OF_NUMBER)",
+        "mixed += _wrapped((first - start) * OF_NUMBER)",
+        "tests/parallel/test_digests.py",
+    ),
+    Bug(
+        "evaluation/perplexity.py",
+        "first - geometry.receptive_field_tokens)",
+        "first - 1)",
+        "tests/evaluation/test_perplexity.py -k parts",
+    ),
+    Bug(
+        "evaluation/texts.py", "words -= goes_on and", "words -= False and", "tests/evaluation/test_texts.py -k pieces"
+    ),
+    Bug(
+        "evaluation/harness.py",
+        "max(first, start + 1)",
+        "max(first, start)",
+        "tests/evaluation/test_harness.py -k scored",
+    ),
 )
 """Files are of ``ecp_scale``."""
 
