@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from ecp_scale.models.language_model import LanguageModel
     from ecp_scale.parallel.groups import Groups
 
+DATA_OPTIONS = ("protocol", "text_key", "unigram")
+TASKS_OPTIONS = ("batch_size", "limit")
+BOTH_OPTIONS = (*GEOMETRY_FIELDS, "json")
+
 
 def read_options() -> argparse.Namespace:
     """The options of the command line.
 
     Raises:
-        InputError: if the file for --json cannot be.
+        InputError: if they do not belong together, or the file for --json cannot be.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     home = os.path.expanduser
@@ -39,36 +43,43 @@ def read_options() -> argparse.Namespace:
     what.add_argument(
         "--verify", action="store_true", help="compare the digest of every weight, and the loss of the probe"
     )
-    parser.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
-    parser.add_argument("--text-key", default="text", help="key of the text in a .jsonl line (default: text)")
-    parser.add_argument(
-        "--unigram", type=home, metavar="PREFIX", help="also score the unigram of these training shards"
-    )
+    data = parser.add_argument_group("with --data")
+    data.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
+    data.add_argument("--text-key", metavar="KEY", help="key of the text in a .jsonl line (default: text)")
+    data.add_argument("--unigram", type=home, metavar="PREFIX", help="also score the unigram of these training shards")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="requests that are scored together (default: 8)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="requests of every task")
+    both = parser.add_argument_group("with --data or --tasks")
     for name in GEOMETRY_FIELDS:
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
+        both.add_argument(option, type=int, metavar="N", help=f"another {name} than that of the training")
+    both.add_argument("--json", type=home, metavar="FILE", help="write the result here too")
     parser.add_argument(
         "--precision", "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)"
     )
-    parser.add_argument(
-        "--parallel.tensor",
-        dest="tensor",
-        type=int,
-        metavar="N",
-        help="ranks that share it (default: 1; tasks: all)",
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="requests of tasks together (default: 8)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="requests of every task")
-    parser.add_argument("--json", type=home, metavar="FILE", help="write the result here too")
+    ranks = "ranks that share the model (default: 1; of --tasks: all)"
+    parser.add_argument("--parallel.tensor", dest="tensor", type=int, metavar="N", help=ranks)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # which the deepspeed launcher adds
     options = parser.parse_args()
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what would be ignored or cannot be, before anything is loaded."""
+    asked = next(name for name in ("data", "tasks", "verify") if getattr(options, name))
+    takes = {"data": DATA_OPTIONS + BOTH_OPTIONS, "tasks": TASKS_OPTIONS + BOTH_OPTIONS, "verify": ()}[asked]
+    for name in (*DATA_OPTIONS, *TASKS_OPTIONS, *BOTH_OPTIONS):
+        if getattr(options, name) is not None and name not in takes:
+            raise InputError(f"--{name.replace('_', '-')} does nothing with --{asked}; leave it out")
+    for name in ("batch_size", "limit"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--tasks needs lm-eval: pip install 'ecp-scale[harness]'")
     if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
         raise InputError(f"--json {options.json}: expected a file in a folder that exists")
-    return options
 
 
 @input_errors_exit()
@@ -83,8 +94,6 @@ def main() -> None:
     from ecp_scale.precision import DTYPES
 
     geometry = {name: getattr(options, name) for name in GEOMETRY_FIELDS if getattr(options, name) is not None}
-    if options.verify and geometry:
-        raise InputError(f"--verify looks at the model as it was trained; leave out {', '.join(geometry)}")
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
     tensor = options.tensor if options.tensor or options.tasks else 1
     with launched(exported.config, tensor) as groups:
@@ -107,14 +116,14 @@ def _text(exported: "ExportedModel", groups: "Groups", options: argparse.Namespa
     from ecp_scale.evaluation.ranks import from_first_rank
     from ecp_scale.evaluation.texts import read_text
 
-    return from_first_rank(lambda: read_text(options.data, exported.tokenizer, options.text_key), groups)
+    return from_first_rank(lambda: read_text(options.data, exported.tokenizer, options.text_key or "text"), groups)
 
 
 def _run_tasks(exported: "ExportedModel", model: "LanguageModel", options: argparse.Namespace) -> None:
     """Print the harness's table, and write its results."""
     from ecp_scale.evaluation.harness import run_tasks, table
 
-    results = run_tasks(model, exported.tokenizer, options.tasks, options.batch_size, options.limit)
+    results = run_tasks(model, exported.tokenizer, options.tasks, options.batch_size or 8, options.limit)
     if results is not None and is_first_rank():
         print(table(results))
         _write(options.json, {"model": options.model, "results": results["results"], "versions": results["versions"]})

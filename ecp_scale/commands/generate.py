@@ -133,9 +133,11 @@ def _continue(
         _print(json.dumps(content) + "\n")
         return len(new)
     _print(prompt)
-    for piece in pieces:
-        _print(piece)
-    _print("\n")
+    try:
+        for piece in pieces:
+            _print(piece)
+    finally:  # also where it is interrupted
+        _print("\n")
     return len(new)
 
 
@@ -171,7 +173,7 @@ def _prompts(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
             raise InputError(f"{where}: expected a JSON object with {options.text_key!r} ({error})") from error
         if not isinstance(text, str):
             raise InputError(f"{where}: {options.text_key!r} is {type(text).__name__}, expected text")
-        yield where, _checked(where, text)
+        yield where, _checked(f"{where}: {options.text_key!r}", text)
     if not found:
         raise InputError(f"--prompt-file {name}: holds no prompts")
 

@@ -31,6 +31,8 @@ def launched(config: ModelConfig, tensor: int | None) -> Iterator[Groups]:
     """
     adopt_launcher()
     ranks = Ranks.from_environment().world_size
+    if tensor is not None and (tensor < 1 or ranks % tensor):
+        raise InputError(f"--parallel.tensor {tensor}: the launch has {ranks} ranks, expected a multiple of it")
     parallel = ParallelConfig(tensor=ranks if tensor is None else tensor)
     problems = parallel.problems(config, ranks)
     if problems:

@@ -119,26 +119,11 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = not self.training and labels is None
         if cache is None and self.config.streams and use_cache:
             cache = EcpCache(self.config)
-        count = x.shape[1]
-        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        back = None
-        if attention_mask is not None and self.config.streams:
-            valid = attention_mask[:, -count:].bool()
-            if count > 1:
-                # Tokens first and padding behind them, where nothing sees it; sequences then begin side by side.
-                order = (~valid).long().argsort(dim=1, stable=True)
-                back = order.argsort(dim=1)
-                x, valid = at_rows(x, order), valid.gather(1, order)
-                input_ids = None if input_ids is None else input_ids.gather(1, order)
+        x, input_ids, valid, back = self._tokens_first(x, input_ids, attention_mask)
         places = places_of(self.config, input_ids, valid, cache, x.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states = []
-        for block in self.layers:
-            states += [x] if output_hidden_states else []
-            x = block(x, places, past_key_values=cache)
-            places = cast(EcpBlock, block).attention.left(places)
-        states += [self.norm(x)] if output_hidden_states else []
+        x, states = self._through_blocks(x, places, cache, output_hidden_states)
         if back is not None:
             x = at_rows(x, back.to(x.device))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
@@ -151,6 +136,34 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_states = tuple(states if back is None else (at_rows(state, back.to(state.device)) for state in states))
         result = CausalLMOutputWithPast(loss, logits, cache, hidden_states or None)
         return result.to_tuple() if return_dict is False else result
+
+    def _tokens_first(
+        self, x: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Tokens in front and padding behind them, where nothing sees it; sequences then begin side by side.
+
+        Returns:
+            Both inputs so, which of them are tokens (B, T), and where each was (B, T), None if they are as they were.
+        """
+        if attention_mask is None or not self.config.streams:
+            return x, input_ids, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None
+        valid = attention_mask[:, -x.shape[1] :].bool()
+        if x.shape[1] == 1:
+            return x, input_ids, valid, None
+        order = (~valid).long().argsort(dim=1, stable=True)
+        ids = None if input_ids is None else input_ids.gather(1, order)
+        return at_rows(x, order), ids, valid.gather(1, order), order.argsort(dim=1)
+
+    def _through_blocks(
+        self, x: Tensor, places: Places, cache: EcpCache | None, keep: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What leaves the last block (B, T', D); and, to keep, what enters each, and what the output layer reads."""
+        states = []
+        for block in self.layers:
+            states += [x] if keep else []
+            x = block(x, places, past_key_values=cache)
+            places = cast(EcpBlock, block).attention.left(places)
+        return x, states + ([self.norm(x)] if keep else [])
 
     def _check(
         self,

@@ -80,5 +80,5 @@ def difference(found: Mapping[str, str], expected: Mapping[str, str]) -> str | N
     if not differing:
         return None
     name = differing[0]
-    now, then = (f"the digest {digests[name]}" if name in digests else "none" for digests in (found, expected))
-    return f"parameter {name} has {now}, {then} when it was saved ({len(differing)} of {len(names)} differ)"
+    now, then = (digests.get(name, "none") for digests in (found, expected))
+    return f"parameter {name} has the digest {now}, expected {then} ({len(differing)} of {len(names)} differ)"
