@@ -204,8 +204,8 @@ BUGS = (
     ),
     Bug(
         "evaluation/harness.py",
-        "max(first, start + 1)",
-        "max(first, start)",
+        "stream, last_unscored = self._model.new_stream(), first - 1",
+        "stream, last_unscored = self._model.new_stream(), first",
         "tests/evaluation/test_harness.py -k scored",
     ),
 )

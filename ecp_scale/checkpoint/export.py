@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ecp_scale.checkpoint.hugging_face import (
     ATTENTION,
     NOT_THEIRS,
     config_fields,
+    hashes_of_read_files,
     write_card,
     write_code,
     write_tokenizer,
@@ -31,6 +34,7 @@ from ecp_scale.files import sync_folder, write_text
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.partition import load_full
+from ecp_scale.precision import DTYPES
 from ecp_scale.zero.saved_states import SavedStates
 from ecp_scale.zero.state_files import FileRecord, damages, write_error
 
@@ -39,6 +43,8 @@ FORMAT_VERSION = 4
 READABLE = (2, 3, 4)
 """Version 4 is a folder of Hugging Face's too; 3 and 2 have sections in config.json, and ``format`` beside them, and 2
 has former names of some fields (``ecp_scale.config.renames``)."""
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of the weights, by their names in config.json."""
 UNFINISHED = "unfinished.json"
 """What an unfinished folder is to become."""
 OURS = "ecp_scale"
@@ -66,6 +72,8 @@ class ExportedModel:
     """Of the training."""
     probe_loss: float | None = None
     """That the training had, see ``ecp_scale.models.probe``."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the files that transformers compute with, as they were written."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "ExportedModel":
@@ -82,8 +90,11 @@ class ExportedModel:
             attention = AttentionConfig(**renamed_fields("attention", content["attention"]))
             record = TokenizerRecord(**content["tokenizer"])
             step, tokens = int(content["step"]), int(content["tokens"])
-            dtype: torch.dtype = getattr(torch, content.get("dtype", "float32"))
+            dtype = TYPES[content.get("dtype", "float32")]
             precision, probe_loss = content.get("precision", "fp32"), content.get("probe_loss")
+            files = {str(name): str(text) for name, text in content.get("files", {}).items()}
+            if precision not in DTYPES or not isinstance(probe_loss, float | None):
+                raise ValueError(f"precision {precision!r}, probe_loss {probe_loss!r}")
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; expected a folder of ecp-convert") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,6 +116,7 @@ class ExportedModel:
             dtype,
             precision,
             probe_loss,
+            files,
         )
 
     def with_geometry(self, **changes: Any) -> "ExportedModel":
@@ -266,6 +278,9 @@ def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, optio
     model, attention = ModelConfig(**record.model), AttentionConfig(**record.attention)
     tokenizer = kept.load(folder, "the model was trained with")
     end = tokenizer.end_of_document
+    write_tokenizer(folder, tokenizer)
+    write_card(folder, name, model, tokenizer, record.step, record.tokens)
+    write_code(folder)
     content = {
         **config_fields(model, attention, str(options.dtype).removeprefix("torch.")),
         "eos_token_id": end,
@@ -277,10 +292,9 @@ def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, optio
             "step": record.step,
             "tokens": record.tokens,
             "precision": record.precision,
-            "probe_loss": record.probe_loss,
+            # Not a number is no number of JSON.
+            "probe_loss": record.probe_loss if math.isfinite(record.probe_loss or 0.0) else None,
+            "files": hashes_of_read_files(folder),
         },
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-    write_tokenizer(folder, tokenizer)
-    write_card(folder, name, model, tokenizer, record.step, record.tokens)
-    write_code(folder)

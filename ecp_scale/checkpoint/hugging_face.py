@@ -12,6 +12,7 @@ from ecp_scale.console import say
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.data.tokenizer_json import control_in_text, name_of_end, tokenizer_json
 from ecp_scale.files import write_text
+from ecp_scale.zero.state_files import FileRecord
 
 CODE = (
     "attention_ecp.py",
@@ -79,6 +80,12 @@ def write_code(folder: Path) -> None:
     """Copy the modelling files."""
     for name in CODE:
         shutil.copyfile(Path(ecp_scale.hub.__file__).parent / name, folder / name)
+
+
+def hashes_of_read_files(folder: Path) -> dict[str, str]:
+    """XXH3 of the files that transformers compute with, besides config.json and the weights."""
+    names = [*CODE, "tokenizer.json", "tokenizer_config.json"]
+    return {name: FileRecord.of(folder / name).xxh3 for name in names if (folder / name).is_file()}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -63,7 +63,7 @@ def write_weights(
     options: WriteOptions = PLAIN,
     digests: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write all tensors; they are on disk when this returns. Files that are there already are left as they are.
+    """Write all tensors; they are on disk when this returns. Files that are there already, and whole, are left.
 
     Each file says the digests (``ecp_scale.parallel.digests``) of what is written, in the metadata of its header, which
     transformers do not keep when they save a model.
@@ -100,7 +100,7 @@ def write_weights(
 
     def write(file: _File) -> None:
         target = folder / file.name
-        if target.exists():
+        if target.exists() and _is_whole(target, file.tensors, digests if options.dtype == torch.float32 else {}):
             bar.update(sum(sizes[name] for name in file.tensors))
             return
         unfinished = target.with_name(target.name + ".tmp")
@@ -121,6 +121,17 @@ def write_weights(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {name: f.name for f in files for name in f.tensors}}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _is_whole(path: Path, names: Sequence[str], digests: Mapping[str, str]) -> bool:
+    """Whether a file holds what its header says was written to it, and what has these digests."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            stated = json.loads((opened.metadata() or {})[DIGESTS])
+            found = {name: StoredTensor(opened, name).digest() for name in names}
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
+    return found == stated and all(digests.get(name, text) == text for name, text in stated.items())
 
 
 def write_all(out: FileIO, block: memoryview) -> None:
@@ -172,6 +183,13 @@ class StoredTensor:
         part: Tensor = self.file.get_slice(self.name)[index]
         return part
 
+    def digest(self) -> str:
+        """Of what the file holds now; some rows are in memory at a time."""
+        rows, width = self.shape[0], math.prod(self.shape[1:])
+        step = max(1, PIECE // width)
+        starts = range(0, rows, step)
+        return as_text(sum(digest(self[first : first + step].flatten(), start=first * width) for first in starts))
+
 
 class SavedWeights(Mapping[str, StoredTensor]):
     """The tensors of an exported model by name; each is read when it is asked for."""
@@ -213,18 +231,10 @@ class SavedWeights(Mapping[str, StoredTensor]):
 
     def computed_digests(self) -> dict[str, str]:
         """Of every tensor, as it is now; a row of one is in memory at a time."""
-        return {name: as_text(sum(digest(part, start=start) for start, part in _pieces(self[name]))) for name in self}
+        return {name: self[name].digest() for name in self}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-def _pieces(stored: StoredTensor) -> Iterator[tuple[int, Tensor]]:
-    """A tensor as some whole rows at a time, flat, each with the number of its first element."""
-    rows, width = stored.shape[0], math.prod(stored.shape[1:])
-    step = max(1, PIECE // width)
-    for first in range(0, rows, step):
-        yield first * width, stored[first : first + step].flatten()

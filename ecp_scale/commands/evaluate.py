@@ -7,6 +7,7 @@ groups share the text. With --verify, say whether the model is what was trained.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 
 if TYPE_CHECKING:
     from ecp_scale.checkpoint.export import ExportedModel
-    from ecp_scale.evaluation.perplexity import Text
+    from ecp_scale.evaluation.perplexity import Ids, Text
     from ecp_scale.models.language_model import LanguageModel
     from ecp_scale.parallel.groups import Groups
 
@@ -49,7 +50,7 @@ def read_options() -> argparse.Namespace:
     data.add_argument("--unigram", type=home, metavar="PREFIX", help="also score the unigram of these training shards")
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--batch-size", type=int, metavar="N", help="requests that are scored together (default: 8)")
-    tasks.add_argument("--limit", type=int, metavar="N", help="requests of every task")
+    tasks.add_argument("--limit", type=int, metavar="N", help="documents of every task")
     both = parser.add_argument_group("with --data or --tasks")
     for name in GEOMETRY_FIELDS:
         option = "--" + name.replace("_", "-")
@@ -78,7 +79,11 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--tasks needs lm-eval: pip install 'ecp-scale[harness]'")
-    if options.json and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir()):
+    if (
+        options.json
+        and is_first_rank()
+        and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir())
+    ):
         raise InputError(f"--json {options.json}: expected a file in a folder that exists")
 
 
@@ -90,20 +95,21 @@ def main() -> None:
     from ecp_scale.evaluation.ranks import launched
     from ecp_scale.parallel.context import ParallelContext
     from ecp_scale.parallel.device import check_precision
-    from ecp_scale.parallel.groups import agreed
+    from ecp_scale.parallel.groups import agreed, decided_slowly
     from ecp_scale.precision import DTYPES
 
     geometry = {name: getattr(options, name) for name in GEOMETRY_FIELDS if getattr(options, name) is not None}
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
-    tensor = options.tensor if options.tensor or options.tasks else 1
+    tensor = options.tensor if options.tensor is not None or options.tasks else 1
     with launched(exported.config, tensor) as groups:
         agreed(lambda: check_precision(groups.device, options.precision))
         dtype = DTYPES[options.precision]
         parallel = ParallelContext(groups.tensor, dtype)
         text = _text(exported, groups, options) if options.data else None
+        counts = decided_slowly(lambda: _training_counts(exported, options.unigram))
         model = agreed(lambda: exported.load(dtype, groups.device, parallel), takes_long=True)
         if text is not None:
-            _evaluate(exported, model, text, groups, options)
+            _evaluate(exported, model, text, counts, groups, options)
         elif options.tasks:
             if groups.replicas.size() > 1:
                 raise InputError(f"--tasks: {groups.replicas.size()} replicas; expected parallel.tensor of all ranks")
@@ -117,6 +123,13 @@ def _text(exported: "ExportedModel", groups: "Groups", options: argparse.Namespa
     from ecp_scale.evaluation.texts import read_text
 
     return from_first_rank(lambda: read_text(options.data, exported.tokenizer, options.text_key or "text"), groups)
+
+
+def _training_counts(exported: "ExportedModel", prefix: str | None) -> "Ids | None":
+    """How often each id occurs in the shards of --unigram."""
+    from ecp_scale.evaluation.texts import count_tokens, open_shards
+
+    return None if prefix is None else count_tokens(open_shards(prefix, exported.tokenizer))
 
 
 def _run_tasks(exported: "ExportedModel", model: "LanguageModel", options: argparse.Namespace) -> None:
@@ -139,12 +152,16 @@ def _is_proven(exported: "ExportedModel", model: "LanguageModel", precision: str
 
 
 def _evaluate(
-    exported: "ExportedModel", model: "LanguageModel", text: "Text", groups: "Groups", options: argparse.Namespace
+    exported: "ExportedModel",
+    model: "LanguageModel",
+    text: "Text",
+    counts: "Ids | None",
+    groups: "Groups",
+    options: argparse.Namespace,
 ) -> None:
     """Score the text on all ranks; the first one prints and writes."""
     from ecp_scale.data.tokenizer import gives_texts_back
     from ecp_scale.evaluation.perplexity import COMPARABLE_UNKNOWN_SHARE, default_protocol, evaluate, unigram_result
-    from ecp_scale.evaluation.texts import count_tokens, open_shards
 
     tokenizer = exported.tokenizer
     protocol = options.protocol or default_protocol(exported.config)
@@ -168,8 +185,7 @@ def _evaluate(
         "comparable": result.is_comparable,
         "tokenizer_sha256": tokenizer.sha256,
     }
-    if options.unigram:
-        counts = count_tokens(open_shards(options.unigram, tokenizer))
+    if counts is not None:
         content["unigram_bits_per_byte"] = unigram_result(text, counts).bits_per_byte
     for key, value in content.items():
         print(f"{key:28} {f'{value:.4f}' if isinstance(value, float) else value}")
@@ -190,6 +206,13 @@ def _write(file: str | None, content: dict[str, Any]) -> None:
     if file is None:
         return
     try:
-        Path(file).write_text(json.dumps(content, indent=2, default=str) + "\n")
+        Path(file).write_text(json.dumps(_of_json(content), indent=2, default=str) + "\n")
     except OSError as error:
         raise InputError(f"--json {file}: {error.strerror or error}") from error
+
+
+def _of_json(content: Any) -> Any:
+    """With null where a number is infinite or none, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _of_json(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content

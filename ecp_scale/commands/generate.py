@@ -79,7 +79,8 @@ def main() -> None:
         Sampling(**{name: getattr(options, name) for name in names}, seed=options.seed + number)
         for number in range(options.num_samples)
     ]
-    samplings[-1].check()
+    for sampling in samplings:
+        sampling.check()
     exported = ExportedModel.open(options.model)
     with launched(exported.config, tensor=None) as groups:
         agreed(lambda: check_precision(groups.device, options.precision))

@@ -20,10 +20,12 @@ from tqdm import tqdm
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.continuation import pieces_of_text
-from ecp_scale.evaluation.generation import Sampling, generate
+from ecp_scale.evaluation.generation import PROMPT_CHUNK_TOKENS, Sampling, generate
 from ecp_scale.evaluation.perplexity import Text, default_protocol, evaluate
 from ecp_scale.models.language_model import LanguageModel
 
+SCORES = 1 << 25
+"""Scores that exist at a time."""
 LONGEST_CONTINUATION = 256
 """Tokens that are made where a task does not say how many."""
 
@@ -38,7 +40,7 @@ def run_tasks(
         tokenizer: of the model.
         tasks: YAML files of tasks, or names of those that the harness brings.
         batch_size: requests that are scored together.
-        limit: requests of each task; None takes all.
+        limit: documents of each task; None takes all.
 
     Returns:
         What the harness returns; None on all ranks of a host but the first.
@@ -56,10 +58,19 @@ def run_tasks(
         loaded = manager.load([*files, *names])
     except Exception as error:  # A task may be anything, and run code of its own.
         raise InputError(f"--tasks {', '.join(tasks)}: cannot be loaded ({type(error).__name__}: {error})") from error
+    in_groups = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    in_groups |= {group.name for group in loaded["groups"].values() for group in group.get_all_groups()}
+    wanted = [group for name, group in loaded["groups"].items() if name not in in_groups]
+    wanted += [task for name, task in loaded["tasks"].items() if name not in in_groups]
     harness = StreamingModel(model, tokenizer, batch_size)
-    found: dict[str, Any] | None = evaluator.simple_evaluate(
-        harness, tasks=list(loaded["tasks"].values()), limit=limit, log_samples=False, bootstrap_iters=1000
-    )
+    try:
+        found: dict[str, Any] | None = evaluator.simple_evaluate(
+            harness, tasks=wanted, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+        )
+    except InputError:
+        raise
+    except Exception as error:  # of a task's own code, or of its data
+        raise InputError(f"--tasks {', '.join(tasks)}: {type(error).__name__}: {error}") from error
     return found
 
 
@@ -110,7 +121,9 @@ class StreamingModel(TemplateLM):
         together = self._batch_size if self._model.config.geometry.streams else 1
         for first in range(0, len(order), together):
             numbers = [number for number in order[first : first + together] if requests[number][2]]
-            for number, scored in zip(numbers, self._scored([requests[number][1:] for number in numbers]), strict=True):
+            # A context of white space has no tokens: its continuation begins a document.
+            pairs = [(requests[number][1] or [self.eot_token_id], requests[number][2]) for number in numbers]
+            for number, scored in zip(numbers, self._scored(pairs), strict=True):
                 found[number] = scored
             bar.update(len(order[first : first + together]))
         bar.close()
@@ -140,15 +153,16 @@ class StreamingModel(TemplateLM):
 
     def _scores(self, ids: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits (B, T, V) of some positions after another, with their targets (B, T), from id number ``first`` on."""
-        n, geometry, length = self._model.config.sequence_length, self._model.config.geometry, ids.shape[1]
+        config, length = self._model.config, ids.shape[1]
+        n, geometry = config.sequence_length, config.geometry
         if geometry.streams:
-            stream = self._model.new_stream()
-            for start in range(0, length - 1, n):
-                stop = min(start + n, length - 1)
-                wanted = max(0, stop + 1 - max(first, start + 1))
-                scores = self._model.logits(ids[:, start:stop], stream, last=max(1, wanted))
-                if wanted:
-                    yield scores[:, -wanted:], ids[:, stop + 1 - wanted : stop + 1]
+            stream, last_unscored = self._model.new_stream(), first - 1
+            for start in range(0, last_unscored, PROMPT_CHUNK_TOKENS):
+                self._model.logits(ids[:, start : min(start + PROMPT_CHUNK_TOKENS, last_unscored)], stream, last=1)
+            step = max(1, SCORES // (len(ids) * config.known_vocab_size))
+            for start in range(last_unscored, length - 1, step):
+                stop = min(start + step, length - 1)
+                yield self._model.logits(ids[:, start:stop], stream), ids[:, start + 1 : stop + 1]
             return
         # A latent model reads n ids for any text: before a short one stand ends of documents.
         padded = torch.cat((torch.full_like(ids[:, :1], self.eot_token_id).expand(-1, n), ids), dim=1)
@@ -172,9 +186,10 @@ class StreamingModel(TemplateLM):
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """As transformers read these options: nothing is sampled unless ``do_sample`` says so."""
-    if not options.get("do_sample", options.get("temperature", 0) > 0):
+    """As transformers read these options: nothing is sampled unless ``do_sample`` says so; None and 0 mean unset."""
+    temperature = options.get("temperature") or 0.0
+    if not options.get("do_sample", temperature > 0):
         return Sampling(temperature=0)
     return Sampling(
-        temperature=options.get("temperature") or 1.0, top_k=options.get("top_k"), top_p=options.get("top_p", 1.0)
+        temperature=temperature or 1.0, top_k=options.get("top_k") or None, top_p=options.get("top_p") or 1.0
     )

@@ -1,6 +1,6 @@
 """How well a model predicts a text: negative log-likelihood under a named protocol, in three units.
 
-- ``stream``: one pass over the whole text in chunks of full segments, every token scored once, with all the context
+- ``stream``: one pass over the whole text in chunks, every token scored once, with all the context
   that the model can reach (exact: the caches hand the last segment on). It needs rotary positions in every layer.
 - ``sliding``: windows of n tokens moved by n/2 (by the latents, where these are fewer), only the new tokens of each
   scored (of the first: all), so every token counts once, with at least n/2 tokens of context. Latent models score no
@@ -32,6 +32,8 @@ from ecp_scale.models.positions import Stream
 
 Ids = npt.NDArray[np.integer]
 STREAM_CHUNK_TOKENS = 4096
+ROUND = 16
+"""Windows or chunks that every replica scores before all add up what they have."""
 COUNTED = 1 << 22
 """Ids that are counted at a time."""
 COMPARABLE_UNKNOWN_SHARE = 0.001
@@ -128,7 +130,7 @@ def _exp(exponent: float) -> float:
         return math.inf
 
 
-class _Led:
+class _Prefixed:
     """Ids behind some others that are all the same; only what is asked for becomes int64, and is read."""
 
     def __init__(self, ids: SliceableIds, leader: int, count: int) -> None:
@@ -147,15 +149,19 @@ class _Led:
 
 def default_protocol(config: ModelConfig) -> Protocol:
     """``stream`` where memory is bounded and every position looks like every other; else ``sliding``."""
-    relative = config.rotary == "every_layer" and not config.tied_key_value and not config.has_first_projection
-    return "stream" if relative and config.geometry.bounded_cache else "sliding"
+    return "stream" if _is_relative(config) and config.geometry.bounded_cache else "sliding"
+
+
+def _is_relative(config: ModelConfig) -> bool:
+    """Whether only distances between positions matter."""
+    return config.rotary == "every_layer" and not config.tied_key_value and not config.has_first_projection
 
 
 class Part(NamedTuple):
     """Which part of a text a replica of the model scores."""
 
-    number: int = 0
-    among: int = 1
+    rank: int = 0
+    size: int = 1
 
 
 def evaluate(
@@ -184,7 +190,7 @@ def evaluate(
     """
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
-    ids = _Led(text.ids, end_of_document, 1)
+    ids = _Prefixed(text.ids, end_of_document, 1)
     n, geometry = model.config.sequence_length, model.config.geometry
     part = Part() if replicas is None else Part(replicas.rank(), replicas.size())
     if text.words == 0:
@@ -193,32 +199,39 @@ def evaluate(
         raise InputError(f"protocol release needs a window of {n} + 1 tokens, the text has {len(ids)}")
     if protocol == "stream" and not geometry.streams:
         raise InputError(f"protocol stream: the context of {model.config.architecture} is not causal; use sliding")
-    if protocol == "stream" and part.among > 1 and not geometry.bounded_cache:
+    # Where positions are counted from the beginning of a document, a replica would have to know where that is.
+    absolute = model.attention.restart_positions and not _is_relative(model.config)
+    if protocol == "stream" and part.size > 1 and (absolute or not geometry.bounded_cache):
         raise InputError(
-            f"protocol stream: {model.config.architecture} depends on all that came before, so {part.among} replicas "
-            "cannot share a text; use sliding, or parallel.tensor for all ranks"
+            f"protocol stream: what this {model.config.architecture} says depends on all that came before, so "
+            f"{part.size} replicas cannot share a text; use sliding, or parallel.tensor for all ranks"
         )
     scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids, part)
-    sums = torch.zeros(2, dtype=torch.float64)
-    with tqdm(
-        total=len(text.ids) // part.among, unit="token", disable=None if progress else True, desc=protocol
-    ) as bar:
-        for losses in scores:
-            sums += torch.tensor([losses.double().sum().item(), losses.numel()])
-            bar.update(losses.numel())
-    if replicas is not None and part.among > 1:
-        shared = sums.to(next(model.parameters()).device)
-        dist.all_reduce(shared, group=replicas)
-        sums = shared.cpu()
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64)
+    is_done = False
+    with tqdm(total=len(text.ids) // part.size, unit="token", disable=None if progress else True, desc=protocol) as bar:
+        while not is_done:
+            # In rounds, so that a replica that is slower than others is not waited for longer than a message may take.
+            found = torch.zeros(3, dtype=torch.float64)
+            for losses in islice(scores, ROUND):
+                found += torch.tensor([losses.double().sum().item(), losses.numel(), 1.0], dtype=torch.float64)
+                bar.update(losses.numel())
+            if replicas is not None and part.size > 1:
+                shared = found.to(device)
+                dist.all_reduce(shared, group=replicas)
+                found = shared.cpu()
+            sums += found
+            is_done = found[2].item() == 0
     return EvaluationResult.of(protocol, sums[0].item(), int(sums[1]), text)
 
 
-def _stream(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
+def _stream(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor]:
     """Exact: a replica begins as many tokens before its own as they depend on, where segments and groups begin."""
     geometry, targets = model.config.geometry, len(ids) - 1
     # A window is whole segments; groups need not end where it does.
     border = math.lcm(geometry.sequence_length, geometry.group_length if "group_length" in geometry.fields else 1)
-    first, last = (targets * number // part.among for number in (part.number, part.number + 1))
+    first, last = (targets * number // part.size for number in (part.rank, part.rank + 1))
     begin = max(0, first - geometry.receptive_field_tokens) // border * border
     stream = model.new_stream()
     stream.position = begin
@@ -229,12 +242,12 @@ def _stream(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
             yield losses[max(0, first - start) :]
 
 
-def _sliding(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
+def _sliding(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor]:
     n, scored_at_most = model.config.sequence_length, model.config.geometry.trained_positions
     first = min(len(ids) - 1, scored_at_most)
     # A latent model reads n tokens for any text, and scores the last ones; of a short text those that are text.
     padding = n - first if scored_at_most < n else 0
-    ids = _Led(ids.ids, ids.leader, ids.count + padding)
+    ids = _Prefixed(ids.ids, ids.leader, ids.count + padding)
     stride = min(n // 2, scored_at_most)
 
     def windows() -> Iterator[tuple[int, int]]:
@@ -244,13 +257,13 @@ def _sliding(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
             scored = min(stride, len(ids) - 1 - start)
             yield start + scored, scored
 
-    for end, scored in islice(windows(), part.number, None, part.among):
+    for end, scored in islice(windows(), part.rank, None, part.size):
         yield _losses(model, ids[max(0, end - n) : end + 1])[-scored:]
 
 
-def _release(model: LanguageModel, ids: _Led, part: Part) -> Iterator[Tensor]:
+def _release(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor]:
     n = model.config.sequence_length
-    for start in range(0, len(ids) - n, n // 2)[part.number :: part.among]:
+    for start in range(0, len(ids) - n, n // 2)[part.rank :: part.size]:
         yield _losses(model, ids[start : start + n + 1])
 
 

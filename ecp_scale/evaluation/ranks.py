@@ -61,5 +61,6 @@ def from_first_rank(read: Callable[[], Text], groups: Groups) -> Text:
             block = torch.from_numpy(text.ids[start : start + len(block)].astype("int32"))
         block = block.to(groups.device)
         dist.broadcast(block, src=0)
-        spool.add(block.cpu().numpy())
+        if text is None:
+            spool.add(block.cpu().numpy())
     return text or replace(sizes, ids=spool.ids())

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from ecp_scale.preparation.documents import read_parts
 from ecp_scale.preparation.encoding import measure
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
+from ecp_scale.zero.state_files import free_bytes
 
 SPOOLED = 1 << 22
 """Ids of shards that are read at a time, and bytes that are written at a time."""
@@ -96,12 +98,26 @@ class Spool:
 
     def add(self, ids: npt.NDArray[np.integer]) -> None:
         """Append some."""
-        self._file.write(ids.astype(np.int32).tobytes())
+        with self._naming_the_folder():
+            self._file.write(ids.astype(np.int32).tobytes())
 
     def ids(self) -> "SpooledIds":
         """All of them."""
-        self._file.flush()
+        with self._naming_the_folder():
+            self._file.flush()
         return SpooledIds(self._file)
+
+    @contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """Say where there is no room."""
+        try:
+            yield
+        except OSError as error:
+            folder = Path(tempfile.gettempdir())
+            raise InputError(
+                f"the ids of the text do not fit into {folder} ({error.strerror}), where {free_bytes(folder / 'x'):,} "
+                "bytes are free; name another folder with TMPDIR"
+            ) from error
 
 
 class SpooledIds:

@@ -1,4 +1,7 @@
-"""Fixed tokens whose loss depends on every weight and every logit: what shows that a model computes what it did."""
+"""Fixed tokens, whose loss depends on every weight but unread rows of the embedding, and on every logit.
+
+Digests show that weights are what they were; this, that a model computes with them what it did.
+"""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """Digests of whole parameters that do not depend on how ranks share them: sums over their elements, modulo 2^64.
 
 What is added for an element depends on its bits and on its number in the whole parameter, each of which changes it to
-another 32-bit number: one changed bit always shows, and so do shares that have changed places.
+another 32-bit number: one changed element always shows, and shares that have changed places but for one time in 2^32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,9 @@ def digest(values: Tensor, share: Share | None = None, start: int = 0) -> int:
             rows = numbers.div(share.width, rounding_mode="floor")
             numbers += rows.mul_(share.stride - share.width) + share.first
             mixed += numbers.int().mul_(OF_NUMBER)
-        mixed ^= mixed >> 15
+        mixed ^= (mixed >> 15) & 0x1FFFF
         mixed *= OF_BOTH
-        mixed ^= mixed >> 13
+        mixed ^= (mixed >> 13) & 0x7FFFF
         total += mixed.sum(dtype=torch.int64)
     return int(total) % 2**64
 

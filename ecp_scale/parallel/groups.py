@@ -124,6 +124,12 @@ def decided(action: Callable[[], T]) -> T:
     return result
 
 
+def decided_slowly(action: Callable[[], T]) -> T:
+    """``decided`` for what takes longer than a message may."""
+    result = agreed(lambda: action() if dist.get_rank() == 0 else None, takes_long=True)
+    return decided(lambda: result)  # type: ignore[return-value]
+
+
 def _keep_in_touch(action: Callable[[], T]) -> T:
     """Run ``action`` in a thread, and tell the other ranks again and again whether it is done, until all are."""
     with ThreadPoolExecutor(1) as pool:

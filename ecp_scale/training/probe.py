@@ -10,6 +10,9 @@ from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.step import mean_loss
 from ecp_scale.zero.engine import Engine
 
+FREE = ("preset", "vocab_multiple", "initialization", "dropout", "allow_short_receptive_field")
+"""Fields of the model's config that change nothing that the probe sees."""
+
 
 def probe_loss(engine: Engine, config: Config, groups: Groups) -> float:
     """Mean loss of the probe's tokens, the same on all ranks, which all take part."""
@@ -21,10 +24,16 @@ def probe_loss(engine: Engine, config: Config, groups: Groups) -> float:
 def check_probe(start: Start, config: Config, engine: Engine, groups: Groups) -> None:
     """Say whether the model, once loaded, computes what it did when it was saved; all ranks take part."""
     record = start.record
-    if record is None or record.probe_loss is None or record.model != dataclasses.asdict(config.model):
+    if record is None or not record.digests:
         return
-    found, before = probe_loss(engine, config, groups), record.probe_loss
-    if groups.data_rank or groups.tensor_rank:
+    says = groups.data_rank == groups.tensor_rank == 0
+    before, then, now = record.probe_loss, dict(record.model), dataclasses.asdict(config.model)
+    if before is None or {**then, **dict.fromkeys(FREE, 0)} != {**now, **dict.fromkeys(FREE, 0)}:
+        if says:
+            say("loaded      all digests are those that were saved; the probe is of another geometry")
+        return
+    found = probe_loss(engine, config, groups)
+    if not says:
         return
     if is_same(found, before, config.training.precision, record.precision):
         say(f"loaded      all digests are those that were saved; the probe's loss is {found:.4f}, {before:.4f} then")

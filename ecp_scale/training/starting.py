@@ -17,7 +17,7 @@ from ecp_scale.console import say, waiting
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
-from ecp_scale.parallel.groups import Groups, agreed
+from ecp_scale.parallel.groups import Groups, agreed, decided
 from ecp_scale.precision import weight_type
 from ecp_scale.training.probe import check_probe
 from ecp_scale.zero.engine import Engine
@@ -101,10 +101,11 @@ def load_weights(engine: Engine, config: Config, groups: Groups, start: Start, i
     """
     if initial is not None:
         weights = agreed(lambda: StartingWeights(initial))
+        digests = decided(lambda: weights.digests)
         agreed(lambda: fill(engine, weights), takes_long=True)
         share_weights(engine)
-        if weights.digests:
-            check_digests(engine, weights.digests, str(initial))
+        if digests:
+            check_digests(engine, digests, str(initial))
     if start.record is not None:
         size = sum(file.size for file in start.record.files.values())
         what = f"loading     {len(start.record.files)} files, {size:,} bytes, once their hashes are checked"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ecp_scale.checkpoint import weights_file
 from ecp_scale.checkpoint.weights_file import INDEX, WEIGHTS, SavedWeights, WriteOptions, write_weights
@@ -55,6 +55,20 @@ def test_several_files_have_an_index_and_none_is_larger_than_asked(tmp_path: Pat
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(InputError, match=r"index\.json: cannot be read"):
         SavedWeights(tmp_path)
+
+
+def test_files_that_are_there_are_left_where_they_are_whole(tmp_path: Path) -> None:
+    """As a conversion that goes on finds them."""
+    write(tmp_path, file_bytes=100)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    before = [path.stat().st_mtime_ns for path in files]
+    right = [path.read_bytes() for path in files]
+    write(tmp_path, file_bytes=100)
+    assert [path.stat().st_mtime_ns for path in files] == before
+    files[0].write_bytes(right[0][:-1] + bytes([right[0][-1] ^ 1]))
+    save_file(load_file(files[1]), files[1], {"format": "pt"})
+    write(tmp_path, file_bytes=100)
+    assert [path.read_bytes() for path in files] == right
 
 
 def test_a_disk_that_is_full_is_an_error_of_the_disk(tmp_path: Path) -> None:

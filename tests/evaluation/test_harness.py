@@ -112,6 +112,13 @@ class Requests:
         draws = [torch.randint(2, 29, (sum(size),), generator=draw).tolist() for size in sizes]
         self.pairs = [(ids[:context], ids[context:]) for ids, (context, _) in zip(draws, sizes, strict=True)]
 
+    @classmethod
+    def of(cls, model: LanguageModel, pairs: list[tuple[list[int], list[int]]]) -> "Requests":
+        """Those that are given."""
+        requests = cls(model, [])
+        requests.pairs = pairs
+        return requests
+
     def scored(self, batch_size: int) -> list[tuple[float, bool]]:
         """By our reader."""
         tokenizer = SimpleNamespace(end_of_document=END)
@@ -152,6 +159,8 @@ def test_continuations_of_any_context_are_scored_as_one_forward_does(architectur
         new[number] = int(requests.next_scores([*context, *new[:number]]).argmax())
     expected = requests.expected()
     assert expected[4][1]
+    requests.pairs.append(([], requests.pairs[1][1]))
+    expected += Requests.of(model, [([END], requests.pairs[1][1])]).expected()
     for batch_size in (1, 4):
         for (found, likeliest), (total, greedy) in zip(requests.scored(batch_size), expected, strict=True):
             assert found == pytest.approx(total, rel=1e-9)

@@ -80,7 +80,7 @@ def test_the_parts_of_replicas_are_the_whole(
     model = build(variant(SCALED, architecture), groups)
     if protocol == "stream" and not model.config.geometry.bounded_cache:
         return
-    ids = perplexity._Led(np.random.default_rng(5).integers(0, 29, 10 * LENGTH), END, 1)
+    ids = perplexity._Prefixed(np.random.default_rng(5).integers(0, 29, 10 * LENGTH), END, 1)
     score = {"stream": perplexity._stream, "sliding": perplexity._sliding, "release": perplexity._release}[protocol]
     whole = torch.cat(list(score(model, ids, Part())))
     parts = [list(score(model, ids, Part(number, replicas))) for number in range(replicas)]

@@ -82,3 +82,18 @@ def test_many_files_are_as_many_documents(tmp_path: Path) -> None:
     found = read_text(str(tmp_path), tokenizer)
     assert found.words == 4
     assert int((found.ids[:] == tokenizer.end_of_document).sum()) == 3
+
+
+def test_a_disk_without_room_for_the_ids_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("word " * 1_000_000)
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        "from ecp_scale.data.tokenizer import load_tokenizer; from ecp_scale.evaluation.texts import read_text\n"
+        "try:\n    read_text(sys.argv[1], load_tokenizer('byte'))\n"
+        "except ValueError as error:\n    print(type(error).__name__, error)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "text.txt")]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("InputError the ids of the text do not fit into "), done.stderr
+    assert "name another folder with TMPDIR" in done.stdout
