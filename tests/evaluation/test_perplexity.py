@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from ecp_scale.config import AttentionConfig
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation import perplexity
 from ecp_scale.evaluation.perplexity import EvaluationResult, Part, Text, default_protocol, evaluate, unigram_result
@@ -89,6 +91,23 @@ def test_the_parts_of_replicas_are_the_whole(
     else:
         found = torch.cat([losses for window in zip_longest(*parts) for losses in window if losses is not None])
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_replicas_share_documents_unless_absolute_positions_restart_in_them(groups: Groups) -> None:
+    ids = perplexity._Prefixed(np.random.default_rng(6).integers(0, 9, 5 * LENGTH), END, 1)
+    for config in BOTH:
+        model = build(config, groups, attention=AttentionConfig(document_mask=True, end_of_document=END))
+        whole = torch.cat(list(perplexity._stream(model, ids, Part())))
+        parts = [losses for rank in range(3) for losses in perplexity._stream(model, ids, Part(rank, 3))]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    restarted = AttentionConfig(document_mask=True, restart_positions=True, end_of_document=END)
+    model = build(SCALED, groups, attention=restarted)
+    whole = torch.cat(list(perplexity._stream(model, ids, Part())))
+    parts = [losses for rank in range(3) for losses in perplexity._stream(model, ids, Part(rank, 3))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    three = SimpleNamespace(rank=lambda: 0, size=lambda: 3)
+    with pytest.raises(InputError, match="depends on all that came before, so 3 replicas cannot share a text"):
+        evaluate(build(PAPER, groups, attention=restarted), Text(ids.ids, 9, 9), END, "stream", replicas=three)
 
 
 @pytest.mark.parametrize("architecture", LATENT)
