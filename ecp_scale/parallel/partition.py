@@ -154,20 +154,22 @@ class Partition:
             whole[0] = self.vocabulary_rows
         return whole
 
-    def split(self, whole: "Sliceable", size: int, rank: int, rows: int) -> Tensor:
+    def split(self, whole: "Sliceable", size: int, rank: int, padded_rows: int) -> Tensor:
         """The share of one rank; nothing else is read. The vocabulary's padding rows are 0.
 
         Args:
             whole: the whole tensor, without padding.
             size: of the tensor group.
             rank: in it.
-            rows: of the share, padding included.
+            padded_rows: of the whole tensor, with the padding of the vocabulary, where there is any.
         """
+        rows = padded_rows // size if self.partition_dim == 0 else padded_rows
         if self.partition_dim is None:
             share = whole[:]
         else:
             before, there = self.partition_dim, whole.shape[self.partition_dim]
-            length = rows if before == 0 else there // size
+            padded = padded_rows if self.vocabulary_rows is not None else there
+            length = padded // size
             first = min(rank * length, there - 1)  # of a share that is all padding one row is read
             share = whole[(slice(None),) * before + (slice(first, min(first + length, there)),)]
             if rank * length > first:
@@ -215,5 +217,5 @@ def load_full(model: nn.Module, parallel: ParallelContext, tensors: Mapping[str,
     if problems:
         raise InputError(f"{source} does not fit the model:\n" + "\n".join(f"  - {text}" for text in sorted(problems)))
     for name, parameter in parameters.items():
-        partition, rows = Partition.of(parameter), parameter.shape[0]
-        parameter.copy_(partition.split(tensors[name], parallel.tp_size, parallel.tp_rank, rows))
+        padded_rows = parameter.shape[0] * parallel.tp_size
+        parameter.copy_(Partition.of(parameter).split(tensors[name], parallel.tp_size, parallel.tp_rank, padded_rows))

@@ -15,9 +15,8 @@ from tests.models.settings import SCALED, build
 def test_a_share_is_where_the_split_takes_it_from(layout: Partition) -> None:
     whole = torch.randn(7 if layout.vocabulary_rows else 6, 4)
     padded_rows = 8 if layout.vocabulary_rows else 6
-    rows = padded_rows // 2 if layout.partition_dim == 0 else padded_rows
     for rank in range(2):
-        split = layout.split(whole, 2, rank, rows)
+        split = layout.split(whole, 2, rank, padded_rows)
         share = layout.share(split.shape, 2, rank)
         found = torch.zeros(split.numel())
         for run in share.runs(0, split.numel()):
@@ -33,8 +32,7 @@ def test_what_two_shares_have_in_common_is_the_same_elements(layout: Partition, 
     draw = random.Random(f"{layout}{sizes}")
 
     def shares(size: int) -> list[tuple[torch.Tensor, Share]]:
-        rows = 8 // size if layout.partition_dim == 0 else 8
-        split = [layout.split(whole, size, rank, rows) for rank in range(size)]
+        split = [layout.split(whole, size, rank, padded_rows=8) for rank in range(size)]
         return [(part.flatten(), layout.share(part.shape, size, rank)) for rank, part in enumerate(split)]
 
     mine, theirs = (shares(size) for size in sizes)
