@@ -23,7 +23,7 @@ from ecp_scale.checkpoint.hugging_face import (
     write_code,
     write_tokenizer,
 )
-from ecp_scale.checkpoint.weights_file import PLAIN, SavedWeights, WriteOptions, write_weights
+from ecp_scale.checkpoint.weights_file import PLAIN, TYPE_NAMES, SavedWeights, WriteOptions, write_weights
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.config.renames import renamed_fields
@@ -43,7 +43,7 @@ FORMAT_VERSION = 4
 READABLE = (2, 3, 4)
 """Version 4 is a folder of Hugging Face's too; 3 and 2 have sections in config.json, and ``format`` beside them, and 2
 has former names of some fields (``ecp_scale.config.renames``)."""
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES}
 """Of the weights, by their names in config.json."""
 UNFINISHED = "unfinished.json"
 """What an unfinished folder is to become."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ecp_scale.checkpoint.export import ExportedModel
+from ecp_scale.checkpoint.hugging_face import NOT_THEIRS
 from ecp_scale.checkpoint.weights_file import SavedWeights
 from ecp_scale.config import Config, ModelConfig
 from ecp_scale.config.model import GEOMETRY_FIELDS
@@ -16,7 +17,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.parallel.partition import Share
 from ecp_scale.zero.saved_states import WEIGHT, ParameterStates
 
-FREE = ("preset", "vocab_multiple", "initialization", "dropout", "allow_short_receptive_field", *GEOMETRY_FIELDS)
+FREE = (*NOT_THEIRS, "dropout", *GEOMETRY_FIELDS)
 """Fields of the model's config that may be others than in the training of the weights."""
 
 

@@ -102,6 +102,8 @@ def main() -> None:
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
     tensor = options.tensor if options.tensor is not None or options.tasks else 1
     with launched(exported.config, tensor) as groups:
+        if options.tasks and groups.replicas.size() > 1:
+            raise InputError(f"--tasks: {groups.replicas.size()} replicas; expected parallel.tensor of all ranks")
         agreed(lambda: check_precision(groups.device, options.precision))
         dtype = DTYPES[options.precision]
         parallel = ParallelContext(groups.tensor, dtype)
@@ -111,8 +113,6 @@ def main() -> None:
         if text is not None:
             _evaluate(exported, model, text, counts, groups, options)
         elif options.tasks:
-            if groups.replicas.size() > 1:
-                raise InputError(f"--tasks: {groups.replicas.size()} replicas; expected parallel.tensor of all ranks")
             _run_tasks(exported, model, options)
         elif not _is_proven(exported, model, options.precision):
             sys.exit(1)

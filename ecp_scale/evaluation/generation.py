@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.positions import Stream
 
 LEAST_TEMPERATURE = 0.001
 PROMPT_CHUNK_TOKENS = 4096
@@ -138,14 +139,19 @@ def _of_first(group: ProcessGroup, token: int, device: torch.device) -> int:
     return int(chosen)
 
 
+def read(model: LanguageModel, ids: Tensor, stream: Stream) -> Tensor:
+    """Pass ids (B, N), at least one, through the caches of a stream in chunks; the logits (B, V) after them."""
+    chunks = ids.split(PROMPT_CHUNK_TOKENS, dim=1)
+    return [model.logits(chunk, stream, last=1)[:, -1] for chunk in chunks][-1]
+
+
 def _streamed(model: LanguageModel) -> Callable[[list[int]], Tensor]:
     """Feeds further ids through the caches, and returns the logits (V,) after them."""
     stream = model.new_stream()
     device = next(model.parameters()).device
 
     def follow(ids: list[int]) -> Tensor:
-        chunks = [ids[i : i + PROMPT_CHUNK_TOKENS] for i in range(0, len(ids), PROMPT_CHUNK_TOKENS)]
-        return [model.logits(torch.tensor([chunk], device=device), stream, last=1)[0, -1] for chunk in chunks][-1]
+        return read(model, torch.tensor([ids], device=device), stream)[0]
 
     return follow
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.continuation import pieces_of_text
-from ecp_scale.evaluation.generation import PROMPT_CHUNK_TOKENS, Sampling, generate
+from ecp_scale.evaluation.generation import Sampling, generate, read
 from ecp_scale.evaluation.perplexity import Text, default_protocol, evaluate
 from ecp_scale.models.language_model import LanguageModel
 
@@ -157,8 +157,8 @@ class StreamingModel(TemplateLM):
         n, geometry = config.sequence_length, config.geometry
         if geometry.streams:
             stream, last_unscored = self._model.new_stream(), first - 1
-            for start in range(0, last_unscored, PROMPT_CHUNK_TOKENS):
-                self._model.logits(ids[:, start : min(start + PROMPT_CHUNK_TOKENS, last_unscored)], stream, last=1)
+            if last_unscored:
+                read(self._model, ids[:, :last_unscored], stream)
             step = max(1, SCORES // (len(ids) * config.known_vocab_size))
             for start in range(last_unscored, length - 1, step):
                 stop = min(start + step, length - 1)
@@ -168,7 +168,7 @@ class StreamingModel(TemplateLM):
         padded = torch.cat((torch.full_like(ids[:, :1], self.eot_token_id).expand(-1, n), ids), dim=1)
         for start in range(first, length, geometry.trained_positions):
             stop = min(start + geometry.trained_positions, length)
-            window = padded[:, n + stop - 1 - n : n + stop - 1]
+            window = padded[:, stop - 1 : n + stop - 1]
             yield self._model.logits(window, last=stop - start), ids[:, start:stop]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ecp_scale.checkpoint.hugging_face import NOT_THEIRS
 from ecp_scale.checkpoint.resuming import Start
 from ecp_scale.config import Config
 from ecp_scale.console import say
@@ -10,7 +11,7 @@ from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.step import mean_loss
 from ecp_scale.zero.engine import Engine
 
-FREE = ("preset", "vocab_multiple", "initialization", "dropout", "allow_short_receptive_field")
+FREE = (*NOT_THEIRS, "dropout")
 """Fields of the model's config that change nothing that the probe sees."""
 
 
