@@ -92,9 +92,9 @@ def test_a_stop_during_a_save_trains_no_further_step(
 
     begin = Saves.begin
 
-    def interrupted(saves: Saves, done: Progress) -> None:
+    def interrupted(saves: Saves, done: Progress, probe_loss: float | None = None) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
-        begin(saves, done)
+        begin(saves, done, probe_loss)
 
     monkeypatch.setattr(Saves, "begin", interrupted)
     output = tmp_path / "run"
@@ -112,9 +112,9 @@ def test_a_file_in_the_run_folder_stops_the_run(
 
     begin, output = Saves.begin, tmp_path / "run"
 
-    def touched(saves: Saves, done: Progress) -> None:
+    def touched(saves: Saves, done: Progress, probe_loss: float | None = None) -> None:
         (output / STOP).touch()
-        begin(saves, done)
+        begin(saves, done, probe_loss)
 
     monkeypatch.setattr(Saves, "begin", touched)
     words = [*options(sharded_text, output, ranks=1), "--checkpoint.every_steps=3"]

@@ -134,8 +134,8 @@ def test_a_request_to_stop_in_the_step_that_is_saved_leaves_its_checkpoint(
     """It comes behind the message that would have told of it, and the save has begun behind the training."""
     begin = Saves.begin
 
-    def interrupted(self: Saves, done: Progress) -> None:
-        begin(self, done)
+    def interrupted(self: Saves, done: Progress, probe_loss: float | None = None) -> None:
+        begin(self, done, probe_loss)
         (tmp_path / "run" / STOP).touch()
 
     monkeypatch.setattr(Saves, "begin", interrupted)
