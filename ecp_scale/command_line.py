@@ -66,6 +66,11 @@ def parse(
     asked = _command_line_settings(rest, problems)
     settings += asked
     config = build(parser, _above_presets(settings, problems), problems)
+    if config.training.tokens is not None and any(item.key == "training.steps" for item in asked):
+        problems.append(
+            f"command line: training.steps is {config.training.steps}, but training.tokens {config.training.tokens} "
+            "decides the length of the run; change that, or set it to null"
+        )
     path = known.deepspeed_config
     content = json_config.default(config, world_size) if path is None else json_config.read(path)
     # A dry run without a launcher has no world size to check against.
@@ -81,7 +86,7 @@ def parse(
         raise InputError(f"{count} in the configuration:\n" + "\n".join(f"  - {text}" for text in problems))
     idle = config.without_effect([item.key for item in asked])
     return Request(
-        config=config,
+        config=config.with_length(),
         deepspeed_path=known.deepspeed_config,
         deepspeed=content,
         dry_run=known.dry_run,

@@ -63,6 +63,7 @@ BUGS = (
         "one.mul_(factor.bfloat16()).to(ctx.dtype)",
         "tests/models/test_loss.py",
     ),
+    Bug("models/loss.py", "scores *= 1 + 2 * z_loss", "scores *= 1 + z_loss", "tests/models/test_loss.py"),
     Bug("models/loss.py", "scores *= counts[:, None]", "pass", "tests/models/test_loss.py"),
     Bug("models/loss.py", "scores[..., rows:] = -torch.inf", "pass", "tests/models/test_loss.py"),
     Bug(

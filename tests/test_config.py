@@ -181,6 +181,20 @@ def test_problems_of_the_document_mask() -> None:
     assert parse([*options, "--attention.end_of_document=2"], "").config.attention.end_of_document == 2
 
 
+def test_problems_of_the_length_and_the_cool_down() -> None:
+    message = refused(
+        "--config", "demo", "--training.tokens=0", "--training.z_loss=-1", "--optimizer.cooldown_tokens=0"
+    )
+    assert "training.tokens is 0, expected more than 0" in message
+    assert "training.z_loss is -1.0, expected at least 0" in message
+    assert "optimizer.cooldown_tokens is 0, expected more than 0" in message
+    wsd = ["--config", "demo", "--optimizer.schedule=wsd", "--training.tokens=737280"]
+    message = refused(*wsd, "--optimizer.warmup_tokens=500000", "--optimizer.cooldown_tokens=300000")
+    assert "warmup_tokens 500000 and a cool-down of 300000 tokens (optimizer.cooldown_tokens) do not fit" in message
+    assert "into a run of 737280 tokens" in message
+    assert parse([*wsd, "--optimizer.cooldown_tokens=300000"], "").config.training.steps == 360
+
+
 def test_problems_of_blends() -> None:
     blend = json.dumps({0: {"a": 0.7, "b": 0.3}, 4096: {"a": 0.1, "b": 0.9}})
     config = parse(["--config", "demo", "--data.blend", blend], "").config

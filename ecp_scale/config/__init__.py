@@ -1,5 +1,6 @@
 """The configuration of a run: frozen dataclasses, what they count, and every check on them. Imports no torch."""
 
+from ecp_scale.config.data import DataConfig
 from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.optimizer import OptimizerConfig
 from ecp_scale.config.parallel import ParallelConfig, Recompute
@@ -8,7 +9,6 @@ from ecp_scale.config.run import (
     AttentionConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     LoggingConfig,
     TrainingConfig,
 )

@@ -25,14 +25,16 @@ class OptimizerConfig:
     """Decoupled weight decay, on the weights of linear layers only."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    schedule: Literal["constant", "cosine", "halving"] = "cosine"
-    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "cosine", "halving", "wsd"] = "cosine"
+    """Learning rate after the warm-up; wsd (warm-up, stable, decay) is constant and then falls linearly at the end."""
     warmup_tokens: int = 0
     """Tokens over which the rate rises linearly from 0."""
     decay_tokens: int | None = None
     """Tokens at which cosine reaches its minimum; null means the whole run."""
     min_lr_ratio: float = 0.1
-    """Final rate of cosine as a share of the peak."""
+    """Final rate of cosine and wsd as a share of the peak."""
+    cooldown_tokens: int | None = None
+    """Tokens at the end of the run over which the rate of wsd falls; null means a fifth of the run."""
     halving_tokens: int | None = None
     """Tokens between two halvings of the rate (schedule halving)."""
 
@@ -51,14 +53,20 @@ class OptimizerConfig:
             found.append(
                 f"optimizer.decay_tokens {self.decay_tokens} is not beyond optimizer.warmup_tokens {self.warmup_tokens}"
             )
+        if self.cooldown_tokens is not None:
+            found += not_positive("optimizer", self, ("cooldown_tokens",))
         return found
+
+    def cooldown_of(self, run_tokens: int) -> int:
+        """Tokens over which the rate of wsd falls in a run of ``run_tokens``."""
+        return self.cooldown_tokens if self.cooldown_tokens is not None else max(1, run_tokens // 5)
 
     def learning_rate_at(self, tokens: int, run_tokens: int) -> float:
         """Rate of the update that brings the run to ``tokens``; it depends neither on the batch nor on a saved state.
 
         Args:
             tokens: tokens seen, this step included.
-            run_tokens: tokens of the whole run, where cosine ends unless ``decay_tokens`` is set.
+            run_tokens: tokens of the whole run, where wsd ends, and cosine unless ``decay_tokens`` is set.
         """
         peak = self.learning_rate
         if tokens < self.warmup_tokens:
@@ -68,7 +76,10 @@ class OptimizerConfig:
         if self.schedule == "halving":
             assert self.halving_tokens
             return peak * 0.5 ** (tokens // self.halving_tokens)
+        lowest = peak * self.min_lr_ratio
+        if self.schedule == "wsd":
+            left = max(0, run_tokens - tokens) / self.cooldown_of(run_tokens)
+            return lowest + (peak - lowest) * min(1.0, left)
         end = self.decay_tokens or run_tokens
         progress = min(1.0, (tokens - self.warmup_tokens) / max(1, end - self.warmup_tokens))
-        lowest = peak * self.min_lr_ratio
         return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -34,6 +34,8 @@ ELSEWHERE = {
     "train_batch_size": "training.global_batch_size",
     "train_iters": "training.steps",
     "max_steps": "training.steps",
+    "train_tokens": "training.tokens",
+    "max_tokens": "training.tokens",
     "tensor_model_parallel_size": "parallel.tensor",
     "context_parallel_size": "parallel.context",
     "sequence_parallel": "parallel.sequence",

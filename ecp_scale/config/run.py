@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+from ecp_scale.config.data import DataConfig
 from ecp_scale.config.model import ModelConfig, not_positive, unusable
 from ecp_scale.config.optimizer import OptimizerConfig
 from ecp_scale.config.parallel import ParallelConfig
@@ -55,47 +56,6 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which token shards are read."""
-
-    prefix: str | None = None
-    """Prefix of the training shards that ecp-preprocess wrote."""
-    blend: dict[int, dict[str, float]] | None = None
-    """Several corpora instead of data.prefix: from how many tokens of the run on (the first 0), the weight of each
-    shard prefix, as {0: {a: 0.7, b: 0.3}}. A run may add a later entry and go on."""
-    validation_prefix: str | None = None
-    """Prefix of the validation shards; null trains without validation."""
-    loss_ignore_ids: list[int] = field(default_factory=list)
-    """Token ids that are read but whose prediction has no loss, such as padding or the end of documents."""
-
-    @property
-    def is_set(self) -> bool:
-        """Whether there is data to train on."""
-        return self.prefix is not None or self.blend is not None
-
-    @property
-    def phases(self) -> list[tuple[int, dict[str, float]]]:
-        """Tokens from which on each set of weights holds, in order."""
-        if self.blend is not None:
-            return sorted(self.blend.items())
-        assert self.prefix is not None
-        return [(0, {self.prefix: 1.0})]
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the choice of data."""
-        if self.blend is None:
-            return []
-        found = ["data.prefix and data.blend are both set, expected one of them"] if self.prefix is not None else []
-        if min(self.blend, default=1) != 0:
-            found.append(f"data.blend begins at {min(self.blend, default=None)} tokens, expected 0")
-        for tokens, weights in self.blend.items():
-            wrong = {name: weight for name, weight in weights.items() if not 0 <= weight < float("inf")}
-            if wrong or not any(weights.values()):
-                found.append(f"data.blend from {tokens} tokens: weights {wrong or weights}, expected some above 0")
-        return found
-
-
-@dataclass(frozen=True)
 class TrainingConfig:
     """How long, how fast and where."""
 
@@ -103,6 +63,8 @@ class TrainingConfig:
     """Run folder: resolved config, metrics.jsonl, checkpoints."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
+    tokens: int | None = None
+    """Tokens of the whole run in place of training.steps: it ends with the step that reaches them."""
     seed: int = 1
     """Seed of the weights, the order of samples and dropout."""
     micro_batch_size: int = 1
@@ -122,6 +84,9 @@ class TrainingConfig:
     """Optimizer steps between two validations."""
     validation_windows: int = 64
     """Windows of the validation shards that are scored, from the first on."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the training, Z the sum of exp(score) over the vocabulary, which keeps scores from growing
+    (PaLM: 1e-4); the losses that are reported are without it."""
     max_skipped_steps: int = 5
     """Updates in a row with non-finite gradients after which the run stops with a report."""
 
@@ -129,6 +94,10 @@ class TrainingConfig:
         """Everything that is wrong with the run's length and batch."""
         names = ("steps", "micro_batch_size", "global_batch_size", "validation_every_steps", "validation_windows")
         found = not_positive("training", self, (*names, "max_skipped_steps"))
+        if self.tokens is not None:
+            found += not_positive("training", self, ("tokens",))
+        if self.z_loss < 0:
+            found.append(f"training.z_loss is {self.z_loss}, expected at least 0")
         if not 0 <= self.seed < 2**63:
             found.append(f"training.seed is {self.seed}, expected a number from 0 to 2^63 - 1")
         for tokens, sequences in (self.batch_schedule or {}).items():
@@ -217,6 +186,22 @@ class Config:
         begun = [start for start in self.training.batch_schedule or {} if start <= tokens]
         return (self.training.batch_schedule or {})[max(begun)] if begun else self.training.global_batch_size
 
+    def steps_to(self, tokens: int, done: int = 0, taken: int = 0) -> int:
+        """The first step of a run, of which ``done`` have taken ``taken`` tokens, after which it has ``tokens``."""
+        while taken < tokens:
+            step = self.sequences_after(taken) * self.model.sequence_length
+            ahead = [start for start in self.training.batch_schedule or {} if taken < start < tokens]
+            alike = -(-(min([*ahead, tokens]) - taken) // step)
+            taken, done = taken + alike * step, done + alike
+        return done
+
+    def with_length(self, done: int = 0, taken: int = 0) -> "Config":
+        """The same with ``training.steps`` of ``training.tokens``, where these are set; see ``steps_to``."""
+        if self.training.tokens is None:
+            return self
+        steps = self.steps_to(self.training.tokens, done, taken)
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, steps=steps))
+
     def tokens_after(self, steps: int, done: int = 0, tokens: int = 0) -> int:
         """Tokens of a run of ``steps`` steps, of which ``done`` have taken ``tokens``."""
         left = steps - done
@@ -240,7 +225,11 @@ class Config:
         if optimizer.schedule != "halving":
             idle["optimizer.halving_tokens"] = schedule
         if optimizer.schedule != "cosine":
-            idle |= dict.fromkeys(("optimizer.decay_tokens", "optimizer.min_lr_ratio"), schedule)
+            idle["optimizer.decay_tokens"] = schedule
+        if optimizer.schedule != "wsd":
+            idle["optimizer.cooldown_tokens"] = schedule
+        if optimizer.schedule not in ("cosine", "wsd"):
+            idle["optimizer.min_lr_ratio"] = schedule
         if optimizer.name == "sgd":
             idle |= dict.fromkeys(("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"), "optimizer.name sgd")
         return [(field, idle[field]) for field in fields if field in idle]
@@ -267,7 +256,19 @@ class Config:
                 for name, size in sizes.items()
                 if size % together
             ]
-        return found
+        return found or self._length_problems()
+
+    def _length_problems(self) -> list[str]:
+        """What does not fit into the run; every number is in its range."""
+        optimizer, run = self.optimizer, self.with_length()
+        tokens = run.tokens_after(run.training.steps)
+        cooldown = optimizer.cooldown_of(tokens)
+        if optimizer.schedule != "wsd" or optimizer.warmup_tokens + cooldown <= tokens:
+            return []
+        return [
+            f"optimizer.warmup_tokens {optimizer.warmup_tokens} and a cool-down of {cooldown} tokens "
+            f"(optimizer.cooldown_tokens) do not fit into a run of {tokens} tokens"
+        ]
 
     def _that_divides(self, sequences: int, ranks: int) -> str:
         if sequences % ranks:

@@ -33,10 +33,13 @@ class OutputLayer(ColumnLinear):
         known: true rows over all ranks; the others have score -inf.
         bias: whether there is one.
         parallel: this rank's share.
+
+    ``z_loss`` is the weight of (log Z)^2 beside every loss that is trained on (PaLM, arXiv 2204.02311, section 5).
     """
 
     def __init__(self, width: int, padded: int, known: int, bias: bool, parallel: ParallelContext) -> None:
         super().__init__(width, padded, bias, parallel)
+        self.z_loss = 0.0
         self.group, self.compiled = parallel.tp_group, parallel.compiled
         self.first_row = parallel.tp_rank * (padded // parallel.tp_size)
         self.rows = min(max(known - self.first_row, 0), padded // parallel.tp_size)
@@ -55,12 +58,12 @@ class OutputLayer(ColumnLinear):
 
         Returns:
             The scores (R, B, V / t) of this rank's rows. With targets, the sum of the losses of those that count, in
-            nats, with its gradients, and all losses (R, B) without.
+            nats and each with its z-loss, with its gradients; and all losses (R, B) without either.
         """
         if targets is None:
             return _scores(x, self.weight, self.bias, self.rows)
         trained = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained
-        place = _Place(self.rows, self.first_row, self.group, self.compiled)
+        place = _Place(self.rows, self.first_row, self.group, self.compiled, self.z_loss)
         return _Loss.apply(x, self.weight, self.bias, targets, trained, place, torch.is_grad_enabled())
 
 
@@ -71,12 +74,13 @@ def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor
 
 
 class _Place(NamedTuple):
-    """Which rows of the vocabulary this rank holds, with whom, and whether there is a compiler."""
+    """Which rows of the vocabulary this rank holds, with whom, whether there is a compiler, and the z-loss."""
 
     rows: int
     first_row: int
     group: ProcessGroup
     compiled: bool
+    z_loss: float
 
 
 def chunk_rows(x: Tensor, vocabulary: int) -> int:
@@ -101,6 +105,7 @@ class _Loss(torch.autograd.Function):
         flat, wanted, counts = x.flatten(0, 1).to(wide), targets.flatten(), trained.flatten()
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         losses = torch.empty(len(flat), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        log_z = torch.empty_like(losses)
         if with_gradients:
             of_x, of_weight = torch.empty_like(flat), torch.zeros_like(weight, dtype=losses.dtype)
             of_bias = None if bias is None else torch.zeros_like(bias, dtype=losses.dtype)
@@ -109,13 +114,14 @@ class _Loss(torch.autograd.Function):
             chunk = slice(start, start + size)
             gradients = (of_x[chunk], of_weight, of_bias) if with_gradients else None
             rows = (flat[chunk], weight, bias, wanted[chunk], counts[chunk])
-            losses[chunk] = _losses_of_chunk(*rows, place, gradients)
+            losses[chunk], log_z[chunk] = _losses_of_chunk(*rows, place, gradients)
         if with_gradients:
             ctx.gradients = of_x.view_as(x), of_weight, of_bias
             ctx.dtype = x.dtype
         losses_of_all = losses.view_as(targets)
         ctx.mark_non_differentiable(losses_of_all)
-        return losses.masked_fill(~counts, 0).sum(), losses_of_all
+        trained_on = losses + place.z_loss * log_z.square() if place.z_loss else losses
+        return trained_on.masked_fill(~counts, 0).sum(), losses_of_all
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,13 +141,14 @@ def _losses_of_chunk(
     counts: Tensor,
     place: _Place,
     gradients: tuple[Tensor, Tensor, Tensor | None] | None,
-) -> Tensor:
-    """Losses (T,) of some rows (T, D). Gradients, if asked for: that of x is written, those of weight and bias grow."""
+) -> tuple[Tensor, Tensor]:
+    """Losses and log Z (T,) of rows (T, D). Gradients, if asked for: that of x is written, of weight and bias grow."""
     scores = _scores(x, weight, bias, place.rows)
     if place.compiled and place.group.size() == 1:
-        losses, of_scores = maybe_compile(losses_and_gradients, True)(scores, targets, counts)
+        together = maybe_compile(losses_and_gradients, True)
+        losses, log_z, of_scores = together(scores, targets, counts, place.z_loss)
     else:
-        losses, of_scores = _losses_and_gradients(scores, targets, counts, place)
+        losses, log_z, of_scores = _losses_and_gradients(scores, targets, counts, place)
     if gradients is not None:
         of_x, of_weight, of_bias = gradients
         rounded = of_scores.to(x.dtype)
@@ -154,15 +161,17 @@ def _losses_of_chunk(
             of_weight += rounded.t() @ x
         if of_bias is not None:
             of_bias += of_scores.sum(0, dtype=of_bias.dtype)
-    return losses
+    return losses, log_z
 
 
-def _losses_and_gradients(scores: Tensor, targets: Tensor, counts: Tensor, place: _Place) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (T,), and the gradients of scores (T, V / t), in place of them where the type allows.
+def _losses_and_gradients(
+    scores: Tensor, targets: Tensor, counts: Tensor, place: _Place
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and log Z (T,), and the gradients of scores (T, V / t), in place of them where the type allows.
 
     ``losses_and_gradients`` on a vocabulary that ranks share, in as little memory as there is without a compiler.
     """
-    rows, first_row, group, _ = place
+    rows, first_row, group, _, z_loss = place
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     local = targets - first_row
     mine, row = (local >= 0) & (local < rows), local.clamp(0, max(rows - 1, 0))[:, None]
@@ -175,7 +184,11 @@ def _losses_and_gradients(scores: Tensor, targets: Tensor, counts: Tensor, place
     sums = torch.stack((of_target, scores.sum(-1)))
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
+    log_of_sum = sums[1].log()
+    log_z = log_of_sum + top
     scores /= sums[1][:, None]
+    if z_loss:
+        scores *= 1 + 2 * z_loss * log_z[:, None]
     scores.scatter_add_(1, row, -mine[:, None].to(scores.dtype))
     scores *= counts[:, None]
-    return sums[1].log() - sums[0], scores
+    return log_of_sum - sums[0], log_z, scores

@@ -53,14 +53,20 @@ def swiglu(up: Tensor, gate: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def losses_and_gradients(scores: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods of targets (T,), and the gradients of their sum by scores (T, V), in their type.
+def losses_and_gradients(
+    scores: Tensor, targets: Tensor, counts: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihoods of targets (T,), log Z of scores (T, V), and the gradients by scores, in their type.
 
-    ``counts`` (T,) says which of them the sum has. Scores of rows that are none are -inf.
+    The gradients are those of the sum of the losses, each with ``z_loss`` * (log Z)^2, of what ``counts`` (T,) names.
+    Scores of rows that are none are -inf.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    normaliser = torch.logsumexp(wide, -1)
+    log_z = torch.logsumexp(wide, -1)
     is_target = torch.arange(scores.shape[1], device=scores.device) == targets[:, None]
     of_target = torch.where(is_target, wide, 0.0).sum(-1)
-    gradients = ((wide - normaliser[:, None]).exp() - is_target.to(wide.dtype)) * counts[:, None]
-    return normaliser - of_target, gradients.to(scores.dtype)
+    shares = (wide - log_z[:, None]).exp()
+    if z_loss:
+        shares = shares * (1 + 2 * z_loss * log_z[:, None])
+    gradients = (shares - is_target.to(wide.dtype)) * counts[:, None]
+    return log_z - of_target, log_z, gradients.to(scores.dtype)

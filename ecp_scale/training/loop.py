@@ -87,6 +87,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         config, blend, validation = decided(lambda: open_data(request.config))
         agreed(lambda: check_view(blend, validation))
         done = start.progress
+        config = config.with_length(done.step, done.tokens)
         run_tokens = config.tokens_after(config.training.steps, done.step, done.tokens)
         if dist.get_rank() == 0:
             for line in describe_start(start, run):

@@ -71,10 +71,12 @@ def optimizer_step(
         ids = to_device(batch, groups.device)
         counted = None if mask is None else to_device(mask, groups.device)
         with named("forward"):
-            total, _ = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
+            total, each = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
         report(number, f"has done forward pass {number} of")
         loss = total * scale
-        losses.append(loss.detach().float())
+        if engine.module.output.z_loss:  # what is reported compares with runs that have none
+            total = (each if counted is None else each.masked_fill(~counted, 0)).sum()
+        losses.append((total.detach() * scale).float())
         with named("backward"):
             engine.backward(loss)
         if number < len(micro_batches):

@@ -43,6 +43,7 @@ def make_model(
     # inference all-reduce uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model = _without_memory(config, parallel)
+    model.output.z_loss = config.training.z_loss
     partitioned: list[nn.Parameter] = []
     for module in reversed(list(model.modules())):  # children first: ZeRO-3 takes them with their parents
         made = _allocate(module, device)

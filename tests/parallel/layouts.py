@@ -110,6 +110,7 @@ class Layout:
             values["attention.document_mask"] = True
             values["attention.end_of_document"] = text.most_frequent_token()
             values["data.loss_ignore_ids"] = [text.most_frequent_token()]
+            values["training.z_loss"] = 0.01
         if self.optimizer == "sgd":
             values["optimizer.learning_rate"] = 0.3
         words = [f"--{key}={value}" for key, value in values.items()]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.command_line import parse
+from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
 from tests.launching import metrics, run_successfully
@@ -72,3 +73,37 @@ def test_the_length_of_a_run_counts_its_schedule() -> None:
         steps += 1
         assert config.tokens_after(steps) == tokens
         assert config.tokens_after(40, steps, tokens) == config.tokens_after(40)
+
+
+SMALL = [
+    *("--config", "demo", "--model.sequence_length=64", "--model.segment_length=16", "--dry-run"),
+    "--model.allow_short_receptive_field=true",
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 256, 511, 512, 513, 1279, 1280, 1281, 5000])
+def test_a_length_in_tokens_ends_with_the_step_that_reaches_it(tokens: int) -> None:
+    schedule = SCHEDULE.replace("6", "8")
+    config = parse([*SMALL, schedule, "--training.global_batch_size=4", f"--training.tokens={tokens}"], "").config
+    steps = config.training.steps
+    assert config.tokens_after(steps - 1) < tokens <= config.tokens_after(steps)
+    # However far the run is: what is left is counted from there.
+    for done in range(steps):
+        assert config.steps_to(tokens, done, config.tokens_after(done)) == steps
+    # A run that began with smaller batches takes more steps.
+    assert config.with_length(3, 300).training.steps > steps or tokens <= 1280
+
+
+def test_a_length_in_tokens_and_one_in_steps_contradict_each_other() -> None:
+    with pytest.raises(InputError, match=r"training\.steps is 7, but training\.tokens 512 decides the length"):
+        parse([*SMALL, "--training.steps=7", "--training.tokens=512"], "")
+
+
+def test_a_run_of_so_many_tokens_is_one_of_its_steps(
+    expected: list[float], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    words = [word for word in map(str, Layout().options(sharded_text, tmp_path)) if "training.steps" not in word]
+    train(parse([*words, SCHEDULE, "--training.tokens=2200"], ""))
+    records = metrics(tmp_path)
+    assert [record["tokens"] for record in records] == TOKENS
+    assert [record[key] for record in records for key in ("loss", "grad_norm")] == pytest.approx(expected, abs=1e-5)

@@ -37,6 +37,7 @@ CHANGES = {
     "optimizer.warmup_tokens": 1024,
     "training.global_batch_size": 8,
     "training.batch_schedule": "{512: 8}",
+    "training.z_loss": 0.1,
 }
 """What takes effect from the next step on."""
 WITH_OTHERS = {
@@ -47,7 +48,9 @@ WITH_OTHERS = {
     "optimizer.decay_tokens": "only under cosine, which is tested",
     "optimizer.min_lr_ratio": "only under cosine, which is tested",
     "optimizer.halving_tokens": "only under halving",
+    "optimizer.cooldown_tokens": "only under wsd: tests/test_learning_rate.py",
     "training.steps": "every resume here",
+    "training.tokens": "the same as the steps: tests/training/test_batch_schedule.py",
     "training.precision": "tests/parallel: layouts",
     "training.compile": "equal up to rounding: tests/models",
     "training.tf32": "rounds products on a GPU alone",
