@@ -7,6 +7,7 @@ goes on where it was. The shards are the same, byte by byte, whatever the number
 """
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ NAMED = 10
 def main() -> None:
     """Read the command line and print what was written."""
     options = _parser().parse_args()
-    parsing = parsing_of(options)
+    parsing = _with_chat(parsing_of(options), options)
     if options.dry_run:
         from ecp_scale.preparation.estimate import estimate
 
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", choices=sorted(RECIPES), help="how a known corpus is cut and prepared, see docs/data.md"
     )
     _add_filters(parser)
+    _add_marks(parser)
     parser.add_argument("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
     parser.add_argument("--shard-tokens", type=int, default=1 << 30, help="most tokens of a shard (default: 2^30)")
     parser.add_argument(
@@ -133,6 +135,40 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
         metavar=("FROM", "TO"),
         help="keep documents whose hash lies there, as 0 0.1 for a tenth (default: 0 1)",
     )
+
+
+def _add_marks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("for fine-tuning: tokens that are read and have no loss")
+    group.add_argument("--prompt-key", metavar="KEY", help="a text before that of --text-key, such as a question")
+    group.add_argument(
+        "--chat", action="store_true", help="--text-key holds conversations; what the assistant says has a loss"
+    )
+    group.add_argument(
+        "--chat-template",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="Jinja that writes a conversation (default: that of the tokenizer)",
+    )
+
+
+def _with_chat(parsing: "Parsing", options: argparse.Namespace) -> "Parsing":
+    """The same, with the template of --chat.
+
+    Raises:
+        InputError: if there is none, or the flags do not fit together.
+    """
+    if not options.chat:
+        if options.chat_template is not None:
+            raise InputError("--chat-template is given without --chat")
+        return parsing
+    if options.prompt_key is not None or parsing.preparation != "none":
+        raise InputError("--chat does not go with --prompt-key or a --recipe that prepares texts")
+
+    from ecp_scale.data.tokenizer import load_tokenizer
+    from ecp_scale.preparation.segments import ChatTemplate
+
+    tokenizer = load_tokenizer(options.tokenizer, options.end_token)
+    return dataclasses.replace(parsing, chat=ChatTemplate.load(options.chat_template, tokenizer))
 
 
 def parsing_of(options: argparse.Namespace) -> "Parsing":
@@ -167,6 +203,7 @@ def parsing_of(options: argparse.Namespace) -> "Parsing":
         max_characters=options.max_characters,
         share=(options.share[0], options.share[1]),
         stdin=options.stdin,
+        prompt_key=options.prompt_key,
         **settings,
     )
 

@@ -23,6 +23,7 @@ def main() -> None:
     import numpy as np
 
     from ecp_scale.data.manifest import Manifest, unread_lines
+    from ecp_scale.data.marks import plain
     from ecp_scale.data.shards import TokenShard
 
     prefix = Path(options.prefix)
@@ -32,6 +33,10 @@ def main() -> None:
     print(f"documents    {counts.documents:,} in {len(manifest.shards)} shards")
     print(f"tokens       {counts.tokens:,}, {counts.tokens / max(1, counts.words):.2f} per word")
     print(f"text         {counts.bytes:,} bytes, {counts.words:,} words")
+    if manifest.marked:
+        shards = [TokenShard(prefix.parent / shard.name) for shard in manifest.shards]
+        trained = sum(int((shard.ids >= 0).sum()) for shard in shards)
+        print(f"with a loss  {trained:,} tokens; the others are marked")
     print(f"left out     {manifest.skipped}")
     for reason in manifest.skipped.named[:SHOWN]:
         print(f"  {reason}")
@@ -50,6 +55,6 @@ def main() -> None:
     print(f"\n{record.name}: {shard.dtype}, lengths of documents (quartiles) {', '.join(map(str, quartiles))}")
     if not 0 <= options.document < len(shard.lengths):
         raise InputError(f"--document is {options.document}, expected 0 to {len(shard.lengths) - 1}")
-    ids = shard.document(options.document)
+    ids = plain(shard.document(options.document))
     print(f"document {options.document}: {len(ids)} tokens, beginning with {ids[:12].tolist()}\n")
     print(manifest.load_tokenizer(prefix).decode(ids[: options.tokens].tolist()))

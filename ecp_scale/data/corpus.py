@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ecp_scale.data.manifest import Manifest, ShardRecord
-from ecp_scale.data.shards import OPEN, Tokens, TokenShard, index_bytes, token_type
+from ecp_scale.data.shards import OPEN, Tokens, TokenShard, index_bytes
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import DamagedDataError, InputError
 
@@ -20,7 +20,7 @@ class Corpus:
     """Token stream of a prefix, mapped into memory.
 
     Window i holds the ``sequence_length`` + 1 tokens from ``i * sequence_length`` on, so that every token but the
-    first is a target exactly once per epoch.
+    first is a target exactly once per epoch. Tokens without a loss are marked, see ``ecp_scale.data.marks``.
     """
 
     def __init__(self, prefix: str, sequence_length: int) -> None:
@@ -33,8 +33,9 @@ class Corpus:
         self.manifest = Manifest.read(self.prefix)
         _ = self.tokenizer
         for record in self.manifest.shards:
-            _check_sizes(self.prefix.parent, record, self.manifest.tokenizer.vocab_size)
-        self.lay_out(self.manifest.shards, sequence_length, self.manifest.tokenizer.vocab_size)
+            _check_sizes(self.prefix.parent, record, self.manifest.dtype)
+        entries = self.manifest.tokenizer.vocab_size
+        self.lay_out(self.manifest.shards, sequence_length, range(-entries if self.manifest.marked else 0, entries))
         if self.windows < 1:
             raise InputError(
                 f"corpus {prefix}: {self.tokens} tokens, expected at least one window of {sequence_length} + 1"
@@ -58,10 +59,10 @@ class Corpus:
         """What the tokens are known by, see ``Manifest.digest``."""
         return self.manifest.digest
 
-    def lay_out(self, shards: Sequence[ShardRecord], sequence_length: int, entries: int) -> None:
-        """Place the shards one after another and cut the stream into windows; touches no file."""
+    def lay_out(self, shards: Sequence[ShardRecord], sequence_length: int, stored: range) -> None:
+        """Place the shards, of ids in ``stored``, one after another and cut them into windows; touches no file."""
         self.sequence_length = sequence_length
-        self._entries = entries
+        self._stored = stored
         self._borders = [0, *itertools.accumulate(record.counts.tokens for record in shards)]
         self.tokens = self._borders[-1]
         self.windows = (self.tokens - 1) // sequence_length
@@ -85,17 +86,17 @@ class Corpus:
         while count:
             offset = start - self._borders[number]
             part = self.shard(number).ids[offset : offset + count]
-            if len(part) and not 0 <= part.min() <= part.max() < self._entries:
+            if len(part) and not self._stored.start <= part.min() <= part.max() < self._stored.stop:
                 self._refuse(number, offset, part)
             parts.append(part)
             start, count, number = start + len(part), count - len(part), number + 1
         return np.concatenate(parts, dtype=np.int64)
 
     def _refuse(self, number: int, offset: int, part: Tokens) -> None:
-        place = int(np.flatnonzero((part < 0) | (part >= self._entries))[0])
+        place = int(np.flatnonzero((part < self._stored.start) | (part >= self._stored.stop))[0])
         raise DamagedDataError(
             f"{self.prefix.parent / self.manifest.shards[number].name}.bin: id {int(part[place])} at place "
-            f"{offset + place}, but the tokenizer has {self._entries} entries; see ecp-verify-shards"
+            f"{offset + place}, but the tokenizer has {self._stored.stop} entries; see ecp-verify-shards"
         )
 
     def window(self, number: int) -> Tokens:
@@ -103,8 +104,8 @@ class Corpus:
         return self.read(number * self.sequence_length, self.sequence_length + 1)
 
 
-def _check_sizes(folder: Path, record: ShardRecord, vocab_size: int) -> None:
-    width = np.dtype(token_type(vocab_size)).itemsize
+def _check_sizes(folder: Path, record: ShardRecord, dtype: type[np.generic]) -> None:
+    width = np.dtype(dtype).itemsize
     expected = {".bin": record.counts.tokens * width, ".idx": index_bytes(record.counts.documents)}
     for suffix, size in expected.items():
         path = folder / (record.name + suffix)

@@ -10,6 +10,7 @@ from ecp_scale.data.corpus import Corpus
 class TokenDataset(Dataset[Tensor]):
     """Windows of a corpus, in order: item i is (n + 1) int64 ids, of which the first n are read and the last n targets.
 
+    Where the shards mark tokens without a loss, their ids are complements: ``ecp_scale.data.marks`` parts the two.
     A training run shuffles them with ``ecp_scale.data.order.SampleOrder``; a DataLoader may do so in its own way.
 
     Args:

@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ecp_scale.data.marks import MARKED
+from ecp_scale.data.shards import token_type
 from ecp_scale.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.files import sha256_of, write_text
 
 FORMAT_VERSION = 3
-READABLE = (2, 3)
+WITH_MARKS = 4
+"""Version of shards that mark tokens: what reads version 3 alone would train on them."""
+READABLE = (2, FORMAT_VERSION, WITH_MARKS)
 """Version 2 does not count line ends and unknown tokens, nor say by which filter records were dropped."""
 NAMED_AT_MOST = 100
 """Bad records that a manifest names; all are counted."""
@@ -157,6 +163,13 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, Any] = field(default_factory=dict)
     """What lies in the input folders and was not read: by reason how many files, and the first of them."""
+    marked: bool = False
+    """Whether tokens without a loss are marked, see ``ecp_scale.data.marks``."""
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Type of the stored ids."""
+        return MARKED if self.marked else token_type(self.tokenizer.vocab_size)
 
     @property
     def digest(self) -> str:
@@ -166,7 +179,7 @@ class Manifest:
 
     def write(self, prefix: Path) -> None:
         """Write PREFIX.manifest.json."""
-        content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        content = {"format_version": WITH_MARKS if self.marked else FORMAT_VERSION, **dataclasses.asdict(self)}
         write_text(manifest_path(prefix), json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -189,6 +202,7 @@ class Manifest:
                 Skipped.of(content["skipped"]),
                 dict(content["settings"]),
                 dict(content.get("unread", {})),
+                content.get("marked", False),
             )
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}; {_instead(prefix)}") from error

@@ -12,14 +12,15 @@ import numpy.typing as npt
 
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.manifest import manifest_path
+from ecp_scale.data.marks import plain
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.data.tokenizer_kinds import UnencodableError
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Text
 from ecp_scale.preparation.cutting import Cutter
 from ecp_scale.preparation.documents import read_parts
-from ecp_scale.preparation.encoding import measure
 from ecp_scale.preparation.finding import find_sources
+from ecp_scale.preparation.measuring import measure
 from ecp_scale.preparation.parsing import Parsing
 from ecp_scale.zero.state_files import free_bytes
 
@@ -158,7 +159,7 @@ def count_tokens(corpus: Corpus) -> Ids:
     """Occurrences (V,) of every id in the shards."""
     counts = np.zeros(corpus.tokenizer.vocab_size, dtype=np.int64)
     for number in range(len(corpus.manifest.shards)):
-        found = np.bincount(corpus.shard(number).ids, minlength=len(counts))
+        found = np.bincount(plain(corpus.shard(number).ids), minlength=len(counts))
         if len(found) > len(counts):
             raise InputError(f"shards {corpus.prefix}: hold id {len(found) - 1}, but the tokenizer has {len(counts)}")
         counts += found

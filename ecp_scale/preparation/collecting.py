@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ecp_scale.data.manifest import Skipped, SourceRecord
-from ecp_scale.data.shards import Tokens, token_type
+from ecp_scale.data.shards import Tokens
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.encoding import EncodedBatch
@@ -61,7 +61,7 @@ class Collector:
         self._place = journal.state.place
         self._block = journal.state.block
         self._tokenizer = tokenizer
-        self._dtype = token_type(tokenizer.vocab_size)
+        self._dtype = job.encoding.dtype(tokenizer.vocab_size)
         self._buffer: TokenBuffer | None = None
         self._buffered: list[BufferedDocument] = []
         self._block_before = self._block

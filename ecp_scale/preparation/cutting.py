@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.data.tokenizer_kinds import UnencodableError
+from ecp_scale.preparation.segments import Segments
 
 PIECE_CHARACTERS = 1 << 18
 """Characters of a piece. A tokenizer takes up to 90 bytes of memory for each."""
@@ -32,12 +33,13 @@ BORDERS = (
 class Piece(NamedTuple):
     """A piece of a text, and how many characters of its beginning are not encoded, since the cut stands for them.
 
-    ``last``: it ends the text.
+    ``last``: it ends the text. ``segments``: what of it has a loss, where that is not all.
     """
 
     text: str
     skipped: int = 0
     last: bool = True
+    segments: Segments | None = None
 
     @property
     def encoded(self) -> str:

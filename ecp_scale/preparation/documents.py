@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.parsing import EMPTY, VALIDATION, BadRecordError, Dropped, Parsing, digest_fraction
+from ecp_scale.preparation.segments import Segments
 from ecp_scale.preparation.sources import Place, Source
 
 
@@ -84,4 +85,4 @@ def read_parts(sources: Sequence[Source], parsing: Parsing) -> Iterator[tuple[st
             except BadRecordError as error:
                 raise InputError(f"{record.name}: {error}") from error
             if not isinstance(text, Dropped):
-                yield text, True
+                yield text.text if isinstance(text, Segments) else text, True

@@ -16,12 +16,15 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ecp_scale.data.marks import MARKED, marked, plain
 from ecp_scale.data.shards import Tokens, token_type
 from ecp_scale.data.tokenizer import Ids, Tokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.cutting import FAST_CHARACTERS, PIECE_CHARACTERS, Cutter, Piece
 from ecp_scale.preparation.interrupts import Interrupts
+from ecp_scale.preparation.measuring import measure
 from ecp_scale.preparation.parsing import VALIDATION, BadRecordError, Dropped, Parsing, hash_fraction
+from ecp_scale.preparation.segments import Segments
 from ecp_scale.preparation.sources import Raw
 
 Counts = npt.NDArray[np.int64]
@@ -89,6 +92,10 @@ class Encoding:
     def control(self) -> bool:
         """Whether names of control tokens in a prepared text become the tokens."""
         return self.parsing.preparation != "none"
+
+    def dtype(self, vocab_size: int) -> type[np.generic]:
+        """Type of the stored ids."""
+        return MARKED if self.parsing.marks else token_type(vocab_size)
 
 
 class Encoder:
@@ -182,14 +189,16 @@ def _encode(batch: Batch) -> EncodedBatch:
             pieces[number] = raw
             continue
         try:
-            text = _encoding.parsing.text(raw, is_json)
+            found = _encoding.parsing.text(raw, is_json)
         except BadRecordError as error:
             errors[number] = str(error)
             continue
-        if isinstance(text, Dropped):
-            dropped[number] = text.reason
+        if isinstance(found, Dropped):
+            dropped[number] = found.reason
         else:
-            pieces[number] = Piece(text)
+            segments = found if isinstance(found, Segments) else None
+            text = found.text if isinstance(found, Segments) else found
+            pieces[number] = Piece(text, segments=segments)
             if _encoding.validation_share:
                 validation[number] = hash_fraction(text, VALIDATION) < _encoding.validation_share
     encoded = _ids(pieces, errors)
@@ -197,11 +206,13 @@ def _encode(batch: Batch) -> EncodedBatch:
     parts: list[Ids] = []
     for number, ids in encoded.items():
         text = pieces[number].text
-        ended = () if isinstance(batch[number].raw, Piece) else (end,)
+        segments = pieces[number].segments
+        # Whoever says the last word ends the document.
+        ended = () if isinstance(batch[number].raw, Piece) else (end if is_trained(segments) else marked(end),)
         parts += (ids, *ended)
         counts[number] = Counted(len(ids) + len(ended), *measure(text), _unknown(pieces[number], ids))
     # Casting: every id is below vocab_size, by which the type was chosen.
-    dtype = token_type(_tokenizer.vocab_size)
+    dtype = _encoding.dtype(_tokenizer.vocab_size)
     ids = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
     return EncodedBatch(ids, np.array(counts, dtype=np.int64), validation, errors, dropped)
 
@@ -234,6 +245,9 @@ def _joined(pieces: dict[int, Piece]) -> dict[int, Ids]:
         waiting.clear()
 
     for number, whole in pieces.items():
+        if whole.segments is not None:
+            parts[number] += _of_segments(whole.segments)
+            continue
         for piece in _cutter.pieces([whole.encoded]):
             waiting.append((number, _encoding.parsing.prepared(piece.encoded, piece.last and whole.last)))
             size += len(piece.text)
@@ -245,33 +259,20 @@ def _joined(pieces: dict[int, Piece]) -> dict[int, Ids]:
     return {number: ids[0] if len(ids) == 1 else np.concatenate(ids) for number, ids in parts.items()}
 
 
+def _of_segments(segments: Segments) -> list[Ids]:
+    """Ids of each part, marked where it has no loss."""
+    encoded = _tokenizer.encode_batch([text for text, _ in segments.parts], segments.control)
+    return [ids if trained else marked(ids) for ids, (_, trained) in zip(encoded, segments.parts, strict=True)]
+
+
+def is_trained(segments: Segments | None) -> bool:
+    """Whether the end of a document has a loss: that of the last part has."""
+    return segments is None or segments.parts[-1][1]
+
+
 def _unknown(piece: Piece, ids: Ids) -> int:
     """Tokens that stand for what the vocabulary cannot write; an <unk> of the text itself is none."""
     if _tokenizer.unknown is None:
         return 0
     written = piece.text.count("<unk>") if _encoding.control else 0
-    return max(0, int(np.count_nonzero(ids == _tokenizer.unknown)) - written)
-
-
-_BLANKS = "".join(character for character in map(chr, range(0x10000)) if character.isspace())
-_IS_BLANK = bytes(chr(byte) in _BLANKS[:10] for byte in range(256))
-"""By byte whether it is white space: all ASCII characters that are come first."""
-
-SHORT = 256
-"""Bytes below which words are split faster than they are counted."""
-
-
-def measure(text: str) -> tuple[int, int, int]:
-    """Bytes of a text in UTF-8, its words and its line ends.
-
-    Words are what ``len(text.split())`` counts, in a fifth of the time.
-    """
-    content = text.encode()
-    lines = content.count(b"\n")
-    if len(content) < SHORT:
-        return len(content), len(text.split()), lines
-    if not text.isascii() and any(blank in text for blank in _BLANKS[10:]):
-        return len(content), len(text.split()), lines
-    blank = np.frombuffer(content.translate(_IS_BLANK), dtype=np.bool_)
-    begins = int(np.count_nonzero(blank[:-1] > blank[1:])) + (len(blank) > 0 and not blank[0])
-    return len(content), begins, lines
+    return max(0, int(np.count_nonzero(plain(ids) == _tokenizer.unknown)) - written)

@@ -14,6 +14,7 @@ from ecp_scale.data.tokenizer_kinds import UnencodableError
 from ecp_scale.errors import InputError
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import BadRecordError, Dropped, Parsing
+from ecp_scale.preparation.segments import Segments
 from ecp_scale.preparation.sources import Place, Source
 
 SAMPLE_BYTES = 4 << 20
@@ -111,6 +112,7 @@ def _beginning(source: Source, parsing: Parsing, most: int) -> tuple[int, list[s
             if record.part and isinstance(raw, bytes):  # of a long text the part is enough, whatever it is cut in
                 raw = raw.decode(errors="ignore").encode()
             text = parsing.text(raw, is_json)
+            text = text.text if isinstance(text, Segments) else text
             if not isinstance(text, Dropped):
                 texts.append(parsing.prepared(text))
                 size += len(text)

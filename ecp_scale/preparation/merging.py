@@ -26,6 +26,9 @@ def merge(prefix: Path, parts: Sequence[Path]) -> Manifest:
             found, expected = getattr(manifest.tokenizer, what), getattr(first, what)
             if found != expected:
                 raise InputError(f"{part}: {what} of the tokenizer is {found}, but that of {parts[0]} is {expected}")
+    for part, manifest in zip(parts, manifests, strict=True):
+        if manifest.marked != manifests[0].marked:
+            raise InputError(f"{part} and {parts[0]}: one of them marks tokens without a loss, the other does not")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with only_writer([prefix]):
@@ -67,6 +70,7 @@ def _merge(prefix: Path, parts: Sequence[Path], manifests: Sequence[Manifest]) -
         sum((manifest.skipped for manifest in manifests), Skipped()),
         {"merged": [manifest.settings for manifest in manifests]},
         manifests[0].unread,  # of the same folders, in which each part has looked
+        manifests[0].marked,
     )
     merged.write(prefix)
     return merged

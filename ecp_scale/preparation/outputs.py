@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ecp_scale.data.manifest import ShardRecord, SourceRecord, TextCounts
-from ecp_scale.data.shards import Tokens, token_type
+from ecp_scale.data.shards import Tokens
 from ecp_scale.preparation.journal import Journal, State
 from ecp_scale.preparation.stream import Job
 from ecp_scale.preparation.writing import BufferedDocument, Counts, ShardWriter, publish
@@ -17,7 +17,7 @@ class Outputs:
         """Go on with the shards that the journal knows to be begun."""
         self.journal = journal
         self._job = job
-        self._dtype = token_type(vocab_size)
+        self._dtype = job.encoding.dtype(vocab_size)
         self.finished: list[list[ShardRecord]] = [[] for _ in job.outputs]
         self._open: list[ShardWriter | None] = [
             self._next(number, begun) if begun.documents else None for number, begun in enumerate(journal.begun)

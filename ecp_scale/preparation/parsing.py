@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
+from ecp_scale.preparation.segments import ChatError, ChatTemplate, Segments
 from ecp_scale.preparation.sources import Raw, Reading, TextUnit
 from ecp_scale.preparation.tables import BadRow
 
@@ -41,38 +42,64 @@ class Parsing:
     preparation: Preparation = "none"
     stdin: str = ".jsonl"
     """What standard input holds, as the ending of a file would say it."""
+    prompt_key: str | None = None
+    """Key of a text before that of ``text_key``, whose tokens are marked: they have no loss."""
+    chat: ChatTemplate | None = None
+    """What writes the conversation under ``text_key``; all but what the assistant says is marked."""
+
+    @property
+    def marks(self) -> bool:
+        """Whether tokens without a loss are marked."""
+        return self.prompt_key is not None or self.chat is not None
 
     @property
     def reading(self) -> Reading:
         """What the readers must know of it."""
-        return Reading(self.text_unit, (self.text_key, *(key for key, _ in self.where)), self.stdin)
+        prompt = () if self.prompt_key is None else (self.prompt_key,)
+        return Reading(self.text_unit, (self.text_key, *prompt, *(key for key, _ in self.where)), self.stdin)
 
-    def text(self, raw: Raw, is_json: bool) -> str | Dropped:
-        """The document of a record, or why there is none.
+    def text(self, raw: Raw, is_json: bool) -> str | Segments | Dropped:
+        """The document of a record, in parts where some have no loss, or why there is none.
 
         Raises:
             BadRecordError: if the record is damaged or lacks the text's key.
         """
+        found: str | Segments
         if isinstance(raw, bytes) and not is_json:
-            text = decoded(raw)
+            if self.marks and raw:  # the end of a file has nothing
+                raise BadRecordError("plain text has no keys, expected records with prompts or conversations")
+            found = decoded(raw)
         elif isinstance(raw, BadRow):
             raise BadRecordError(raw.reason)
         else:
             row = _json_object(raw) if isinstance(raw, bytes) else raw
             for key, value in self.where:
-                found, is_there = _find(row, key)
-                if not is_there or not _matches(found, value):
+                held, is_there = _find(row, key)
+                if not is_there or not _matches(held, value):
                     return Dropped(f"by --where {key}={value}" if is_there else f"by --where, no key {key}")
-            text, is_there = _find(row, self.text_key)
-            if not is_there:
-                raise BadRecordError(f"no key {self.text_key!r}")
+            text = self._of_row(row)
             if text is None:
                 return EMPTY
-            if not isinstance(text, str):
-                inside = f"; name a key inside it: {self.text_key}.KEY" if isinstance(text, dict) else ""
-                raise BadRecordError(f"{self.text_key!r} is {type(text).__name__}, expected text{inside}")
-            _check_unicode(text)
-        return self.filtered(len(text), bool(text.strip())) or self.in_share(text) or text
+            found = text
+        text = found if isinstance(found, str) else found.text
+        _check_unicode(text)
+        return self.filtered(len(text), bool(text.strip())) or self.in_share(text) or found
+
+    def _of_row(self, row: dict[str, Any]) -> str | Segments | None:
+        """What is under the keys; None where it is null."""
+        if self.chat is not None:
+            messages, is_there = _find(row, self.text_key)
+            try:
+                if not is_there:
+                    raise ChatError(f"no key {self.text_key!r}")
+                return None if messages is None else self.chat.segments(messages)
+            except ChatError as error:
+                raise BadRecordError(str(error)) from error
+        text = _text_of(row, self.text_key)
+        if self.prompt_key is None or text is None:
+            return text
+        prompt = _text_of(row, self.prompt_key) or ""
+        return Segments(((prompt, False), (text, True)) if prompt else ((text, True),))
 
     def filtered(self, characters: int, has_text: bool) -> Dropped | None:
         """Why a document of so many characters is dropped."""
@@ -176,6 +203,21 @@ def _find(row: dict[str, Any], key: str) -> tuple[Any, bool]:
             return None, False
         found = found[part]
     return found, True
+
+
+def _text_of(row: dict[str, Any], key: str) -> str | None:
+    """Text under a key; None where it is null.
+
+    Raises:
+        BadRecordError: if there is none.
+    """
+    text, is_there = _find(row, key)
+    if not is_there:
+        raise BadRecordError(f"no key {key!r}")
+    if text is not None and not isinstance(text, str):
+        inside = f"; name a key inside it: {key}.KEY" if isinstance(text, dict) else ""
+        raise BadRecordError(f"{key!r} is {type(text).__name__}, expected text{inside}")
+    return text
 
 
 def _matches(found: Any, wanted: str) -> bool:

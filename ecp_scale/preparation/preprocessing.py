@@ -27,7 +27,7 @@ from ecp_scale.preparation.interrupts import Interrupts
 from ecp_scale.preparation.journal import Identity, Journal, journal_path
 from ecp_scale.preparation.outputs import Outputs, shard_name
 from ecp_scale.preparation.parsing import Parsing
-from ecp_scale.preparation.sources import HUB, ChangedSourceError, Place, Source, content_hash, has_more
+from ecp_scale.preparation.sources import HUB, ChangedSourceError, Place, Reading, Source, content_hash, has_more
 from ecp_scale.preparation.splitting import block_characters
 from ecp_scale.preparation.stream import Job, OnError, batches
 from ecp_scale.preparation.writing import publish, remove_stale
@@ -77,6 +77,8 @@ def preprocess(
     encoding = Encoding(tokenizer_spec, end_token, parsing or Parsing(), validation_share)
     tokenizer = encoding.load_tokenizer()
     found = find_sources(inputs)
+    if encoding.parsing.marks:
+        _check_records(found.sources, encoding.parsing.reading)
     job = Job(tuple(share_of(found.sources, *part)), encoding, prefix, shard_tokens, on_error, part)
     with _write_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,12 @@ def preprocess(
             if not journal.complete:
                 journal = _write_shards(job, tokenizer, journal, workers, progress)
             return _finish(job, tokenizer, journal, found.reasons)
+
+
+def _check_records(sources: Sequence[Source], reading: Reading) -> None:
+    for source in sources:
+        if source.format(reading) == "text":
+            raise InputError(f"{source.name}: plain text has no keys, expected records with prompts or conversations")
 
 
 def _checked_prefix(name: str) -> Path:
@@ -273,6 +281,7 @@ def _finish(job: Job, tokenizer: Tokenizer, journal: Journal, unread: dict[str, 
             journal.state.skipped,
             {**journal.identity.settings, "block_characters": journal.block_characters},
             unread,
+            job.encoding.parsing.marks,
         )
     for prefix, manifest in manifests.items():
         manifest.write(prefix)

@@ -22,7 +22,8 @@ def block_characters(sources: Sequence[Source], encoding: Encoding) -> int | Non
     so that all of them decide alike.
     """
     share = encoding.validation_share
-    if not share or any(source.name == STDIN for source in sources):
+    # Texts of which parts have no loss are not cut.
+    if not share or encoding.parsing.marks or any(source.name == STDIN for source in sources):
         return None
     documents = size = 0
     parsing = encoding.parsing

@@ -12,6 +12,7 @@ from ecp_scale.preparation.documents import LongText
 from ecp_scale.preparation.encoding import Batch, Encoding, Task
 from ecp_scale.preparation.journal import Identity, State
 from ecp_scale.preparation.parsing import BadRecordError, Dropped
+from ecp_scale.preparation.segments import Segments
 from ecp_scale.preparation.sources import ChangedSourceError, Place, Record, Source
 
 BATCH_BYTES = 1 << 18
@@ -60,6 +61,10 @@ class Job:
             "shard_tokens": self.shard_tokens,
             "part": list(self.part),
         }
+        if parsing.prompt_key is not None:
+            settings["prompt_key"] = parsing.prompt_key
+        if parsing.chat is not None:
+            settings["chat_template"] = parsing.chat.source
         return Identity(settings, tuple(source.name for source in self.sources))
 
 
@@ -96,7 +101,7 @@ def batches(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -
         batch.append(task)
         origins.append(origin)
         raw = task.raw.text if isinstance(task.raw, Piece) else task.raw
-        size += sum(map(_size, raw.values())) if isinstance(raw, dict) else len(raw)
+        size += _size(raw) if isinstance(raw, dict) else len(raw)
         if size >= BATCH_BYTES or len(batch) >= BATCH_RECORDS:
             yield batch, origins
             batch, origins, size = [], [], 0
@@ -105,6 +110,8 @@ def batches(job: Job, start: State, digest: Any, cutter: Cutter, blocks: bool) -
 
 
 def _size(value: object) -> int:
+    if isinstance(value, list | dict):  # the turns of a conversation
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
     return len(value) if isinstance(value, str) else 8
 
 
@@ -203,6 +210,7 @@ class _Pieces:
 
     def _whole(self) -> str:
         text = self._parsing.text(self._record.raw, self._is_json)
+        assert not isinstance(text, Segments), "texts with marks are not cut"
         if isinstance(text, Dropped):
             self._long.drop(text)
             return ""

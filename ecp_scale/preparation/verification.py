@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ecp_scale.data.manifest import Manifest, ShardRecord, TextCounts, TokenizerRecord
+from ecp_scale.data.marks import plain
 from ecp_scale.data.shards import Tokens, TokenShard
 from ecp_scale.data.tokenizer import Tokenizer, gives_texts_back
 from ecp_scale.errors import InputError
@@ -37,13 +38,15 @@ def verify(prefix: Path, deep: bool = False) -> Iterator[str]:
         except InputError as error:
             yield str(error)
             continue
-        problems = list(_shard_problems(path, shard, record, manifest.tokenizer))
+        problems = list(_shard_problems(path, shard, record, manifest.tokenizer, manifest.marked))
         yield from problems
         if deep and not problems:
-            yield from _text_problems(path, shard, record.counts, tokenizer)
+            yield from _text_problems(path, shard, record.counts, tokenizer, manifest.marked)
 
 
-def _shard_problems(path: Path, shard: TokenShard, record: ShardRecord, tokenizer: TokenizerRecord) -> Iterator[str]:
+def _shard_problems(
+    path: Path, shard: TokenShard, record: ShardRecord, tokenizer: TokenizerRecord, marked: bool
+) -> Iterator[str]:
     damaged = [f"{path}.idx: {problem}" for problem in shard.problems()]
     if damaged:
         yield from damaged
@@ -56,19 +59,26 @@ def _shard_problems(path: Path, shard: TokenShard, record: ShardRecord, tokenize
         digest = sha256_of(path.with_name(f"{path.name}.{suffix}"))
         if digest != expected_hash:
             yield f"{path}.{suffix}: sha256 {digest[:12]}..., the manifest says {expected_hash[:12]}..."
-    if shard.tokens and int(shard.ids.max()) >= tokenizer.vocab_size:
-        yield f"{path}.bin: id {int(shard.ids.max())}, but the tokenizer has {tokenizer.vocab_size} entries"
+    largest, lowest = (int(shard.ids.max()), int(shard.ids.min())) if shard.tokens else (0, 0)
+    if lowest < (-tokenizer.vocab_size if marked else 0) or largest >= tokenizer.vocab_size:
+        wrong = largest if largest >= tokenizer.vocab_size else lowest
+        yield f"{path}.bin: id {wrong}, but the tokenizer has {tokenizer.vocab_size} entries"
     ends = np.cumsum(shard.lengths, dtype=np.int64)[shard.lengths > 0] - 1
-    if len(ends) < len(shard.lengths) or (shard.ids[ends] != tokenizer.end_of_document).any():
+    if len(ends) < len(shard.lengths) or (plain(shard.ids[ends]) != tokenizer.end_of_document).any():
         yield f"{path}.bin: a document does not end with id {tokenizer.end_of_document}"
 
 
-def _text_problems(path: Path, shard: TokenShard, counts: TextCounts, tokenizer: Tokenizer) -> Iterator[str]:
-    """Every document decodes; where the tokenizer gives texts back, to the ids and the sizes of the manifest."""
-    compares = gives_texts_back(tokenizer)
+def _text_problems(
+    path: Path, shard: TokenShard, counts: TextCounts, tokenizer: Tokenizer, marked: bool
+) -> Iterator[str]:
+    """Every document decodes; where the tokenizer gives texts back, to the ids and the sizes of the manifest.
+
+    Texts with marks are put together of parts, with control tokens between them.
+    """
+    compares = gives_texts_back(tokenizer) and not marked
     size = words = 0
     for number in range(len(shard.lengths)):
-        for ids in _chunks(shard.document(number)[:-1], tokenizer):
+        for ids in _chunks(plain(shard.document(number)[:-1]), tokenizer):
             text = tokenizer.decode(ids)
             if compares and tokenizer.encode(text) != ids:
                 yield f"{path}, document {number}: its text has other ids than it was decoded from"

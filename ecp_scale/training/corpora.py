@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from ecp_scale.cluster.ranks import Ranks
@@ -9,6 +10,7 @@ from ecp_scale.config import Config
 from ecp_scale.data.blend import Blend, check_same_tokenizer
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.manifest import Manifest
+from ecp_scale.data.marks import LossMask
 from ecp_scale.errors import InputError
 
 
@@ -35,6 +37,11 @@ def open_data(config: Config) -> tuple[Config, Blend, Corpus | None]:
         validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
         check_same_tokenizer(validation, blend.corpora[0])
     return with_vocabulary(config, blend.corpora[0]), blend, validation
+
+
+def loss_mask(config: Config, corpora: Sequence[Corpus]) -> LossMask:
+    """Which targets of a run on some corpora have no loss; the same on all ranks."""
+    return LossMask(tuple(config.data.loss_ignore_ids), any(corpus.manifest.marked for corpus in corpora))
 
 
 def check_view(blend: Blend, validation: Corpus | None) -> None:

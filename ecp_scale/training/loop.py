@@ -25,7 +25,7 @@ from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.checkpoints import Checkpoints
-from ecp_scale.training.corpora import check_view, open_data
+from ecp_scale.training.corpora import check_view, loss_mask, open_data
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.probe import probe_loss
@@ -141,6 +141,7 @@ class _Run:
         self.stop = stop
         self.checkpoints = checkpoints
         self.is_first = dist.get_rank() == 0
+        self.mask = loss_mask(config, [*blend.corpora, *([validation] if validation is not None else [])])
 
     def steps(self, done: Progress) -> None:
         """Train from after what is done to the end, or until any rank is asked to stop."""
@@ -218,7 +219,7 @@ class _Run:
                 batches.micro_batches,
                 self.groups,
                 self.stop.reason is not None,
-                self.config.data.loss_ignore_ids,
+                self.mask,
                 reporter(step, self.groups.device),
                 [*batches.digest_parts, *self.checkpoints.news()],
             )
@@ -228,7 +229,7 @@ class _Run:
     def _validation_loss(self, corpus: Corpus) -> float:
         replicas = self.groups.replicas
         shares = validation_batches(corpus, self.config.training, replicas.size(), replicas.rank())
-        return mean_loss(self.engine, shares, self.groups, self.config.data.loss_ignore_ids)
+        return mean_loss(self.engine, shares, self.groups, self.mask)
 
     def _check_skipped(self, step: int, in_a_row: int, result: StepResult) -> None:
         if result.skipped and self.is_first:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
+from ecp_scale.data.marks import NO_MASK, LossMask, plain
 from ecp_scale.parallel.device import done_so_far
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.profiling import named
@@ -43,15 +44,15 @@ def optimizer_step(
     micro_batches: Sequence[Tensor],
     groups: Groups,
     stop_requested: bool,
-    ignored_ids: Sequence[int] = (),
+    mask: LossMask = NO_MASK,
     report: Callable[[int, str], None] = lambda part, what: None,
     to_sum: Sequence[int] = (),
 ) -> StepResult:
     """Accumulate over the micro-batches (micro, n + 1), which lie on the host, and update the weights.
 
-    The loss is the mean over all targets of the step, on all ranks, that are not among ``ignored_ids``. Ranks and
-    micro-batches may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to
-    what makes that mean the right one. ``report`` is told which part of the step is done, before ranks wait for each
+    The loss is the mean over all targets of the step, on all ranks, that have one by ``mask``. Ranks and micro-batches
+    may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to what makes that
+    mean the right one. ``report`` is told which part of the step is done, before ranks wait for each
     other. ``to_sum`` are whole numbers below 2^53 in sum, which the message about the loss takes along.
 
     Raises:
@@ -61,17 +62,18 @@ def optimizer_step(
     losses = []
     report(0, COMPUTES)
     targets = [engine.module.trained_targets(ids[:, 1:]) for ids in micro_batches]
-    trained = [has_loss(some, ignored_ids) if ignored_ids else None for some in targets]
+    trained = [mask.of(some) if mask else None for some in targets]
     count = sum(some.numel() for some in targets) * groups.data.size()
-    if ignored_ids:
-        mine = sum(int(mask.sum()) for mask in trained if mask is not None)
+    if mask:
+        mine = sum(int(some.sum()) for some in trained if some is not None)
         (count,) = sum_over([mine], groups.data, groups.device)
     scale = len(micro_batches) * groups.data.size() / max(1, count)
-    for number, (batch, mask) in enumerate(zip(micro_batches, trained, strict=True), start=1):
-        ids = to_device(batch, groups.device)
-        counted = None if mask is None else to_device(mask, groups.device)
+    for number, (batch, some) in enumerate(zip(micro_batches, trained, strict=True), start=1):
+        on_host = plain(batch) if mask.marks else batch
+        ids = to_device(on_host, groups.device)
+        counted = None if some is None else to_device(some, groups.device)
         with named("forward"):
-            total, each = engine(ids[:, :-1], ids[:, 1:], counted, on_host=batch[:, :-1])
+            total, each = engine(ids[:, :-1], ids[:, 1:], counted, on_host=on_host[:, :-1])
         report(number, f"has done forward pass {number} of")
         loss = total * scale
         if engine.module.output.z_loss:  # what is reported compares with runs that have none
@@ -127,11 +129,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def has_loss(targets: Tensor, ignored_ids: Sequence[int]) -> Tensor:
-    """Which targets have a loss: all that are not among ``ignored_ids``; the same shape."""
-    return ~torch.isin(targets, torch.tensor(ignored_ids, dtype=targets.dtype, device=targets.device))
-
-
 def sum_over(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[int]:
     """Sums of integers over the ranks of a group."""
     shared = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -151,15 +148,16 @@ def mean_loss(
     engine: Engine,
     batches: Iterable[tuple[Tensor, int]],
     groups: Groups,
-    ignored_ids: Sequence[int] = (),
+    mask: LossMask = NO_MASK,
 ) -> float:
     """Mean loss in nats per trained target over all ranks' batches (micro, n + 1), of which the first rows count."""
     engine.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
     for batch, counted in batches:
-        ids = batch.to(groups.device)
+        marked = batch.to(groups.device)
+        ids = plain(marked)
         _, losses = engine(ids[:, :-1], ids[:, 1:])
-        trained = has_loss(engine.module.trained_targets(ids[:, 1:]), ignored_ids)[:counted]
+        trained = mask.of(engine.module.trained_targets(marked[:, 1:]))[:counted]
         losses = losses[trained.nonzero(as_tuple=True)]
         totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)
     engine.train()

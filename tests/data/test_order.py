@@ -85,7 +85,9 @@ class CountingIds:
 def test_windows_of_corpora_of_any_size_begin_where_they_should(sizes: list[int], length: int) -> None:
     sizes = [*sizes, length + 1]
     corpus = Corpus.__new__(Corpus)
-    corpus.lay_out([ShardRecord(str(i), TextCounts(tokens=size), {}) for i, size in enumerate(sizes)], length, 2**63)
+    corpus.lay_out(
+        [ShardRecord(str(i), TextCounts(tokens=size), {}) for i, size in enumerate(sizes)], length, range(2**63)
+    )
     borders = np.cumsum([0, *sizes]).tolist()
     shards = [SimpleNamespace(ids=CountingIds(*place)) for place in zip(borders, sizes, strict=False)]
     corpus.shard = lambda number: cast(TokenShard, shards[number])  # type: ignore[method-assign]

@@ -166,7 +166,7 @@ def test_a_manifest_of_another_format_is_named(copy: ShardedText) -> None:
     path = Path(copy.prefix).parent / "train.manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format_version": 99}))
-    assert "format version 99, expected one of (2, 3)" in refused(copy.prefix)
+    assert "format version 99, expected one of (2, 3, 4)" in refused(copy.prefix)
     path.write_text("{}")
     assert "not a manifest" in refused(copy.prefix)
 

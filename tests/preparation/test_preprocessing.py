@@ -25,9 +25,9 @@ from ecp_scale.data.shards import TokenShard
 from ecp_scale.data.tokenizer import ByteTokenizer, load_tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.preparation import outputs
-from ecp_scale.preparation.encoding import measure
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.journal import journal_path
+from ecp_scale.preparation.measuring import measure
 from ecp_scale.preparation.merging import merge
 from ecp_scale.preparation.parsing import Parsing, hash_fraction
 from ecp_scale.preparation.preprocessing import preprocess, share_of

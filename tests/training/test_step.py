@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ecp_scale.data.marks import LossMask, marked, plain
 from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.step import DivergedError, mean_loss, optimizer_step
@@ -104,9 +105,29 @@ def test_untrained_targets_have_no_loss_however_they_fall_on_the_micro_batches(g
     for batches in ([tokens], list(tokens.split(1))):
         model.zero_grad()
         engine = FakeEngine(model, 1.0, micro_batches=len(batches))
-        result = optimizer_step(engine, batches, groups, False, ignored_ids=[7, 11])
+        result = optimizer_step(engine, batches, groups, False, LossMask((7, 11)))
         assert result.loss == pytest.approx(expected.item(), rel=1e-6)
         for parameter, gradient in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
     rows = [(tokens[:2], 2), (tokens[2:], 1)]
-    assert mean_loss(engine, rows, groups, [7, 11]) == pytest.approx(losses[:3][trained[:3]].mean().item(), rel=1e-6)
+    mask = LossMask((7, 11))
+    assert mean_loss(engine, rows, groups, mask) == pytest.approx(losses[:3][trained[:3]].mean().item(), rel=1e-6)
+
+
+def test_marked_targets_are_read_and_have_no_loss(groups: Groups) -> None:
+    model = build(SCALED, groups, torch.float32)
+    tokens = random_tokens(SCALED, 33, batch=4)
+    with_loss = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    marks = torch.where(with_loss, tokens, marked(tokens))
+    assert torch.equal(plain(marks), tokens)
+    logits = model.logits(tokens[:, :-1]).transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none")
+    trained = with_loss[:, 1:] & (tokens[:, 1:] != 7)
+    mask = LossMask((7,), marks=True)
+    for batches in ([marks], list(marks.split(1))):
+        engine = FakeEngine(model, 1.0, micro_batches=len(batches))
+        result = optimizer_step(engine, batches, groups, False, mask)
+        assert result.loss == pytest.approx(losses[trained].mean().item(), rel=1e-6)
+    assert mean_loss(engine, [(marks, 2)], groups, mask) == pytest.approx(
+        losses[:2][trained[:2]].mean().item(), rel=1e-6
+    )
