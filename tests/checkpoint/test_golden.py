@@ -33,8 +33,11 @@ def words(folder: Path, *more: str) -> list[str]:
     return [f"--config={folder / 'run.yaml'}", *paths, "--resume=auto", *more]
 
 
-def check(folder: Path, tolerance: float = 1e-5) -> None:
-    """The last two losses are those of the version that wrote the checkpoint."""
+def check(folder: Path, tolerance: float = 1e-4) -> None:
+    """The last two losses are those of the version that wrote the checkpoint, up to what processors round in bf16.
+
+    Without the moments of the checkpoint they are others by more than a hundredth.
+    """
     expected = json.loads((folder / "losses.json").read_text())
     found = {str(record["step"]): record["loss"] for record in metrics(folder / "run")}
     assert found == pytest.approx({step: expected[step] for step in ("3", "4")}, rel=tolerance)
