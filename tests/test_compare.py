@@ -1,11 +1,21 @@
 """launch/compare.py: its statistics, its table, and that it does no work twice."""
 
+import dataclasses
 import json
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from ecp_scale.evaluation.comparison import Cell, Summary, markdown, plot, summaries
+from ecp_scale.commands import cells
+from ecp_scale.commands.cells import TRIAL_STEPS, Launch, Plan, Watch, budgeted
+from ecp_scale.commands.compare import read_command_line
+from ecp_scale.commands.comparison_folder import Comparison
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation.comparison import Cell, Summary, accuracy_table, plot, plot_accuracy, summaries, table
+from ecp_scale.evaluation.ladder import fit, law_table, laws, plot_ladder
 from tests.corpus import ShardedText
 from tests.launching import run, run_successfully
 from tests.parallel.layouts import RECIPE, SMALL_MODEL
@@ -40,14 +50,22 @@ def test_figures_are_means_and_sample_deviations_and_differences_are_paired() ->
     assert ecp["bits_per_byte"] == Summary(pytest.approx(2.2), pytest.approx(0.2828, abs=1e-4))
     assert longlora["bits_per_byte_difference"] == Summary(pytest.approx(0.1), pytest.approx(0, abs=1e-12))
     assert longlora["parameters_difference"] == pytest.approx(0.01)
-    table = markdown([ecp, longlora])
-    assert "| ecp | 2.2000 ± 0.2828 | +0.0000 ± 0.0000 | 22.00 ± 2.83 |" in table
-    assert "| longlora | 2.3000 ± 0.2828 | +0.1000 ± 0.0000 |" in table
-    assert "1,010 (+1.00%) | 2.00 | 1,000 ± 0 | 2 ± 1 |" in table
+    rows = [" | ".join(words(line)) for line in table([ecp, longlora]).splitlines()]
+    assert "ecp | 2.2000 ± 0.2828 |  | 22.00 ± 2.83" in rows[2]
+    assert "longlora | 2.3000 ± 0.2828 | +0.1000 ± 0.0000" in rows[3]
+    assert "1,010 (+1.00%) | 2.00 | 500 | 0.001 | 1,000 ± 0 | 2 ± 1" in rows[3]
+    short = table([ecp, longlora], short=True).splitlines()
+    assert max(map(len, short)) <= 100
+    assert len({len(line) for line in short}) == 1
+
+
+def words(line: str) -> list[str]:
+    """Cells of a row of a table."""
+    return [word.strip() for word in line.strip("| ").split("|")]
 
 
 def test_one_seed_has_no_deviation() -> None:
-    assert "| ecp | 2.0000 | +0.0000 |" in markdown(summaries(CELLS[:1]))
+    assert "±" not in table(summaries(CELLS[:1]))
 
 
 def test_the_plot_has_a_line_for_every_architecture(tmp_path: Path) -> None:
@@ -55,6 +73,159 @@ def test_the_plot_has_a_line_for_every_architecture(tmp_path: Path) -> None:
     text = (tmp_path / "plot.svg").read_text()
     assert "ecp" in text
     assert "longlora (latents only)" in text
+
+
+def ladder_of(name: str, exponent: float, noise: Sequence[float]) -> list[Cell]:
+    """Cells of some sizes whose losses follow a power law, each off by a factor."""
+    return [
+        dataclasses.replace(
+            cell(name, 1, 2.0 * (1000 * 4**size / 4000) ** -exponent * factor),
+            parameters=100 * 2**size,
+            flops_per_token=2.0**size,
+            tokens=1000 * 2**size,
+            point=f"size{size}",
+        )
+        for size, factor in enumerate(noise)
+    ]
+
+
+def test_a_power_law_is_found_with_its_uncertainty(tmp_path: Path) -> None:
+    exact, noisy = ladder_of("ecp", 0.1, [1] * 5), ladder_of("transformer", 0.2, [1.01, 0.99, 1.02, 0.98, 1.0])
+    found = laws([*exact, *noisy, cell("longlora", 1, 3.0)])
+    assert list(found) == ["ecp", "transformer"]  # one size has no law
+    assert found["ecp"].exponent == pytest.approx(0.1)
+    assert found["ecp"].exponent_interval == pytest.approx((0.1, 0.1))
+    assert found["ecp"].at(4000) == pytest.approx(2.0)
+    low, high = found["transformer"].exponent_interval
+    assert low < 0.2 < high
+    assert 0.001 < high - low < 0.1
+    # The closed form of three points with one off in the middle: slope as without, t = 12.706 with one degree.
+    law = fit([1, math.e, math.e**2], [1, math.e**0.3, 1])
+    assert law.exponent == pytest.approx(0)
+    assert law.exponent_interval[1] == pytest.approx(12.706 * math.sqrt(0.3**2 * 2 / 3 / 2))
+    assert law.scale == pytest.approx(math.exp(0.1))
+    assert "0.1000 (0.1000 to 0.1000)" in law_table(found)
+    plot_ladder([*exact, *noisy], tmp_path / "ladder.svg")
+    assert "transformer: exponent 0." in (tmp_path / "ladder.svg").read_text()
+
+
+def test_accuracy_is_shown_by_distance_with_the_receptive_field(tmp_path: Path) -> None:
+    found = [
+        dataclasses.replace(one, accuracy=[[8, one.seed / 2], [64, 0.1]], receptive_field=48, protocol="passkey")
+        for one in CELLS
+    ]
+    rows = [words(line) for line in accuracy_table(found).splitlines()]
+    assert rows[0] == ["architecture", "field", "8", "64"]
+    assert rows[2] == ["ecp", "48", "0.750 ± 0.354", "0.100 ± 0.000"]
+    plot_accuracy(found, 0.1, tmp_path / "accuracy.svg")
+    text = (tmp_path / "accuracy.svg").read_text()
+    assert "chance" in text
+    assert "longlora" in text
+
+
+def plans_of(text: ShardedText, *more: str) -> Comparison:
+    """What a command line would train."""
+    names = () if any("--architectures" in word for word in more) else ("--architectures=ecp,transformer",)
+    return read_command_line([*options(text, Path("/nowhere/x")), *names, *more])
+
+
+def test_a_grid_and_sizes_make_a_cell_of_every_combination(sharded_text: ShardedText) -> None:
+    grid = ("--grid=optimizer.learning_rate=1e-3,3e-3", "--sizes=2x48,3x96")
+    plans = plans_of(sharded_text, *grid, "--seeds=1,2", "--tokens-per-parameter=2").plans
+    assert len(plans) == len({plan.name for plan in plans}) == 16
+    plan = next(plan for plan in plans if plan.name == "transformer-learning_rate=3e-3-3x96-seed2")
+    model, training = plan.config.model, plan.config.training
+    assert (model.layers, model.width, model.heads, model.key_value_heads) == (3, 96, 16, 4)
+    assert (model.feed_forward_width, plan.config.optimizer.learning_rate, training.seed) == (192, 3e-3, 2)
+    counted = dataclasses.replace(model, vocab_size=400).parameters
+    assert training.tokens == 2 * counted
+    assert plan.config.tokens_after(training.steps - 1) < 2 * counted <= plan.config.tokens_after(training.steps)
+    for wrong, message in (
+        ("--grid=optimizer.learning_rate", "expected section.field=VALUE,VALUE"),
+        ("--grid=optimizer.lr=1,2", "unknown key 'optimizer.lr'"),
+        ("--sizes=4by128", "names '4by128', expected layers x width"),
+        ("--sizes=2x50", "model.width 50"),
+        ("--jobs=0", "--jobs is 0"),
+        ("--test=/no/such", "--test /no/such: no such shards"),
+        ("--task=/no/such", "/no/such: No such file"),
+        ("--data.prefix=/no/such", "/no/such.manifest.json: No such file"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            plans_of(sharded_text, wrong)
+
+
+def test_a_budget_of_flops_gives_cheaper_architectures_more_steps(sharded_text: ShardedText, tmp_path: Path) -> None:
+    comparison = plans_of(sharded_text, "--architectures=ecp,perceiver_ar", "--training.steps=100", "--sizes=2x48,3x96")
+    plans = budgeted(comparison.plans, "flops", comparison.launch, tmp_path)
+    for point in ("2x48", "3x96"):
+        ours, theirs = (plan for plan in plans if plan.point == point)
+        assert ours.config.training.steps == 100 < theirs.config.training.steps
+        assert theirs.flops == pytest.approx(ours.flops, rel=0.01)
+    assert budgeted(comparison.plans, "tokens", comparison.launch, tmp_path) == list(comparison.plans)
+
+
+def test_a_budget_of_seconds_is_measured_once(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = plans_of(sharded_text, "--training.steps=100", "--seeds=1,2")
+    trained = []
+
+    def recorded(plan: Plan, launch: Launch) -> None:
+        trained.append(plan.name)
+        run = Path(str(plan.config.training.output_dir))
+        run.mkdir(parents=True)
+        seconds = {"ecp": 0.2, "transformer": 0.4}[plan.architecture]
+        records = [
+            {"step": step, "tokens": step, "data_digest": "0", "step_seconds": 9.0 if step < 4 else seconds}
+            for step in range(1, TRIAL_STEPS + 1)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    monkeypatch.setattr(cells, "train", recorded)
+    for _ in range(2):
+        plans = budgeted(comparison.plans, "seconds", comparison.launch, tmp_path)
+        steps = {plan.name: plan.config.training.steps for plan in plans}
+        assert steps == {"ecp-seed1": 100, "ecp-seed2": 100, "transformer-seed1": 50, "transformer-seed2": 50}
+    assert trained == ["ecp-seed1", "transformer-seed1"]
+
+
+def test_lines_say_how_far_a_cell_is_and_when_all_are_done(
+    sharded_text: ShardedText, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = plans_of(sharded_text, "--training.steps=100").plans
+    clock = iter([0.0, 10.0, 30.0])
+    monkeypatch.setattr(cells, "monotonic", lambda: next(clock))
+    watch = Watch(plans[1:], total=2)
+    watch.tell(plans[1], {"step": 50, "loss": 2.0})
+    watch.tell(plans[1], {"step": 75, "loss": 1.5})
+    watch.finished(plans[1], "1.5 bits")
+    shown = capsys.readouterr()
+    assert "[2/2] transformer-seed1: step 50 of 100, loss 2.000; all cells done in about 10 s" in shown.err
+    assert "step 75 of 100, loss 1.500; all cells done in about 10 s" in shown.err
+    assert "[2/2] transformer-seed1: 1.5 bits" in shown.out
+
+
+def test_probes_are_trained_and_told_by_distance(tmp_path: Path) -> None:
+    make = ("data_tools/make_probe.py", "--task=passkey", "--length=64", "--distances=8,40")
+    run_successfully(*make, "--count=64", "--output-prefix", tmp_path / "train")
+    run_successfully(*make, "--count=8", "--seed=2", "--output-prefix", tmp_path / "test")
+    words = [word for word in options(ShardedText(tmp_path, ()), tmp_path / "out") if "data." not in word]
+    words += [f"--data.prefix={tmp_path / 'train'}", f"--data.validation_prefix={tmp_path / 'train'}"]
+    task = f"--task={tmp_path / 'test.jsonl'}"
+    wrong = run(SCRIPT, "--architectures=ecp", *words, task, "--model.sequence_length=128")
+    assert wrong.returncode == 2
+    assert "a probe has 64 tokens with its end, but model.sequence_length is 128" in wrong.stderr
+    assert not (tmp_path / "out").exists()
+    out = run_successfully(SCRIPT, "--architectures=ecp,perceiver_ar", *words, task, "--jobs=2")
+    assert "[2/2]" in out
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    assert "a guess gets 0.100" in report
+    assert "One seed: nothing is known of the noise" in report
+    assert "± " not in report
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [distance for distance, _ in content["cells"][0]["accuracy"]] == [8, 40]
+    assert content["cells"][0]["bits_per_byte"] is None
+    assert (tmp_path / "out" / "accuracy.svg").stat().st_size > 1000
 
 
 def options(text: ShardedText, output: Path) -> list[str]:
@@ -75,11 +246,11 @@ def options(text: ShardedText, output: Path) -> list[str]:
 def test_finished_cells_are_not_done_again(sharded_text: ShardedText, tmp_path: Path) -> None:
     words = options(sharded_text, tmp_path)
     assert "ecp-seed1: " in run_successfully(SCRIPT, "--architectures=ecp", *words)
-    cells = tmp_path / "cells" / "ecp-seed1.json"
-    before = cells.read_bytes()
+    figures = tmp_path / "cells" / "ecp-seed1.json"
+    before = figures.read_bytes()
     out = run_successfully(SCRIPT, "--architectures=ecp,perceiver_ar", *words)
     assert "ecp-seed1: done already" in out
-    assert cells.read_bytes() == before
+    assert figures.read_bytes() == before
     content = json.loads((tmp_path / "comparison.json").read_text())
     ecp, perceiver = content["cells"]
     assert (ecp["tokens"], perceiver["tokens"]) == (768, 768)
@@ -87,9 +258,9 @@ def test_finished_cells_are_not_done_again(sharded_text: ShardedText, tmp_path: 
     assert ecp["parameters"] == perceiver["parameters"]
     assert ecp["flops_per_token"] > perceiver["flops_per_token"]
     assert ecp["bits_per_byte"] != perceiver["bits_per_byte"]
-    table = (tmp_path / "comparison.md").read_text()
-    assert f"| ecp | {ecp['bits_per_byte']:.4f} | +0.0000 |" in table
-    assert f"| perceiver_ar | {perceiver['bits_per_byte']:.4f} |" in table
+    report = (tmp_path / "comparison.md").read_text()
+    for name, found in (("ecp", ecp), ("perceiver_ar", perceiver)):
+        assert re.search(rf"\| {name} +\| +{found['bits_per_byte']:.4f} \|", report)
     assert (tmp_path / "comparison.svg").stat().st_size > 1000
 
     refused = run(SCRIPT, "--architectures=ecp", *words, "--optimizer.learning_rate=1")

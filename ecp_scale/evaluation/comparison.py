@@ -1,8 +1,9 @@
 """Architectures side by side: the figures of each trained cell, and what they say over seeds."""
 
+import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,18 +13,16 @@ CURVE_LABEL = "validation loss (nats per trained token)"
 
 @dataclass(frozen=True)
 class Cell:
-    """One architecture trained with one seed.
+    """One architecture, at one point of a grid, trained with one seed.
 
     ``curve`` holds [tokens, validation loss] of the run; FLOPs are per token of a training window; speed is the median
-    over the steps; memory is the peak of rank 0, on a CPU all resident memory of the process.
+    over the steps; memory is the peak of rank 0, on a CPU all resident memory of the process. A cell has figures of a
+    text, or of a probe: ``accuracy`` holds [distance, share of symbols].
     """
 
     architecture: str
     seed: int
     protocol: str
-    token_perplexity: float
-    word_perplexity: float
-    bits_per_byte: float
     parameters: int
     flops_per_token: float
     trained_positions: int
@@ -31,11 +30,22 @@ class Cell:
     tokens_per_second: float
     peak_memory_bytes: int
     curve: list[list[float]]
+    token_perplexity: float = math.nan
+    word_perplexity: float = math.nan
+    bits_per_byte: float = math.nan
+    point: str = ""
+    receptive_field: int = 0
+    accuracy: list[list[float]] = field(default_factory=list)
 
     @property
-    def name(self) -> str:
-        """Name of its files."""
-        return f"{self.architecture}-seed{self.seed}"
+    def label(self) -> str:
+        """What cells of all seeds have in common."""
+        return f"{self.architecture} {self.point}".rstrip()
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the training."""
+        return self.flops_per_token * self.tokens
 
 
 @dataclass(frozen=True)
@@ -59,21 +69,27 @@ class Summary:
 FIGURES = ("bits_per_byte", "token_perplexity", "word_perplexity", "tokens_per_second", "peak_memory_bytes")
 
 
-def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
-    """One record per architecture, in the order of their first cells.
-
-    ``bits_per_byte_difference`` compares with the first architecture seed by seed: equal seeds have equal data order,
-    so that what a seed does to both is not counted as noise.
-    """
-    by_name: dict[str, list[Cell]] = {}
+def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Cells that differ by their seed alone, in the order of their first."""
+    found: dict[str, list[Cell]] = {}
     for cell in cells:
-        by_name.setdefault(cell.architecture, []).append(cell)
-    first = next(iter(by_name.values()))
+        found.setdefault(cell.label, []).append(cell)
+    return found
+
+
+def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
+    """One record per architecture and point, in the order of their first cells.
+
+    ``bits_per_byte_difference`` compares with the first one seed by seed: equal seeds have equal data order, so that
+    what a seed does to both is not counted as noise.
+    """
+    groups = by_label(cells)
+    first = next(iter(groups.values()))
     reference = {cell.seed: cell for cell in first}
     records: list[dict[str, object]] = []
-    for name, group in by_name.items():
+    for name, group in groups.items():
         figures = {figure: Summary.of([getattr(cell, figure) for cell in group]) for figure in FIGURES}
-        difference = [cell.bits_per_byte - reference[cell.seed].bits_per_byte for cell in group]
+        paired = [cell.bits_per_byte - reference[cell.seed].bits_per_byte for cell in group if cell.seed in reference]
         records.append(
             {
                 "architecture": name,
@@ -81,63 +97,117 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
                 "parameters": group[0].parameters,
                 "parameters_difference": group[0].parameters / first[0].parameters - 1,
                 "flops_per_token": group[0].flops_per_token,
+                "flops": group[0].flops,
+                "tokens": group[0].tokens,
                 "trained_positions": group[0].trained_positions,
                 **figures,
-                "bits_per_byte_difference": Summary.of(difference),
+                "bits_per_byte_difference": Summary.of(paired) if paired else Summary(math.nan, None),
             }
         )
     return records
 
 
-def markdown(records: Sequence[dict[str, object]]) -> str:
-    """The table of ``summaries``; what follows ± is the standard deviation over seeds."""
-    columns = (
-        "architecture",
-        "bits per byte",
-        f"minus {records[0]['architecture']}, paired",
-        "token ppl",
-        "word ppl",
-        "parameters",
-        "MFLOPs per token",
-        "tokens per second",
-        "peak memory (MiB)",
+def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
+    """The table of ``summaries`` in Markdown; what follows ± is the standard deviation over seeds.
+
+    ``short`` leaves out what does not fit into 100 columns.
+    """
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "architecture": lambda record: str(record["architecture"]),
+        "bits per byte": lambda record: record["bits_per_byte"].show(4),
+        f"minus {records[0]['architecture']}, paired": lambda record: _difference(record, records[0]),
+        "token ppl": lambda record: record["token_perplexity"].show(2),
+        "word ppl": lambda record: record["word_perplexity"].show(1),
+        "parameters": lambda record: f"{record['parameters']:,} ({record['parameters_difference']:+.2%})",
+        "MFLOPs per token": lambda record: f"{record['flops_per_token'] / 1e6:,.2f}",
+        "tokens": lambda record: f"{record['tokens']:,}",
+        "TFLOPs": lambda record: f"{record['flops'] / 1e12:,.3g}",
+        "tokens per second": lambda record: record["tokens_per_second"].show(0),
+        "peak memory (MiB)": lambda record: _scaled(record["peak_memory_bytes"], 2**-20).show(0),
+    }
+    kept = list(columns)
+    if short:
+        kept = [*kept[:3], "tokens", "TFLOPs"]
+    return markdown(kept, [[columns[name](record) for name in kept] for record in records])
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is to the left; its cells are padded, so that it reads in a terminal, too."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (width + 1) + (":" if number else "-") for number, width in enumerate(widths))
+    return "\n".join([line(columns), f"|{rule}|", *map(line, rows)]) + "\n"
+
+
+def accuracy_table(cells: Sequence[Cell]) -> str:
+    """Accuracy of each architecture by distance, in Markdown."""
+    distances = [int(distance) for distance, _ in cells[0].accuracy]
+    rows = []
+    for name, group in by_label(cells).items():
+        shares = zip(*([share for _, share in cell.accuracy] for cell in group), strict=True)
+        rows.append([name, str(group[0].receptive_field), *(Summary.of(values).show(3) for values in shares)])
+    return markdown(["architecture", "field", *map(str, distances)], rows)
+
+
+def _difference(record: dict[str, Any], first: dict[str, Any]) -> str:
+    return "" if record is first else str(record["bits_per_byte_difference"].show(4, "+"))
+
+
+def _scaled(summary: Summary, factor: float) -> Summary:
+    return Summary(summary.mean * factor, None if summary.deviation is None else summary.deviation * factor)
+
+
+def plot_accuracy(cells: Sequence[Cell], chance: float, file: Path) -> None:
+    """Draw accuracy against distance: the mean over the seeds and their range; receptive fields as vertical lines."""
+    figure, axes = pyplot().subplots(figsize=(9, 5), layout="constrained")
+    for number, (name, group) in enumerate(by_label(cells).items()):
+        distances = [distance for distance, _ in group[0].accuracy]
+        shares = list(zip(*([share for _, share in cell.accuracy] for cell in group), strict=True))
+        color = f"C{number}"
+        axes.plot(distances, [statistics.fmean(values) for values in shares], "o-", color=color, label=name)
+        if len(group) > 1:
+            axes.fill_between(distances, list(map(min, shares)), list(map(max, shares)), color=color, alpha=0.15)
+        if group[0].receptive_field <= 1.5 * max(distances):
+            axes.axvline(group[0].receptive_field, color=color, linestyle=":")
+    axes.axhline(chance, color="grey", linewidth=0.8)
+    axes.text(0.01, chance, "chance", transform=axes.get_yaxis_transform(), va="bottom", color="grey")
+    axes.set(
+        xlabel="distance (tokens); dotted: receptive field", ylabel="accuracy (share of symbols)", ylim=(-0.02, 1.04)
     )
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    lines += ["| " + " | ".join(_row(record)) + " |" for record in records]
-    return "\n".join(lines) + "\n"
+    axes.set_title(f"{cells[0].protocol}, by distance of what answers")
+    axes.set_xscale("log", base=2)
+    axes.legend()
+    save_picture(figure, file)
 
 
-def _row(record: dict[str, object]) -> Iterator[str]:
-    def summary(name: str) -> Summary:
-        value = record[name]
-        assert isinstance(value, Summary)
-        return value
+def pyplot() -> Any:
+    """matplotlib without a screen, imported where something is drawn."""
+    import matplotlib
 
-    yield str(record["architecture"])
-    yield summary("bits_per_byte").show(4)
-    yield summary("bits_per_byte_difference").show(4, "+")
-    yield summary("token_perplexity").show(2)
-    yield summary("word_perplexity").show(1)
-    yield f"{record['parameters']:,} ({record['parameters_difference']:+.2%})"
-    yield f"{float(str(record['flops_per_token'])) / 1e6:,.2f}"
-    yield summary("tokens_per_second").show(0)
-    memory = summary("peak_memory_bytes")
-    scaled = None if memory.deviation is None else memory.deviation / 2**20
-    yield Summary(memory.mean / 2**20, scaled).show(0)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as found
+
+    return found
+
+
+def save_picture(figure: Any, file: Path) -> None:
+    """Write a picture that is the same when it is drawn again."""
+    figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot().close(figure)
 
 
 def plot(cells: Sequence[Cell], file: Path) -> None:
     """Draw loss against tokens and against FLOPs: the mean over the seeds, and each seed as a thin line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
-    names = list(dict.fromkeys(cell.architecture for cell in cells))
+    figure, axes = pyplot().subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     ends: list[tuple[float, str, str]] = []
-    for number, name in enumerate(names):
-        group = [cell for cell in cells if cell.architecture == name]
+    for number, (name, group) in enumerate(by_label(cells).items()):
         tokens = [point[0] for point in group[0].curve]
         seeds = [[point[1] for point in cell.curve] for cell in group]
         mean = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
@@ -152,9 +222,7 @@ def plot(cells: Sequence[Cell], file: Path) -> None:
     axes[0].set(xlabel="tokens (millions)", ylabel=CURVE_LABEL, title="at equal data")
     axes[1].set(xlabel="FLOPs", title="at equal compute")
     write_labels(axes[0], ends)
-    metadata = {"Date": None} if file.suffix == ".svg" else None
-    figure.savefig(file, dpi=120, metadata=metadata)
-    pyplot.close(figure)
+    save_picture(figure, file)
 
 
 def write_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:

@@ -1,0 +1,252 @@
+"""The cells of a comparison: what each trains, how it is trained and watched, and what figures come of it."""
+
+import dataclasses
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, Literal, TypeAlias
+
+from ecp_scale.command_line import to_yaml
+from ecp_scale.config import Config
+from ecp_scale.console import say
+from ecp_scale.errors import InputError
+from ecp_scale.evaluation.comparison import Cell, Protocol
+from ecp_scale.files import write_text
+
+Budget: TypeAlias = Literal["tokens", "flops", "seconds"]
+"""What all architectures of one size get as much of as the first one."""
+PROTOCOL: Protocol = "sliding"
+TRIAL_STEPS = 12
+"""Steps by which the speed of an architecture is measured, of which the first half does not count."""
+REPORT_SECONDS = 30.0
+"""Seconds between two lines about a cell that trains."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell: an architecture at a point of the grid (empty without one) with a seed, and its whole config."""
+
+    architecture: str
+    point: str
+    seed: int
+    config: Config
+    vocabulary: int
+    """Entries that the model will have."""
+
+    @property
+    def name(self) -> str:
+        """Name of its run, its model and its file of figures."""
+        return "-".join(filter(None, (self.architecture, self.point, f"seed{self.seed}")))
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of its training."""
+        model = dataclasses.replace(self.config.model, vocab_size=self.vocabulary)
+        return model.flops_per_token * self.config.tokens_after(self.config.training.steps)
+
+    def in_folder(self, folder: Path, steps: int | None = None) -> "Plan":
+        """The same with its run in ``folder``, and of another number of steps."""
+        training = dataclasses.replace(
+            self.config.training,
+            output_dir=str(folder / self.name),
+            steps=steps or self.config.training.steps,
+            tokens=None if steps else self.config.training.tokens,
+        )
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, training=training))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How cells are trained: ranks of each, cells at a time, and the DeepSpeed JSON."""
+
+    ranks: int
+    jobs: int
+    deepspeed_path: str | None
+
+    @property
+    def threads_per_rank(self) -> int:
+        """All cores, shared by the ranks, unless the environment says otherwise."""
+        share = max(1, (os.cpu_count() or 1) // (self.ranks * self.jobs))
+        return int(os.environ.get("OMP_NUM_THREADS", share))
+
+
+class Watch:
+    """Says how far cells are, and when all will be done."""
+
+    def __init__(self, plans: Sequence[Plan], total: int) -> None:
+        self._numbers = {plan.name: total - len(plans) + number for number, plan in enumerate(plans, start=1)}
+        self._work = {plan.name: plan.flops for plan in plans}
+        self._total = total
+        self._done: dict[str, float] = {}
+        self._began = monotonic()
+        self._lock = threading.Lock()
+
+    def tell(self, plan: Plan, record: dict[str, Any]) -> None:
+        """One line about a cell that trains, from its newest record."""
+        steps = plan.config.training.steps
+        with self._lock:
+            self._done[plan.name] = self._work[plan.name] * record["step"] / steps
+            rate = sum(self._done.values()) / (monotonic() - self._began)
+            left = (sum(self._work.values()) - sum(self._done.values())) / max(rate, 1e-9)
+        say(
+            f"[{self._numbers[plan.name]}/{self._total}] {plan.name}: step {record['step']:,} of {steps:,}, "
+            f"loss {record['loss']:.3f}; all cells done in about {duration(left)}"
+        )
+
+    def finished(self, plan: Plan, figure: str) -> None:
+        """One line about a cell that is done."""
+        with self._lock:
+            self._done[plan.name] = self._work[plan.name]
+        print(f"[{self._numbers[plan.name]}/{self._total}] {plan.name}: {figure}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def budgeted(plans: Sequence[Plan], budget: Budget, launch: Launch, folder: Path) -> list[Plan]:
+    """The same cells, each with as many steps as the first architecture's budget at its point of the grid gives it."""
+    if budget == "tokens":
+        return list(plans)
+    costs: dict[tuple[str, str], float] = {}
+    for plan in plans:
+        place = (plan.architecture, plan.point)
+        if place not in costs:
+            per_step = plan.flops / plan.config.training.steps
+            costs[place] = per_step if budget == "flops" else _trial_seconds(plan, launch, folder)
+    found = []
+    for plan in plans:
+        first = next(other for other in plans if other.point == plan.point)
+        ratio = costs[first.architecture, first.point] / costs[plan.architecture, plan.point]
+        found.append(plan.in_folder(folder / "runs", max(1, round(plan.config.training.steps * ratio))))
+    return found
+
+
+def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
+    """Seconds of a step, measured once by a short run of its own."""
+    from ecp_scale.training.metrics import read_metrics
+
+    trial = plan.in_folder(folder / "trials", TRIAL_STEPS)
+    path = folder / "trials" / f"{trial.name}.json"
+    if not path.exists():
+        say(f"measuring the speed of {trial.name}")
+        train(trial, launch)
+        run = Path(str(trial.config.training.output_dir))
+        seconds = [record["step_seconds"] for record in read_metrics(run)][TRIAL_STEPS // 2 :]
+        write_text(path, json.dumps({"step_seconds": statistics.median(seconds)}) + "\n")
+    return float(json.loads(path.read_text())["step_seconds"])
+
+
+def train(plan: Plan, launch: Launch, tell: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Run ecp-pretrain on a cell's config.
+
+    Raises:
+        InputError: with the end of its output, if it fails.
+    """
+    run = Path(str(plan.config.training.output_dir))
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "cell.yaml", to_yaml(plan.config))
+    launcher: list[object] = [sys.executable, "-m"]
+    if launch.ranks > 1:
+        launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", launch.ranks]
+        launcher += ["--master_port", _free_port(), "--module"]
+    words = [*launcher, "ecp_scale.commands.pretrain", "--config", run / "cell.yaml", "--resume", "auto"]
+    if launch.deepspeed_path:
+        words += ["--deepspeed_config", launch.deepspeed_path]
+    environment = {"OMP_NUM_THREADS": str(launch.threads_per_rank), **os.environ}
+    told = monotonic()
+    with (run / "output.log").open("a") as log:
+        process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                sleep(0.2)
+                if tell is not None and monotonic() - told > REPORT_SECONDS:
+                    told = monotonic()
+                    for record in _last_record(run / "metrics.jsonl"):
+                        tell(record)
+        except BaseException:
+            process.terminate()  # it saves, and the same command goes on there
+            process.wait()
+            raise
+    if process.returncode:
+        tail = "".join((run / "output.log").read_text().splitlines(True)[-20:])
+        raise InputError(
+            f"{run.name}: training ended with {process.returncode}; {run / 'output.log'} ends with\n{tail}"
+        )
+    for record in _last_record(run / "metrics.jsonl"):
+        if record["step"] < plan.config.training.steps:  # a signal, or a file `stop`
+            raise InputError(f"{run.name}: was stopped after step {record['step']}; the same command goes on there")
+
+
+def _free_port() -> int:
+    """A port for the rendezvous of one of several launches on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _last_record(path: Path) -> Iterator[dict[str, Any]]:
+    """The newest whole record of a run, if there is one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().split(b"\n")[1:-1]
+        yield from itertools.islice(map(json.loads, reversed(lines)), 1)
+    except (OSError, ValueError):
+        return
+
+
+def evaluate(plan: Plan, folder: Path, test: str, task: str | None) -> Cell:
+    """Export a trained cell, score the test text or the probes of ``task``, and read its metrics."""
+    from ecp_scale.checkpoint.export import ExportedModel, export
+    from ecp_scale.checkpoint.folder import find_checkpoint
+    from ecp_scale.parallel.device import local_device
+    from ecp_scale.training.metrics import read_metrics
+
+    run = Path(str(plan.config.training.output_dir))
+    export(find_checkpoint(run), folder / "models" / plan.name)
+    exported = ExportedModel.open(folder / "models" / plan.name)
+    model = exported.load(device=local_device(0))
+    figures: dict[str, Any]
+    if task is not None:
+        from ecp_scale.evaluation.probing import accuracies, check_length, read_probes
+
+        probes = read_probes(Path(task))
+        check_length(Path(task), probes, exported.tokenizer, exported.config.sequence_length)
+        found = accuracies(model, exported.tokenizer, probes)
+        figures = {"protocol": probes[0].task, "accuracy": [[one.distance, one.share] for one in found]}
+    else:
+        from ecp_scale.evaluation import perplexity
+        from ecp_scale.evaluation.texts import read_text
+
+        text = read_text(test, exported.tokenizer)
+        result = perplexity.evaluate(model, text, exported.tokenizer.end_of_document, PROTOCOL)
+        names = ("protocol", "token_perplexity", "word_perplexity", "bits_per_byte")
+        figures = {name: getattr(result, name) for name in names}
+    records = read_metrics(run)
+    return Cell(
+        architecture=plan.architecture,
+        point=plan.point,
+        seed=plan.seed,
+        parameters=exported.config.parameters,
+        flops_per_token=exported.config.flops_per_token,
+        trained_positions=exported.config.geometry.trained_positions,
+        receptive_field=exported.config.receptive_field_tokens,
+        tokens=records[-1]["tokens"],
+        tokens_per_second=statistics.median(record["tokens_per_second"] for record in records),
+        peak_memory_bytes=max(record["peak_memory_bytes"] for record in records),
+        curve=[[r["tokens"], r["validation_loss"]] for r in records if "validation_loss" in r],
+        **figures,
+    )
