@@ -5,6 +5,7 @@ groups share the text. With --verify, say whether the model is what was trained.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ecp_scale.models.language_model import LanguageModel
     from ecp_scale.parallel.groups import Groups
 
-DATA_OPTIONS = ("protocol", "text_key", "unigram")
+DATA_OPTIONS = ("protocol", "text_key", "unigram", "by_position", "context", "plot")
 TASKS_OPTIONS = ("batch_size", "limit")
 BOTH_OPTIONS = (*GEOMETRY_FIELDS, "json")
 
@@ -48,6 +49,11 @@ def read_options() -> argparse.Namespace:
     data.add_argument("--protocol", choices=("stream", "sliding", "release"), help="default: by the model")
     data.add_argument("--text-key", metavar="KEY", help="key of the text in a .jsonl line (default: text)")
     data.add_argument("--unigram", type=home, metavar="PREFIX", help="also score the unigram of these training shards")
+    data.add_argument("--by-position", action="store_true", default=None, help="also the loss by position in a window")
+    data.add_argument(
+        "--context", metavar="W,W,...", help="also the loss where a position sees at most W tokens, on the same tokens"
+    )
+    data.add_argument("--plot", type=home, metavar="FILE", help="picture of both, by its ending (.png, .svg)")
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--batch-size", type=int, metavar="N", help="requests that are scored together (default: 8)")
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of every task")
@@ -77,6 +83,14 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least 1")
+    if options.context is not None:
+        if not all(word.isdecimal() and int(word) for word in options.context.split(",")):
+            raise InputError(f"--context is {options.context!r}, expected numbers of tokens separated by commas")
+        options.context = sorted(set(map(int, options.context.split(","))))
+    if options.plot is not None and not (options.by_position or options.context):
+        raise InputError("--plot draws what --by-position and --context find; expected one of them")
+    if options.plot is not None and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {options.plot}: expected a name that ends in .png, .svg or .pdf")
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--tasks needs lm-eval: pip install 'ecp-scale[harness]'")
     if (
@@ -102,8 +116,11 @@ def main() -> None:
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
     tensor = options.tensor if options.tensor is not None or options.tasks else 1
     with launched(exported.config, tensor) as groups:
-        if options.tasks and groups.replicas.size() > 1:
-            raise InputError(f"--tasks: {groups.replicas.size()} replicas; expected parallel.tensor of all ranks")
+        alone = next((name for name in ("tasks", "by_position", "context") if getattr(options, name)), None)
+        if alone is not None and groups.replicas.size() > 1:
+            raise InputError(
+                f"--{alone.replace('_', '-')}: {groups.replicas.size()} replicas; expected parallel.tensor of all ranks"
+            )
         agreed(lambda: check_precision(groups.device, options.precision))
         dtype = DTYPES[options.precision]
         parallel = ParallelContext(groups.tensor, dtype)
@@ -166,6 +183,7 @@ def _evaluate(
     tokenizer = exported.tokenizer
     protocol = options.protocol or default_protocol(exported.config)
     result = evaluate(model, text, tokenizer.end_of_document, protocol, is_first_rank(), groups.replicas)
+    places = _by_place(exported, model, text, options)
     if not is_first_rank():
         return
     content: dict[str, Any] = {
@@ -185,10 +203,12 @@ def _evaluate(
         "comparable": result.is_comparable,
         "tokenizer_sha256": tokenizer.sha256,
     }
+    content |= places
     if counts is not None:
         content["unigram_bits_per_byte"] = unigram_result(text, counts).bits_per_byte
     for key, value in content.items():
-        print(f"{key:28} {f'{value:.4f}' if isinstance(value, float) else value}")
+        if not isinstance(value, list):
+            print(f"{key:28} {f'{value:.4f}' if isinstance(value, float) else value}")
     print("\nbits_per_byte compares models of any tokenizer where `comparable` is True: the vocabulary writes the text")
     print("WikiText in the literature (Transformer-XL, Perceiver AR): compare word_and_line_end_perplexity")
     if not result.is_comparable:
@@ -199,6 +219,39 @@ def _evaluate(
     if not gives_texts_back(tokenizer):
         print("this tokenizer does not give texts back as they were: what it loses (case, white space) is not scored")
     _write(options.json, content)
+
+
+def _by_place(
+    exported: "ExportedModel", model: "LanguageModel", text: "Text", options: argparse.Namespace
+) -> dict[str, Any]:
+    """Loss by position and by context, where they are asked for; printed, and drawn to the file of --plot."""
+    if not (options.by_position or options.context):
+        return {}
+    from ecp_scale.evaluation.context import by_context, by_position, draw
+
+    end, config = exported.tokenizer.end_of_document, exported.config
+    positions = by_position(model, text, end) if options.by_position else []
+    contexts = by_context(model, text, end, options.context) if options.context else []
+    if not is_first_rank():
+        return {}
+    field = config.receptive_field_tokens
+    for place in positions:
+        error = "" if place.error is None else f" ± {place.error:.4f}"
+        print(f"position {place.first:6,} to {place.last:6,}      {place.nll:.4f}{error}")
+    for seen in contexts:
+        error = "" if seen.error is None else f" ± {seen.error:.4f}"
+        more = f", {seen.difference:+.4f}{error}" if seen.context is not None else ""
+        beyond = " (from the receptive field on)" if seen.context is not None and seen.context >= field else ""
+        print(f"context {'uncut' if seen.context is None else f'{seen.context:,}':>17}    {seen.nll:.4f}{more}{beyond}")
+    if options.plot is not None:
+        try:
+            draw(positions, contexts, field, Path(options.plot))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--plot {options.plot}: {getattr(error, 'strerror', None) or error}") from error
+    return {
+        "by_position": [dataclasses.asdict(place) for place in positions],
+        "by_context": [dataclasses.asdict(seen) for seen in contexts],
+    }
 
 
 def _write(file: str | None, content: dict[str, Any]) -> None:
@@ -215,4 +268,6 @@ def _of_json(content: Any) -> Any:
     """With null where a number is infinite or none, which JSON does not have."""
     if isinstance(content, dict):
         return {key: _of_json(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_of_json(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

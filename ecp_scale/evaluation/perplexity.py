@@ -130,7 +130,7 @@ def _exp(exponent: float) -> float:
         return math.inf
 
 
-class _Prefixed:
+class Prefixed:
     """Ids behind some others that are all the same; only what is asked for becomes int64, and is read."""
 
     def __init__(self, ids: SliceableIds, leader: int, count: int) -> None:
@@ -149,10 +149,10 @@ class _Prefixed:
 
 def default_protocol(config: ModelConfig) -> Protocol:
     """``stream`` where memory is bounded and every position looks like every other; else ``sliding``."""
-    return "stream" if _is_relative(config) and config.geometry.bounded_cache else "sliding"
+    return "stream" if has_relative_positions(config) and config.geometry.bounded_cache else "sliding"
 
 
-def _is_relative(config: ModelConfig) -> bool:
+def has_relative_positions(config: ModelConfig) -> bool:
     """Whether only distances between positions matter."""
     return config.rotary == "every_layer" and not config.tied_key_value and not config.has_first_projection
 
@@ -190,7 +190,7 @@ def evaluate(
     """
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
-    ids = _Prefixed(text.ids, end_of_document, 1)
+    ids = Prefixed(text.ids, end_of_document, 1)
     n, geometry = model.config.sequence_length, model.config.geometry
     part = Part() if replicas is None else Part(replicas.rank(), replicas.size())
     if text.words == 0:
@@ -200,13 +200,13 @@ def evaluate(
     if protocol == "stream" and not geometry.streams:
         raise InputError(f"protocol stream: the context of {model.config.architecture} is not causal; use sliding")
     # Where positions are counted from the beginning of a document, a replica would have to know where that is.
-    absolute = model.attention.restart_positions and not _is_relative(model.config)
+    absolute = model.attention.restart_positions and not has_relative_positions(model.config)
     if protocol == "stream" and part.size > 1 and (absolute or not geometry.bounded_cache):
         raise InputError(
             f"protocol stream: what this {model.config.architecture} says depends on all that came before, so "
             f"{part.size} replicas cannot share a text; use sliding, or parallel.tensor for all ranks"
         )
-    scores = {"stream": _stream, "sliding": _sliding, "release": _release}[protocol](model, ids, part)
+    scores = {"stream": stream_losses, "sliding": _sliding, "release": _release}[protocol](model, ids, part)
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
     is_done = False
@@ -226,7 +226,7 @@ def evaluate(
     return EvaluationResult.of(protocol, sums[0].item(), int(sums[1]), text)
 
 
-def _stream(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor]:
+def stream_losses(model: LanguageModel, ids: Prefixed, part: Part) -> Iterator[Tensor]:
     """Exact: a replica begins as many tokens before its own as they depend on, where segments and groups begin."""
     geometry, targets = model.config.geometry, len(ids) - 1
     # A window is whole segments; groups need not end where it does.
@@ -242,12 +242,12 @@ def _stream(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor
             yield losses[max(0, first - start) :]
 
 
-def _sliding(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor]:
+def _sliding(model: LanguageModel, ids: Prefixed, part: Part) -> Iterator[Tensor]:
     n, scored_at_most = model.config.sequence_length, model.config.geometry.trained_positions
     first = min(len(ids) - 1, scored_at_most)
     # A latent model reads n tokens for any text, and scores the last ones; of a short text those that are text.
     padding = n - first if scored_at_most < n else 0
-    ids = _Prefixed(ids.ids, ids.leader, ids.count + padding)
+    ids = Prefixed(ids.ids, ids.leader, ids.count + padding)
     stride = min(n // 2, scored_at_most)
 
     def windows() -> Iterator[tuple[int, int]]:
@@ -261,7 +261,7 @@ def _sliding(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tenso
         yield _losses(model, ids[max(0, end - n) : end + 1])[-scored:]
 
 
-def _release(model: LanguageModel, ids: _Prefixed, part: Part) -> Iterator[Tensor]:
+def _release(model: LanguageModel, ids: Prefixed, part: Part) -> Iterator[Tensor]:
     n = model.config.sequence_length
     for start in range(0, len(ids) - n, n // 2)[part.rank :: part.size]:
         yield _losses(model, ids[start : start + n + 1])

@@ -38,6 +38,11 @@ def read_text(data: str, tokenizer: Tokenizer, text_key: str = "text") -> Text:
     """
     if manifest_path(Path(data)).exists():
         corpus = open_shards(data, tokenizer)
+        if corpus.manifest.marked:
+            raise InputError(
+                f"shards {data} mark tokens without a loss, so there are no figures per word and byte of them; name "
+                "the text itself, or look at the validation loss of a run"
+            )
         totals = corpus.manifest.totals
         spool = Spool()
         for start in range(0, corpus.tokens, SPOOLED):

@@ -82,8 +82,10 @@ def test_the_parts_of_replicas_are_the_whole(
     model = build(variant(SCALED, architecture), groups)
     if protocol == "stream" and not model.config.geometry.bounded_cache:
         return
-    ids = perplexity._Prefixed(np.random.default_rng(5).integers(0, 29, 10 * LENGTH), END, 1)
-    score = {"stream": perplexity._stream, "sliding": perplexity._sliding, "release": perplexity._release}[protocol]
+    ids = perplexity.Prefixed(np.random.default_rng(5).integers(0, 29, 10 * LENGTH), END, 1)
+    score = {"stream": perplexity.stream_losses, "sliding": perplexity._sliding, "release": perplexity._release}[
+        protocol
+    ]
     whole = torch.cat(list(score(model, ids, Part())))
     parts = [list(score(model, ids, Part(number, replicas))) for number in range(replicas)]
     if protocol == "stream":
@@ -94,16 +96,16 @@ def test_the_parts_of_replicas_are_the_whole(
 
 
 def test_replicas_share_documents_unless_absolute_positions_restart_in_them(groups: Groups) -> None:
-    ids = perplexity._Prefixed(np.random.default_rng(6).integers(0, 9, 5 * LENGTH), END, 1)
+    ids = perplexity.Prefixed(np.random.default_rng(6).integers(0, 9, 5 * LENGTH), END, 1)
     for config in BOTH:
         model = build(config, groups, attention=AttentionConfig(document_mask=True, end_of_document=END))
-        whole = torch.cat(list(perplexity._stream(model, ids, Part())))
-        parts = [losses for rank in range(3) for losses in perplexity._stream(model, ids, Part(rank, 3))]
+        whole = torch.cat(list(perplexity.stream_losses(model, ids, Part())))
+        parts = [losses for rank in range(3) for losses in perplexity.stream_losses(model, ids, Part(rank, 3))]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
     restarted = AttentionConfig(document_mask=True, restart_positions=True, end_of_document=END)
     model = build(SCALED, groups, attention=restarted)
-    whole = torch.cat(list(perplexity._stream(model, ids, Part())))
-    parts = [losses for rank in range(3) for losses in perplexity._stream(model, ids, Part(rank, 3))]
+    whole = torch.cat(list(perplexity.stream_losses(model, ids, Part())))
+    parts = [losses for rank in range(3) for losses in perplexity.stream_losses(model, ids, Part(rank, 3))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
     three = SimpleNamespace(rank=lambda: 0, size=lambda: 3)
     with pytest.raises(InputError, match="depends on all that came before, so 3 replicas cannot share a text"):
