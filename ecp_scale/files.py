@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, synced, then renamed."""
 
 import hashlib
+import math
 import os
 import resource
 import shutil
@@ -8,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ecp_scale.errors import InputError
 
@@ -105,3 +106,12 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def finite(content: Any) -> Any:
+    """What JSON can hold: the same with null for every number that is infinite or none, in lists and tables, too."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

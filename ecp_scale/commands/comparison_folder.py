@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,7 +19,7 @@ from ecp_scale.config.renames import renamed_fields
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Cell, Summary, accuracy_table, plot, plot_accuracy, summaries, table
 from ecp_scale.evaluation.ladder import law_table, laws, plot_ladder
-from ecp_scale.files import write_text
+from ecp_scale.files import finite, write_text
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def write_report(comparison: Comparison) -> None:
     described = "\n".join(f"- {key}: {value}" for key, value in environment.items())
     linked = "\n".join(f"![{name}]({name})" for name in pictures)
     write_text(folder / "comparison.md", "\n".join([*parts, described, "", linked]) + "\n")
-    write_text(folder / "comparison.json", json.dumps(_of_json(content), indent=1) + "\n")
+    write_text(folder / "comparison.json", json.dumps(finite(content), indent=1) + "\n")
     print("\n" + "\n".join([*shown, parts[-1]]) + f"written to {folder}: comparison.md, .json, {', '.join(pictures)}")
 
 
@@ -153,12 +152,3 @@ def _notes(comparison: Comparison, cells: list[Cell]) -> str:
 
 def _plain(value: object) -> object:
     return dataclasses.asdict(value) if isinstance(value, Summary) else value
-
-
-def _of_json(value: Any) -> Any:
-    """With null where a number is none."""
-    if isinstance(value, dict):
-        return {key: _of_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_of_json(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

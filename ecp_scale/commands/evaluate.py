@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+from ecp_scale.files import finite
 
 if TYPE_CHECKING:
     from ecp_scale.checkpoint.export import ExportedModel
@@ -259,15 +259,6 @@ def _write(file: str | None, content: dict[str, Any]) -> None:
     if file is None:
         return
     try:
-        Path(file).write_text(json.dumps(_of_json(content), indent=2, default=str) + "\n")
+        Path(file).write_text(json.dumps(finite(content), indent=2, default=str) + "\n")
     except OSError as error:
         raise InputError(f"--json {file}: {error.strerror or error}") from error
-
-
-def _of_json(content: Any) -> Any:
-    """With null where a number is infinite or none, which JSON does not have."""
-    if isinstance(content, dict):
-        return {key: _of_json(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_of_json(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

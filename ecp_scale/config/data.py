@@ -1,5 +1,6 @@
 """What a run reads."""
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -14,8 +15,16 @@ class DataConfig:
     shard prefix, as {0: {a: 0.7, b: 0.3}}. A run may add a later entry and go on."""
     validation_prefix: str | None = None
     """Prefix of the validation shards; null trains without validation."""
+    validation: dict[str, str] | None = None
+    """More validation shards by name, as {books: shards/books}; metrics.jsonl tells them apart by it."""
     loss_ignore_ids: list[int] = field(default_factory=list)
     """Token ids that are read but whose prediction has no loss, such as padding or the end of documents."""
+
+    @property
+    def set_aside(self) -> dict[str, str]:
+        """Prefixes of all validation shards by name; that of validation_prefix has none."""
+        unnamed = {} if self.validation_prefix is None else {"": self.validation_prefix}
+        return {**unnamed, **(self.validation or {})}
 
     @property
     def is_set(self) -> bool:
@@ -32,9 +41,11 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the choice of data."""
+        wrong_names = [name for name in self.validation or {} if not re.fullmatch(r"[\w.-]+", name)]
+        found = [f"data.validation names {name!r}, expected letters, digits, _, . and -" for name in wrong_names]
         if self.blend is None:
-            return []
-        found = ["data.prefix and data.blend are both set, expected one of them"] if self.prefix is not None else []
+            return found
+        found += ["data.prefix and data.blend are both set, expected one of them"] if self.prefix is not None else []
         if min(self.blend, default=1) != 0:
             found.append(f"data.blend begins at {min(self.blend, default=None)} tokens, expected 0")
         for tokens, weights in self.blend.items():

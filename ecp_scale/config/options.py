@@ -85,9 +85,11 @@ def _with_home(config: Config) -> Config:
     blend = data.blend
     if blend is not None:
         blend = {start: {str(at_home(name)): weight for name, weight in of.items()} for start, of in blend.items()}
+    named = None if data.validation is None else {name: str(at_home(path)) for name, path in data.validation.items()}
+    data = dataclasses.replace(data, prefix=prefix, validation_prefix=validation_prefix, blend=blend, validation=named)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(data, prefix=prefix, validation_prefix=validation_prefix, blend=blend),
+        data=data,
         training=dataclasses.replace(training, output_dir=at_home(training.output_dir)),
         checkpoint=dataclasses.replace(config.checkpoint, mirror=at_home(config.checkpoint.mirror)),
     )

@@ -31,6 +31,7 @@ FIELD_RULES: dict[str, Rule] = {
     # Where the same text lies now; its content is compared by hash, up to the tokens that were read.
     "data.prefix": NEVER_MATTERS,
     "data.validation_prefix": NEVER_MATTERS,
+    "data.validation": NEVER_MATTERS,
     "optimizer.name": FIXED,
     "training.output_dir": NEVER_MATTERS,
     "training.seed": FIXED,

@@ -19,6 +19,7 @@ from ecp_scale.config import ModelConfig
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.perplexity import Ids, Part, Prefixed, Text, has_relative_positions, stream_losses
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.positions import buckets
 
 BLOCK_TOKENS = 1024
 """Tokens of a block of the bootstrap at most."""
@@ -80,21 +81,13 @@ def by_position(model: LanguageModel, text: Text, end_of_document: int) -> list[
     rows = [np.stack(losses) for losses in _in_batches(model, ids, windows)]
     losses = np.concatenate(rows).astype(np.float64)
     found = []
-    for first, last in _buckets(n):
+    for first, last in buckets(n):
         part = losses[:, max(0, first - (n - trained)) : max(0, last + 1 - (n - trained))]
         if part.shape[1]:
             means = part.mean(1)
             error = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
             found.append(AtPositions(max(first, n - trained), last, float(means.mean()), error))
     return found
-
-
-def _buckets(n: int) -> Iterator[tuple[int, int]]:
-    """0, 1, 2 to 3, 4 to 7 and so on."""
-    first, last = 0, 0
-    while first < n:
-        yield first, min(last, n - 1)
-        first, last = last + 1, 2 * last + 1 if last else 1
 
 
 def by_context(model: LanguageModel, text: Text, end_of_document: int, contexts: Sequence[int]) -> list[WithContext]:

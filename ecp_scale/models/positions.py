@@ -15,6 +15,16 @@ LayerCache = list[SegmentCache]
 """Caches of one layer, one per group of heads that share a pattern."""
 
 
+def bucket_of(position: int) -> int:
+    """Bucket of a position in a window, from 0 on: each is twice as wide as the one before."""
+    return position.bit_length()
+
+
+def buckets(n: int) -> list[tuple[int, int]]:
+    """First and last position of the buckets of a window: 0, 1, 2 to 3, 4 to 7 and so on, to n - 1."""
+    return [((1 << number) >> 1, min((1 << number) - 1, n - 1)) for number in range(bucket_of(n - 1) + 1)]
+
+
 class Positions(NamedTuple):
     """The positions that a layer receives.
 

@@ -52,7 +52,9 @@ def rehearse(request: Request) -> str:
         folder = Path(name)
         # Text that every machine has: the sources of this package.
         preprocess([str(write_text_of_package(folder))], "byte", str(folder / "shards"))
-        data = dataclasses.replace(copy.data, prefix=str(folder / "shards"), blend=None, validation_prefix=None)
+        data = dataclasses.replace(
+            copy.data, prefix=str(folder / "shards"), blend=None, validation_prefix=None, validation=None
+        )
         training = dataclasses.replace(copy.training, output_dir=str(folder / "run"))
         (folder / "run.yaml").write_text(to_yaml(dataclasses.replace(copy, data=data, training=training)))
         (folder / "deepspeed.json").write_text(json.dumps(request.deepspeed))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ecp_scale.cluster.ranks import Ranks
@@ -21,21 +21,20 @@ def check_prefixes(config: Config) -> None:
         InputError: if a manifest cannot be read.
     """
     names = dict.fromkeys(name for _, weights in config.data.phases for name in weights)
-    for name in [*names, *filter(None, [config.data.validation_prefix])]:
+    for name in [*names, *config.data.set_aside.values()]:
         Manifest.read(Path(name))
 
 
-def open_data(config: Config) -> tuple[Config, Blend, Corpus | None]:
-    """The corpora of a run, and its config with the vocabulary known; for one rank to ask.
+def open_data(config: Config) -> tuple[Config, Blend, dict[str, Corpus]]:
+    """The corpora of a run, those for validation by name, and its config with the vocabulary known; for one rank.
 
     Raises:
         InputError: if a corpus cannot be used, or does not fit the config.
     """
     blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
-    validation = None
-    if config.data.validation_prefix is not None:
-        validation = Corpus(config.data.validation_prefix, config.model.sequence_length)
-        check_same_tokenizer(validation, blend.corpora[0])
+    validation = {name: Corpus(prefix, config.model.sequence_length) for name, prefix in config.data.set_aside.items()}
+    for corpus in validation.values():
+        check_same_tokenizer(corpus, blend.corpora[0])
     return with_vocabulary(config, blend.corpora[0]), blend, validation
 
 
@@ -44,7 +43,7 @@ def loss_mask(config: Config, corpora: Sequence[Corpus]) -> LossMask:
     return LossMask(tuple(config.data.loss_ignore_ids), any(corpus.manifest.marked for corpus in corpora))
 
 
-def check_view(blend: Blend, validation: Corpus | None) -> None:
+def check_view(blend: Blend, validation: Mapping[str, Corpus]) -> None:
     """Refuse a host that sees other corpora than the first rank, which has opened these; one rank of a host looks.
 
     Raises:
@@ -53,7 +52,7 @@ def check_view(blend: Blend, validation: Corpus | None) -> None:
     ranks = Ranks.from_environment()
     if ranks.local_rank != 0 or ranks.rank == 0:  # which has opened them
         return
-    for corpus in [*blend.corpora, *([validation] if validation is not None else [])]:
+    for corpus in [*blend.corpora, *validation.values()]:
         seen = Corpus(str(corpus.prefix), corpus.sequence_length)
         if seen.digest != corpus.digest:
             raise InputError(

@@ -16,7 +16,7 @@ from ecp_scale.cluster.signals import StopRequest, write_stopped
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
-from ecp_scale.data.batches import ReadAhead, StepBatches, TrainingBatches, validation_batches
+from ecp_scale.data.batches import ReadAhead, StepBatches, TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.digest import from_parts
@@ -37,11 +37,11 @@ from ecp_scale.training.step import (
     StepResult,
     any_rank,
     garbage_by_hand,
-    mean_loss,
     optimizer_step,
     reporter,
 )
 from ecp_scale.training.trackers import check_trackers, start_trackers
+from ecp_scale.training.validation import validation_numbers
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import (
     Engine,
@@ -125,7 +125,7 @@ class _Run:
         groups: Groups,
         engine: Engine,
         blend: Blend,
-        validation: Corpus | None,
+        validation: dict[str, Corpus],
         folder: Path,
         run_tokens: int,
         stop: StopRequest,
@@ -141,7 +141,7 @@ class _Run:
         self.stop = stop
         self.checkpoints = checkpoints
         self.is_first = dist.get_rank() == 0
-        self.mask = loss_mask(config, [*blend.corpora, *([validation] if validation is not None else [])])
+        self.mask = loss_mask(config, [*blend.corpora, *validation.values()])
 
     def steps(self, done: Progress) -> None:
         """Train from after what is done to the end, or until any rank is asked to stop."""
@@ -168,8 +168,9 @@ class _Run:
                 digest = from_parts([total // readers for total in digests])
                 done, loss = Progress(done.step + 1, tokens, (done.data_digest + digest) % 2**64), result.loss
                 numbers = self._numbers(done, result, rate, time.perf_counter() - began, sequences)
-                if self._is_due(done.step, config.training.validation_every_steps) and self.validation is not None:
-                    numbers["validation_loss"] = self._validation_loss(self.validation)
+                if self._is_due(done.step, config.training.validation_every_steps):
+                    what = (self.validation, config.training, self.groups, self.mask)
+                    numbers |= validation_numbers(self.engine, *what)
                 record(numbers)
                 collect_garbage()
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -225,11 +226,6 @@ class _Run:
             )
         except DivergedError as error:
             raise self._diverged(step, str(error)) from None
-
-    def _validation_loss(self, corpus: Corpus) -> float:
-        replicas = self.groups.replicas
-        shares = validation_batches(corpus, self.config.training, replicas.size(), replicas.rank())
-        return mean_loss(self.engine, shares, self.groups, self.mask)
 
     def _check_skipped(self, step: int, in_a_row: int, result: StepResult) -> None:
         if result.skipped and self.is_first:

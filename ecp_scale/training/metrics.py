@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ecp_scale.console import say
-from ecp_scale.files import naming, write_text
+from ecp_scale.files import finite, naming, write_text
 
 FILE = "metrics.jsonl"
 
@@ -64,16 +63,10 @@ class MetricsFile:
             return
         try:
             with naming(self._path):
-                self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
                 self._file.flush()
         except OSError as error:
             self._give_up(error)
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

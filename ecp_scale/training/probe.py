@@ -8,7 +8,7 @@ from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.models.probe import is_same, probe_ids
 from ecp_scale.parallel.groups import Groups
-from ecp_scale.training.step import mean_loss
+from ecp_scale.training.validation import mean_loss
 from ecp_scale.zero.engine import Engine
 
 FREE = (*NOT_THEIRS, "dropout")

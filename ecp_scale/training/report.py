@@ -86,21 +86,26 @@ class StepReport:
             }
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
-            if "validation_loss" in record:
-                say(f"step {step:,}  validation loss {record['validation_loss']:.4f}")
-        elif step % self._every == 0 or step in (self._first + 1, self._steps) or "validation_loss" in record:
+            if validation := _validation(record):
+                say(f"step {step:,}{validation}")
+        elif step % self._every == 0 or step in (self._first + 1, self._steps) or _validation(record):
             say(self._line(record))
 
     def _line(self, record: dict[str, Any]) -> str:
         done = record["step"] - self._first
         left = (time.monotonic() - self._began) / done * (self._steps - record["step"])
         use = "" if record["mfu"] is None else f"  mfu {record['mfu']:.3f}"
-        validation = f"  validation loss {record['validation_loss']:.4f}" if "validation_loss" in record else ""
         return (
-            f"step {record['step']:,}/{self._steps:,}  loss {record['loss']:.4f}{validation}  lr {record['lr']:.3g}  "
-            f"norm {record['grad_norm']:.3g}  {record['tokens_per_second']:,.0f} tokens/s{use}  "
+            f"step {record['step']:,}/{self._steps:,}  loss {record['loss']:.4f}{_validation(record)}  "
+            f"lr {record['lr']:.3g}  norm {record['grad_norm']:.3g}  {record['tokens_per_second']:,.0f} tokens/s{use}  "
             f"memory {record['peak_memory_bytes'] / 1e9:.2f} GB  {_duration(left)} left"
         )
+
+
+def _validation(record: dict[str, Any]) -> str:
+    """The losses of the corpora that are set aside; nothing where the step was not validated."""
+    losses = {key.partition("/")[2]: value for key, value in record.items() if key.startswith("validation_loss")}
+    return "".join(f"  validation loss{name and f' ({name})'} {loss:.4f}" for name, loss in losses.items())
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import gc
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -141,28 +141,6 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     shared = torch.tensor(int(flag), device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return bool(shared.item())
-
-
-@torch.no_grad()
-def mean_loss(
-    engine: Engine,
-    batches: Iterable[tuple[Tensor, int]],
-    groups: Groups,
-    mask: LossMask = NO_MASK,
-) -> float:
-    """Mean loss in nats per trained target over all ranks' batches (micro, n + 1), of which the first rows count."""
-    engine.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
-    for batch, counted in batches:
-        marked = batch.to(groups.device)
-        ids = plain(marked)
-        _, losses = engine(ids[:, :-1], ids[:, 1:])
-        trained = mask.of(engine.module.trained_targets(marked[:, 1:]))[:counted]
-        losses = losses[trained.nonzero(as_tuple=True)]
-        totals += torch.tensor([losses.double().sum().item(), losses.numel()], device=groups.device)
-    engine.train()
-    dist.all_reduce(totals, group=groups.data)
-    return (totals[0] / totals[1].clamp(min=1)).item()
 
 
 @contextmanager

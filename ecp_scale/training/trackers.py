@@ -89,7 +89,7 @@ class Wandb:
 
     def log(self, record: dict[str, Any]) -> None:
         """Take the numbers of a step."""
-        self._run.log(record, step=record["step"])
+        self._run.log(scalars(record), step=record["step"])
 
     def finish(self, failed: bool) -> None:
         """The run has ended."""
@@ -106,13 +106,24 @@ class TensorBoard:
 
     def log(self, record: dict[str, Any]) -> None:
         """Take the numbers of a step."""
-        for key, value in record.items():
+        for key, value in scalars(record).items():
             if isinstance(value, (int, float)) and key != "step":
                 self._writer.add_scalar(key, value, record["step"])
 
     def finish(self, failed: bool) -> None:
         """The run has ended."""
         self._writer.close()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """What of the numbers of a step is one value; of a list each, the loss by position under its first position."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            found |= {f"{key}/from_{first:06}": number for first, _, number in value}
+        else:
+            found[key] = value
+    return found
 
 
 def wandb_identity(folder: Path) -> str:

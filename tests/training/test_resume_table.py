@@ -82,6 +82,7 @@ UNSET = {
     "model.preset",
     "data.prefix",
     "data.validation_prefix",
+    "data.validation",
     "training.output_dir",
     "checkpoint.mirror",
     "checkpoint.keep_every",

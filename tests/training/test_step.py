@@ -6,7 +6,8 @@ import torch
 from ecp_scale.data.marks import LossMask, marked, plain
 from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.groups import Groups
-from ecp_scale.training.step import DivergedError, mean_loss, optimizer_step
+from ecp_scale.training.step import DivergedError, optimizer_step
+from ecp_scale.training.validation import mean_loss
 from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
 
 
