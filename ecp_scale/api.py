@@ -157,6 +157,7 @@ class Model:
         Raises:
             InputError: if the architecture's context is not causal.
         """
+        self.config.check_predicts_tokens("pieces have no losses under")
         if not self.config.geometry.streams:
             raise InputError(f"the context of {self.config.architecture} is not causal; use score")
         stream, last = self.network.new_stream(), None

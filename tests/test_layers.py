@@ -30,7 +30,7 @@ LIBRARIES = {
     "attention": {"numpy", "torch"},
     "hub": {"sentencepiece", "torch", "transformers"},
     "data": {"filelock", "huggingface_hub", "numpy", "sentencepiece", "tokenizers", "torch"},
-    "preparation": {"backports", "datasets", "numpy", "pyarrow", "sentencepiece", "jinja2", "tqdm"},
+    "preparation": {"backports", "datasets", "numpy", "pyarrow", "sentencepiece", "jinja2", "PIL", "tqdm"},
 }
 """Libraries that a package may import, where that is limited."""
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ecp_scale.parallel.groups import Groups
 
 DATA_OPTIONS = ("protocol", "text_key", "unigram", "by_position", "context", "plot")
+CLASSIFIER_IGNORES = ("protocol", "text_key", "unigram", "by_position", "context")
 TASKS_OPTIONS = ("batch_size", "limit")
 BOTH_OPTIONS = (*GEOMETRY_FIELDS, "json")
 
@@ -53,7 +54,7 @@ def read_options() -> argparse.Namespace:
     data.add_argument(
         "--context", metavar="W,W,...", help="also the loss where a position sees at most W tokens, on the same tokens"
     )
-    data.add_argument("--plot", type=home, metavar="FILE", help="picture of both, by its ending (.png, .svg)")
+    data.add_argument("--plot", type=home, metavar="FILE", help="picture of both, or of a classifier's confusion")
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument("--batch-size", type=int, metavar="N", help="requests that are scored together (default: 8)")
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of every task")
@@ -87,8 +88,6 @@ def _check(options: argparse.Namespace) -> None:
         if not all(word.isdecimal() and int(word) for word in options.context.split(",")):
             raise InputError(f"--context is {options.context!r}, expected numbers of tokens separated by commas")
         options.context = sorted(set(map(int, options.context.split(","))))
-    if options.plot is not None and not (options.by_position or options.context):
-        raise InputError("--plot draws what --by-position and --context find; expected one of them")
     if options.plot is not None and Path(options.plot).suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {options.plot}: expected a name that ends in .png, .svg or .pdf")
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
@@ -116,6 +115,8 @@ def main() -> None:
     exported = ExportedModel.open(options.model).with_geometry(**geometry)
     tensor = options.tensor if options.tensor is not None or options.tasks else 1
     with launched(exported.config, tensor) as groups:
+        if options.tasks:
+            exported.config.check_predicts_tokens("tasks of lm-eval ask for text, not for")
         alone = next((name for name in ("tasks", "by_position", "context") if getattr(options, name)), None)
         if alone is not None and groups.replicas.size() > 1:
             raise InputError(
@@ -124,15 +125,44 @@ def main() -> None:
         agreed(lambda: check_precision(groups.device, options.precision))
         dtype = DTYPES[options.precision]
         parallel = ParallelContext(groups.tensor, dtype)
-        text = _text(exported, groups, options) if options.data else None
+        labelled = exported.config.task == "classification"
+        text = _text(exported, groups, options) if options.data and not labelled else None
         counts = decided_slowly(lambda: _training_counts(exported, options.unigram))
         model = agreed(lambda: exported.load(dtype, groups.device, parallel), takes_long=True)
-        if text is not None:
+        if labelled and options.data:
+            _classify(exported, model, options)
+        elif text is not None:
             _evaluate(exported, model, text, counts, groups, options)
         elif options.tasks:
             _run_tasks(exported, model, options)
         elif not _is_proven(exported, model, options.precision):
             sys.exit(1)
+
+
+def _classify(exported: "ExportedModel", model: "LanguageModel", options: argparse.Namespace) -> None:
+    """Print, write and draw how a classifier does on shards with labels."""
+    from ecp_scale.data.corpus import Corpus
+    from ecp_scale.evaluation.classification import check_labels, classify, content, draw
+
+    unused = next((name for name in CLASSIFIER_IGNORES if getattr(options, name) is not None), None)
+    if unused is not None:
+        raise InputError(f"--{unused.replace('_', '-')} does nothing with a classifier; leave it out")
+    corpus = Corpus(options.data, exported.config.sequence_length)
+    check_labels(corpus)
+    found = classify(model, corpus)
+    if not is_first_rank():
+        return
+    low, high = found.interval
+    print(f"accuracy                     {found.accuracy:.4f} ({low:.4f} to {high:.4f}, 95 %)")
+    print(f"nll                          {found.nll:.4f}\nwindows                      {found.windows:,}")
+    for name, row in zip(found.labels, found.confusion, strict=True):
+        print(f"{name:14} {' '.join(f'{count:5}' for count in row)}")
+    if options.plot is not None:
+        try:
+            draw(found, Path(options.plot))
+        except OSError as error:
+            raise InputError(f"--plot {options.plot}: {error.strerror or error}") from error
+    _write(options.json, {"model": options.model, "data": options.data, **content(found)})
 
 
 def _text(exported: "ExportedModel", groups: "Groups", options: argparse.Namespace) -> "Text":
@@ -226,6 +256,8 @@ def _by_place(
 ) -> dict[str, Any]:
     """Loss by position and by context, where they are asked for; printed, and drawn to the file of --plot."""
     if not (options.by_position or options.context):
+        if options.plot is not None:
+            raise InputError("--plot draws what --by-position and --context find; expected one of them")
         return {}
     from ecp_scale.evaluation.context import by_context, by_position, draw
 

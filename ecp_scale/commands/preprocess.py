@@ -25,6 +25,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pg19": {"text_unit": "file"},
 }
 """How known corpora are cut: WikiText into its articles, PG-19 into its books (a file each)."""
+IMAGES: dict[str, Any] = {"scifar10": "grey", "scifar10-rgb": "rgb"}
+"""Recipes of images with labels, and the colours of their pixels."""
 NAMED = 10
 """Bad records that are printed."""
 
@@ -33,6 +35,11 @@ NAMED = 10
 def main() -> None:
     """Read the command line and print what was written."""
     options = _parser().parse_args()
+    if options.recipe in IMAGES:
+        _write_images(options)
+        return
+    if options.tokenizer is None:
+        raise InputError("--tokenizer is not set, expected sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte")
     parsing = _with_chat(parsing_of(options), options)
     if options.dry_run:
         from ecp_scale.preparation.estimate import estimate
@@ -68,11 +75,31 @@ def main() -> None:
         print(line)
 
 
+def _write_images(options: argparse.Namespace) -> None:
+    """Write the shards of images, and print what they hold.
+
+    Raises:
+        InputError: if a flag is given that images have no use for.
+    """
+    unused = _parser().parse_args(["--input", *options.input, "--output-prefix", options.output_prefix])
+    for name, value in vars(options).items():
+        if name != "recipe" and value != getattr(unused, name):
+            raise InputError(f"--{name.replace('_', '-')} does nothing with --recipe {options.recipe}; leave it out")
+    from ecp_scale.preparation.images import write_images
+
+    manifest = write_images(options.input, Path(options.output_prefix), IMAGES[options.recipe])
+    counts = manifest.totals
+    print(
+        f"{options.output_prefix}: {counts.documents:,} images of {counts.tokens // counts.documents - 1:,} values, "
+        f"{len(manifest.labels)} labels: {', '.join(manifest.labels)}"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_input_arguments(parser)
     parser.add_argument(
-        "--tokenizer", required=True, metavar="SPEC", help="sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte"
+        "--tokenizer", metavar="SPEC", help="sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte"
     )
     parser.add_argument(
         "--end-token",
@@ -100,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a document of plain text: a file (default), lines between blank ones, a line, an article of WikiText",
     )
     parser.add_argument(
-        "--recipe", choices=sorted(RECIPES), help="how a known corpus is cut and prepared, see docs/data.md"
+        "--recipe",
+        choices=sorted({**RECIPES, **IMAGES}),
+        help="how a known corpus is cut and prepared, see docs/data.md; scifar10 makes sequences of images",
     )
     _add_filters(parser)
     _add_marks(parser)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ecp_scale.config.geometry import GEOMETRIES, Geometry
+from ecp_scale.errors import InputError
 
 GEOMETRY_FIELDS = ("sequence_length", "segment_length", "latents", "window", "group_length")
 """Fields that no weight's shape depends on (but for compressed_double_attention): they may change after training."""
@@ -35,6 +36,10 @@ class ModelConfig:
         "longlora",
     ] = "ecp"
     """Attention pattern; docs/architectures.md draws them."""
+    task: Literal["language", "classification"] = "language"
+    """Predict every next token; or the label behind a whole window, from all of it (see ecp-preprocess --recipe)."""
+    pooling: Literal["mean", "last"] = "mean"
+    """What a classifier reads: the mean over its trained positions, or the last one."""
     vocab_size: int | None = None
     """Vocabulary entries V; null takes the number from the tokenizer of the training shards."""
     vocab_multiple: int = 128
@@ -176,7 +181,8 @@ class ModelConfig:
         Matrix products only: 2 per matrix entry and row, 4 D per score pair.
         """
         geometry = self.geometry
-        entries = geometry.trained_positions * self.known_vocab_size * self.width
+        predictions = 1 if self.task == "classification" else geometry.trained_positions
+        entries = predictions * self.known_vocab_size * self.width
         for layer in range(self.layers):
             entries += geometry.query_rows(layer) * self.width**2
             entries += geometry.key_rows(layer) * self.key_value_matrix_parameters
@@ -184,6 +190,15 @@ class ModelConfig:
         if geometry.compression_parameters:
             entries += geometry.compressed_context * geometry.context * self.width
         return 3 * (2 * entries + 4 * self.width * self.score_pairs) / self.sequence_length
+
+    def check_predicts_tokens(self, what: str) -> None:
+        """Refuse a classifier for something that it cannot do.
+
+        Raises:
+            InputError: which begins with ``what``.
+        """
+        if self.task == "classification":
+            raise InputError(f"{what} a classifier, which names the label of a window (model.task classification)")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the model, each with its numbers."""

@@ -230,6 +230,8 @@ class Config:
             idle["optimizer.cooldown_tokens"] = schedule
         if optimizer.schedule not in ("cosine", "wsd"):
             idle["optimizer.min_lr_ratio"] = schedule
+        if model.task == "language":
+            idle["model.pooling"] = f"model.task {model.task}"
         if optimizer.name == "sgd":
             idle |= dict.fromkeys(("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"), "optimizer.name sgd")
         return [(field, idle[field]) for field in fields if field in idle]
@@ -243,6 +245,10 @@ class Config:
         training = self.training.problems()
         found = self.model.problems() + self.attention.problems(self.model, self.data.is_set)
         found += self.parallel.problems(self.model, world_size) + self.optimizer.problems()
+        if self.model.task == "classification" and self.parallel.context > 1:
+            found.append(
+                f"parallel.context is {self.parallel.context}, but model.task classification pools whole windows: use 1"
+            )
         found += training + self.checkpoint.problems() + self.data.problems() + self.logging.problems()
         if not training:
             ranks = self.parallel.data_parallel_size(world_size or 1)

@@ -20,7 +20,8 @@ class Corpus:
     """Token stream of a prefix, mapped into memory.
 
     Window i holds the ``sequence_length`` + 1 tokens from ``i * sequence_length`` on, so that every token but the
-    first is a target exactly once per epoch. Tokens without a loss are marked, see ``ecp_scale.data.marks``.
+    first is a target exactly once per epoch. Tokens without a loss are marked, see ``ecp_scale.data.marks``. Of a
+    corpus with labels window i is document i.
     """
 
     def __init__(self, prefix: str, sequence_length: int) -> None:
@@ -34,8 +35,18 @@ class Corpus:
         _ = self.tokenizer
         for record in self.manifest.shards:
             _check_sizes(self.prefix.parent, record, self.manifest.dtype)
-        entries = self.manifest.tokenizer.vocab_size
-        self.lay_out(self.manifest.shards, sequence_length, range(-entries if self.manifest.marked else 0, entries))
+        counts, entries = self.manifest.totals, self.manifest.tokenizer.vocab_size
+        if self.manifest.labels and counts.tokens != counts.documents * (sequence_length + 1):
+            raise InputError(
+                f"corpus {prefix}: documents of {counts.tokens / max(1, counts.documents):g} tokens with their labels, "
+                f"expected model.sequence_length + 1 = {sequence_length + 1}"
+            )
+        self.lay_out(
+            self.manifest.shards,
+            sequence_length,
+            range(-entries if self.manifest.marked else 0, entries),
+            bool(self.manifest.labels),
+        )
         if self.windows < 1:
             raise InputError(
                 f"corpus {prefix}: {self.tokens} tokens, expected at least one window of {sequence_length} + 1"
@@ -59,13 +70,16 @@ class Corpus:
         """What the tokens are known by, see ``Manifest.digest``."""
         return self.manifest.digest
 
-    def lay_out(self, shards: Sequence[ShardRecord], sequence_length: int, stored: range) -> None:
+    def lay_out(
+        self, shards: Sequence[ShardRecord], sequence_length: int, stored: range, labelled: bool = False
+    ) -> None:
         """Place the shards, of ids in ``stored``, one after another and cut them into windows; touches no file."""
         self.sequence_length = sequence_length
         self._stored = stored
         self._borders = [0, *itertools.accumulate(record.counts.tokens for record in shards)]
         self.tokens = self._borders[-1]
-        self.windows = (self.tokens - 1) // sequence_length
+        self._stride = sequence_length + labelled
+        self.windows = (self.tokens - (not labelled)) // self._stride
 
     def shard(self, number: int) -> TokenShard:
         """One shard, opened at its first use.
@@ -101,7 +115,7 @@ class Corpus:
 
     def window(self, number: int) -> Tokens:
         """The n + 1 tokens of one window, as int64."""
-        return self.read(number * self.sequence_length, self.sequence_length + 1)
+        return self.read(number * self._stride, self.sequence_length + 1)
 
 
 def _check_sizes(folder: Path, record: ShardRecord, dtype: type[np.generic]) -> None:

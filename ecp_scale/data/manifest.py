@@ -16,9 +16,9 @@ from ecp_scale.errors import InputError
 from ecp_scale.files import sha256_of, write_text
 
 FORMAT_VERSION = 3
-WITH_MARKS = 4
-"""Version of shards that mark tokens: what reads version 3 alone would train on them."""
-READABLE = (2, FORMAT_VERSION, WITH_MARKS)
+EXTENDED = 4
+"""Version of shards that mark tokens, or whose documents are windows: what reads version 3 alone would misread them."""
+READABLE = (2, FORMAT_VERSION, EXTENDED)
 """Version 2 does not count line ends and unknown tokens, nor say by which filter records were dropped."""
 NAMED_AT_MOST = 100
 """Bad records that a manifest names; all are counted."""
@@ -165,6 +165,8 @@ class Manifest:
     """What lies in the input folders and was not read: by reason how many files, and the first of them."""
     marked: bool = False
     """Whether tokens without a loss are marked, see ``ecp_scale.data.marks``."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels where every document is a window, whose last token is the number of its label."""
 
     @property
     def dtype(self) -> type[np.generic]:
@@ -179,7 +181,10 @@ class Manifest:
 
     def write(self, prefix: Path) -> None:
         """Write PREFIX.manifest.json."""
-        content = {"format_version": WITH_MARKS if self.marked else FORMAT_VERSION, **dataclasses.asdict(self)}
+        content = {
+            "format_version": EXTENDED if self.marked or self.labels else FORMAT_VERSION,
+            **dataclasses.asdict(self),
+        }
         write_text(manifest_path(prefix), json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -203,6 +208,7 @@ class Manifest:
                 dict(content["settings"]),
                 dict(content.get("unread", {})),
                 content.get("marked", False),
+                tuple(content.get("labels", ())),
             )
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}; {_instead(prefix)}") from error

@@ -17,7 +17,14 @@ import torch
 
 from ecp_scale.config import ModelConfig
 from ecp_scale.errors import InputError
-from ecp_scale.evaluation.perplexity import Ids, Part, Prefixed, Text, has_relative_positions, stream_losses
+from ecp_scale.evaluation.perplexity import (
+    Ids,
+    Part,
+    Prefixed,
+    Text,
+    has_relative_positions,
+    stream_losses,
+)
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.models.positions import buckets
 
@@ -73,6 +80,7 @@ def by_position(model: LanguageModel, text: Text, end_of_document: int) -> list[
     Raises:
         InputError: if the text is shorter than a window.
     """
+    model.config.check_predicts_tokens("there is no loss by position of")
     n, trained = model.config.sequence_length, model.config.geometry.trained_positions
     ids = Prefixed(text.ids, end_of_document, 1)
     windows = [_Window(start, start + n - trained, start + n) for start in range(0, len(ids) - n, n)]
@@ -108,6 +116,7 @@ def by_context(model: LanguageModel, text: Text, end_of_document: int, contexts:
         InputError: if the architecture's context is not causal, or a context does not fit.
     """
     config = model.config
+    config.check_predicts_tokens("no context can be cut of")
     if not config.geometry.streams:
         raise InputError(f"--context: the context of {config.architecture} is not causal, so it cannot be cut")
     relative = has_relative_positions(config) and config.geometry.bounded_cache

@@ -105,6 +105,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    model.config.check_predicts_tokens("nothing follows under")
     sampling = sampling or Sampling()
     sampling.check()
     return _generate(model, prompt, max_new_tokens, sampling, end_of_document)

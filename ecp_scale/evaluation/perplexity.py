@@ -188,6 +188,7 @@ def evaluate(
     Raises:
         InputError: if the text is too short for the protocol, or the architecture cannot follow it.
     """
+    model.config.check_predicts_tokens("a text has no loss under")
     if protocol not in get_args(Protocol):
         raise InputError(f"protocol is {protocol!r}, expected one of {', '.join(get_args(Protocol))}")
     ids = Prefixed(text.ids, end_of_document, 1)

@@ -16,6 +16,8 @@ class EcpConfig(PretrainedConfig):
             ``transformer``, ``sliding_window``, ``longlora``: causal baselines. ``perceiver_ar``,
             ``double_attention``, ``split_attention``, ``compressed_double_attention``: the last positions, the
             latents, see everything, and only they are scored.
+        task: "language", or "classification", which scores the label behind a whole window.
+        pooling: what a classifier reads, "mean" or "last" of its positions.
         vocab_size: entries of the vocabulary.
         layers: residual blocks.
         width: of the residual stream.
@@ -58,6 +60,8 @@ class EcpConfig(PretrainedConfig):
     def __init__(
         self,
         architecture: str = "ecp",
+        task: str = "language",
+        pooling: str = "mean",
         vocab_size: int = 32_000,
         layers: int = 12,
         width: int = 768,
@@ -88,6 +92,7 @@ class EcpConfig(PretrainedConfig):
     ) -> None:
         _check(architecture, width, heads, key_value_heads or heads)
         self.architecture = architecture
+        self.task, self.pooling = task, pooling
         self.vocab_size = vocab_size
         self.layers = layers
         self.width = width

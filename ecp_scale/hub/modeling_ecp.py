@@ -113,8 +113,11 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: attention weights are never formed")
         self._check(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.task == "classification":
+            self._check_classified(attention_mask, past_key_values, labels)
+            use_cache = False
         cache = past_key_values
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = not self.training and labels is None
         if cache is None and self.config.streams and use_cache:
@@ -127,7 +130,10 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         if back is not None:
             x = at_rows(x, back.to(x.device))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.output(self.norm(x if isinstance(kept, int) else x[:, kept]))
+        if self.config.task == "classification":
+            logits = self.output(self._pooled(self.norm(x)))
+        else:
+            logits = self.output(self.norm(x if isinstance(kept, int) else x[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -136,6 +142,18 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_states = tuple(states if back is None else (at_rows(state, back.to(state.device)) for state in states))
         result = CausalLMOutputWithPast(loss, logits, cache, hidden_states or None)
         return result.to_tuple() if return_dict is False else result
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """What a classifier's output layer reads (B, 1, D)."""
+        return x.mean(1, keepdim=True) if self.config.pooling == "mean" else x[:, -1:]
+
+    @staticmethod
+    def _check_classified(attention_mask: Tensor | None, cache: Any, labels: Tensor | None) -> None:
+        """Refuse what a classifier has no use for."""
+        if labels is not None:
+            raise ValueError("a classifier has one prediction for a window: its logits are (B, 1, V)")
+        if cache is not None or (attention_mask is not None and not attention_mask.all()):
+            raise ValueError("a classifier reads whole windows, without a cache and without padding")
 
     def _tokens_first(
         self, x: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None

@@ -24,7 +24,8 @@ from ecp_scale.parallel.recompute import recomputed
 class LanguageModel(nn.Module):
     """A language model of any architecture on one rank of a tensor group.
 
-    R is the number of trained positions, the last of a sequence: all of them, or the latents of a latent model.
+    R is the number of predictions: of all positions, or of the latents of a latent model, the last of a sequence; or
+    one, of a classifier, whose label is the last target.
     The stored vocabulary is padded so that every rank holds as many rows; the padding has probability 0 and never
     shows outside.
     """
@@ -78,7 +79,7 @@ class LanguageModel(nn.Module):
             else:
                 x_NBD = block(x_NBD, positions, cache)
             positions = pattern.output_positions(positions)
-        x_RBD = gather_to_tensor_parallel_region(self.norm(x_NBD), self.parallel)
+        x_RBD = self._pooled(gather_to_tensor_parallel_region(self.norm(x_NBD), self.parallel))
         if targets is not None:
             wanted_RB = self.trained_targets(targets).t()
             total, losses_RB = self.output(x_RBD, wanted_RB, None if counted is None else counted.t())
@@ -93,9 +94,17 @@ class LanguageModel(nn.Module):
 
     def trained_targets(self, targets: Tensor) -> Tensor:
         """The targets (B, R) of a sequence (B, N) whose loss this rank computes."""
+        if self.config.task == "classification":
+            return targets[:, -1:]
         geometry, local = self.config.geometry, targets[:, self._run(targets.shape[1])]
         # A piece of a stream may be longer than a window.
         return local if geometry.streams else local[:, -geometry.trained_positions :]
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """What the output layer reads (R, B, D) of what leaves the last block."""
+        if self.config.task == "language":
+            return x
+        return x.mean(0, keepdim=True) if self.config.pooling == "mean" else x[-1:]
 
     def _run(self, positions: int) -> slice:
         """Positions of a sequence that this rank holds."""

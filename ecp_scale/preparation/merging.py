@@ -29,6 +29,8 @@ def merge(prefix: Path, parts: Sequence[Path]) -> Manifest:
     for part, manifest in zip(parts, manifests, strict=True):
         if manifest.marked != manifests[0].marked:
             raise InputError(f"{part} and {parts[0]}: one of them marks tokens without a loss, the other does not")
+        if manifest.labels != manifests[0].labels:
+            raise InputError(f"{part} and {parts[0]}: their documents do not have the same labels")
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with only_writer([prefix]):
@@ -71,6 +73,7 @@ def _merge(prefix: Path, parts: Sequence[Path], manifests: Sequence[Manifest]) -
         {"merged": [manifest.settings for manifest in manifests]},
         manifests[0].unread,  # of the same folders, in which each part has looked
         manifests[0].marked,
+        manifests[0].labels,
     )
     merged.write(prefix)
     return merged

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ecp_scale.data.manifest import Manifest, ShardRecord, TextCounts, TokenizerRecord
+from ecp_scale.data.manifest import Manifest, ShardRecord, TextCounts
 from ecp_scale.data.marks import plain
 from ecp_scale.data.shards import Tokens, TokenShard
 from ecp_scale.data.tokenizer import Tokenizer, gives_texts_back
@@ -38,15 +38,14 @@ def verify(prefix: Path, deep: bool = False) -> Iterator[str]:
         except InputError as error:
             yield str(error)
             continue
-        problems = list(_shard_problems(path, shard, record, manifest.tokenizer, manifest.marked))
+        problems = list(_shard_problems(path, shard, record, manifest))
         yield from problems
-        if deep and not problems:
+        if deep and not problems and not manifest.labels:
             yield from _text_problems(path, shard, record.counts, tokenizer, manifest.marked)
 
 
-def _shard_problems(
-    path: Path, shard: TokenShard, record: ShardRecord, tokenizer: TokenizerRecord, marked: bool
-) -> Iterator[str]:
+def _shard_problems(path: Path, shard: TokenShard, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
+    tokenizer, marked = manifest.tokenizer, manifest.marked
     damaged = [f"{path}.idx: {problem}" for problem in shard.problems()]
     if damaged:
         yield from damaged
@@ -64,7 +63,10 @@ def _shard_problems(
         wrong = largest if largest >= tokenizer.vocab_size else lowest
         yield f"{path}.bin: id {wrong}, but the tokenizer has {tokenizer.vocab_size} entries"
     ends = np.cumsum(shard.lengths, dtype=np.int64)[shard.lengths > 0] - 1
-    if len(ends) < len(shard.lengths) or (plain(shard.ids[ends]) != tokenizer.end_of_document).any():
+    if manifest.labels:
+        if len(set(shard.lengths.tolist())) > 1 or (shard.ids[ends] >= len(manifest.labels)).any():
+            yield f"{path}.bin: a document has another length than the first, or does not end with a label"
+    elif len(ends) < len(shard.lengths) or (plain(shard.ids[ends]) != tokenizer.end_of_document).any():
         yield f"{path}.bin: a document does not end with id {tokenizer.end_of_document}"
 
 

@@ -67,6 +67,9 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
     Raises:
         InputError: if its own is too small.
     """
+    if bool(corpus.manifest.labels) != (config.model.task == "classification"):
+        held = "documents with labels" if corpus.manifest.labels else "text without labels"
+        raise InputError(f"model.task is {config.model.task}, but {corpus.prefix} holds {held}")
     entries = corpus.tokenizer.vocab_size
     ignored_ids = set(config.data.loss_ignore_ids)
     beyond = sorted(token for token in ignored_ids if not 0 <= token < entries)

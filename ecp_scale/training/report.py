@@ -104,8 +104,12 @@ class StepReport:
 
 def _validation(record: dict[str, Any]) -> str:
     """The losses of the corpora that are set aside; nothing where the step was not validated."""
-    losses = {key.partition("/")[2]: value for key, value in record.items() if key.startswith("validation_loss")}
-    return "".join(f"  validation loss{name and f' ({name})'} {loss:.4f}" for name, loss in losses.items())
+    told = []
+    for key, value in record.items():
+        what, _, name = key.partition("/")
+        if what in ("validation_loss", "validation_accuracy"):
+            told.append(f"  {what.replace('_', ' ')}{name and f' ({name})'} {value:.4f}")
+    return "".join(told)
 
 
 def _duration(seconds: float) -> str:

@@ -61,7 +61,8 @@ def validation_numbers(
     """What metrics.jsonl says of each corpus by name; of the one without a name, under the bare keys.
 
     ``validation_loss`` is in nats per target. ``validation_bits_per_byte`` takes the corpus's tokens per byte, and is
-    not there for shards with marks. ``validation_by_position`` holds [first, last, loss] of buckets of positions.
+    not there for shards with marks; those with labels have ``validation_accuracy`` in its place and in that of what
+    follows. ``validation_by_position`` holds [first, last, loss] of buckets of positions.
     """
     replicas = groups.replicas
     found: dict[str, Any] = {}
@@ -71,14 +72,32 @@ def validation_numbers(
         end, loss = f"/{name}" if name else "", _mean(totals)
         found[f"validation_loss{end}"] = loss
         counts = corpus.manifest.totals
-        if not corpus.manifest.marked:
+        if not (corpus.manifest.marked or corpus.manifest.labels):
             found[f"validation_bits_per_byte{end}"] = loss * counts.tokens / (math.log(2) * max(1, counts.bytes))
+        if corpus.manifest.labels:
+            shares = validation_batches(corpus, config, replicas.size(), replicas.rank())
+            found[f"validation_accuracy{end}"] = accuracy(engine, shares, groups)
+            continue
         found[f"validation_by_position{end}"] = [
             [*bucket, nll / count]
             for bucket, nll, count in zip(buckets(corpus.sequence_length), *totals.tolist(), strict=True)
             if count
         ]
     return found
+
+
+@torch.no_grad()
+def accuracy(engine: Engine, batches: Iterable[tuple[Tensor, int]], groups: Groups) -> float:
+    """Share of right labels over all ranks' batches (micro, n + 1), of which the first rows count."""
+    engine.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    for batch, counted in batches:
+        ids = batch.to(groups.device)
+        said = engine(ids[:, :-1])[:counted, -1].argmax(-1)
+        totals += torch.stack(((said == ids[:counted, -1]).sum(), torch.tensor(counted, device=groups.device)))
+    engine.train()
+    dist.all_reduce(totals, group=groups.data)
+    return (totals[0] / totals[1].clamp(min=1)).item()
 
 
 def _mean(totals: Tensor) -> float:
