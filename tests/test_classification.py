@@ -212,8 +212,8 @@ def test_the_loss_is_that_of_the_label_from_the_pooled_positions(
 
 
 def test_it_learns_and_is_as_right_after_conversion(shards: str, tmp_path: Path) -> None:
-    more = ("--training.steps=60", "--training.validation_every_steps=60", "--training.validation_windows=48")
-    more += ("--training.micro_batch_size=4", "--optimizer.learning_rate=1e-2", "--optimizer.warmup_tokens=0")
+    more = ["--training.steps=60", "--training.validation_every_steps=60", "--training.validation_windows=48"]
+    more += ["--training.micro_batch_size=4", "--optimizer.learning_rate=1e-2", "--optimizer.warmup_tokens=0"]
     train(parse(words(shards, tmp_path / "run", *more), ""))
     last = metrics(tmp_path / "run")[-1]
     assert last["validation_accuracy"] > 0.9
@@ -229,10 +229,6 @@ def test_it_learns_and_is_as_right_after_conversion(shards: str, tmp_path: Path)
     assert (tmp_path / "x.png").stat().st_size > 10_000
     assert "are what was written" in run_successfully("launch/evaluate.py", "--model", model, "--verify")
 
-    programs: list[tuple[tuple[Any, ...], str]] = [
-        ((*options, "--protocol", "stream"), "--protocol does nothing with a classifier"),
-        (("launch/generate.py", "--model", model, "--prompt", "x"), "a classifier, which names the label of a window"),
-    ]
     refused: list[tuple[tuple[Any, ...], str]] = [
         ((*options, "--protocol", "stream"), "--protocol does nothing with a classifier"),
         (("launch/generate.py", "--model", model, "--prompt", "x"), "a classifier, which names the label of a window"),

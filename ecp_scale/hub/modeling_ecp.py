@@ -113,14 +113,12 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: attention weights are never formed")
         self._check(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
-        if self.config.task == "classification":
-            self._check_classified(attention_mask, past_key_values, labels)
-            use_cache = False
+        self._check_classified(attention_mask, past_key_values, labels)
         cache = past_key_values
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = not self.training and labels is None
-        if cache is None and self.config.streams and use_cache:
+        if cache is None and self.config.streams and use_cache and self.config.task == "language":
             cache = EcpCache(self.config)
         x, input_ids, valid, back = self._tokens_first(x, input_ids, attention_mask)
         places = places_of(self.config, input_ids, valid, cache, x.dtype)
@@ -147,9 +145,10 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         """What a classifier's output layer reads (B, 1, D)."""
         return x.mean(1, keepdim=True) if self.config.pooling == "mean" else x[:, -1:]
 
-    @staticmethod
-    def _check_classified(attention_mask: Tensor | None, cache: Any, labels: Tensor | None) -> None:
+    def _check_classified(self, attention_mask: Tensor | None, cache: Any, labels: Tensor | None) -> None:
         """Refuse what a classifier has no use for."""
+        if self.config.task == "language":
+            return
         if labels is not None:
             raise ValueError("a classifier has one prediction for a window: its logits are (B, 1, V)")
         if cache is not None or (attention_mask is not None and not attention_mask.all()):
