@@ -27,6 +27,11 @@ else
     "$python" "$here/launch/pretrain_ecp.py" "${options[@]}"
 fi
 
+if [[ -e $output/run/stopped.json ]]; then
+    echo "the training was stopped before its end; the same command goes on there" >&2
+    exit 1
+fi
+
 rm -rf "$output/model"
 "$python" "$here/launch/convert_checkpoint.py" --checkpoint "$output/run" --output "$output/model"
 for protocol in release sliding; do

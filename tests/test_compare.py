@@ -4,8 +4,13 @@ import dataclasses
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +22,7 @@ from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Cell, Summary, accuracy_table, plot, plot_accuracy, summaries, table
 from ecp_scale.evaluation.ladder import fit, law_table, laws, plot_ladder
 from tests.corpus import ShardedText
-from tests.launching import run, run_successfully
+from tests.launching import ROOT, environment, run, run_successfully
 from tests.parallel.layouts import RECIPE, SMALL_MODEL
 
 SCRIPT = "launch/compare.py"
@@ -64,6 +69,51 @@ def words(line: str) -> list[str]:
     return [word.strip() for word in line.strip("| ").split("|")]
 
 
+def test_probes_of_several_seeds_are_told_without_figures_of_a_text(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("bits_per_byte", "token_perplexity", "word_perplexity"), math.nan)
+    found = [dataclasses.replace(one, accuracy=[[8, one.seed / 4]], curve=[], **nothing) for one in CELLS]
+    assert table(summaries(found)).count("nan") >= 4
+    assert "0.375 ± 0.177" in accuracy_table(found)
+    plot(found, tmp_path / "plot.svg")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 300])
+def test_a_run_that_was_stopped_is_no_finished_cell(
+    steps: int, sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plan, _) = (one.in_folder(tmp_path, 300) for one in plans_of(sharded_text).plans)
+    run_folder = tmp_path / plan.name
+    lines = "".join(json.dumps({"step": step, "padding": "x" * 50}) + "\n" for step in range(1, steps + 1))
+
+    def stopped(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        (run_folder / "metrics.jsonl").write_text(lines)
+        return popen([sys.executable, "-c", ""])
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(cells.subprocess, "Popen", stopped)
+    if steps == 300:
+        cells.train(plan, Launch(1, 1, None))
+        return
+    with pytest.raises(InputError, match="was stopped before its end"):
+        cells.train(plan, Launch(1, 1, None))
+    assert plan.share_done == steps / 300
+
+
+def test_an_interrupt_stops_the_cells_that_train(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words = [*options(sharded_text, tmp_path / "out"), "--architectures=ecp", "--training.steps=100000"]
+    command = [sys.executable, str(ROOT / SCRIPT), *words]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    record = tmp_path / "out" / "runs" / "ecp-seed1" / "metrics.jsonl"
+    while not (record.exists() and record.read_text().count("\n") > 1):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # to the comparison alone, as a scheduler may
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not list((tmp_path / "out" / "cells").iterdir())
+    assert (record.parent / "stopped.json").exists()
+
+
 def test_one_seed_has_no_deviation() -> None:
     assert "±" not in table(summaries(CELLS[:1]))
 
@@ -83,7 +133,7 @@ def ladder_of(name: str, exponent: float, noise: Sequence[float]) -> list[Cell]:
             parameters=100 * 2**size,
             flops_per_token=2.0**size,
             tokens=1000 * 2**size,
-            point=f"size{size}",
+            point=f"learning_rate=1e-3-{size + 1}x{2**size}",
         )
         for size, factor in enumerate(noise)
     ]
@@ -92,7 +142,8 @@ def ladder_of(name: str, exponent: float, noise: Sequence[float]) -> list[Cell]:
 def test_a_power_law_is_found_with_its_uncertainty(tmp_path: Path) -> None:
     exact, noisy = ladder_of("ecp", 0.1, [1] * 5), ladder_of("transformer", 0.2, [1.01, 0.99, 1.02, 0.98, 1.0])
     found = laws([*exact, *noisy, cell("longlora", 1, 3.0)])
-    assert list(found) == ["ecp", "transformer"]  # one size has no law
+    assert list(found) == ["ecp learning_rate=1e-3", "transformer learning_rate=1e-3"]  # one size has no law
+    found = {name.split()[0]: law for name, law in found.items()}
     assert found["ecp"].exponent == pytest.approx(0.1)
     assert found["ecp"].exponent_interval == pytest.approx((0.1, 0.1))
     assert found["ecp"].at(4000) == pytest.approx(2.0)
@@ -106,7 +157,7 @@ def test_a_power_law_is_found_with_its_uncertainty(tmp_path: Path) -> None:
     assert law.scale == pytest.approx(math.exp(0.1))
     assert "0.1000 (0.1000 to 0.1000)" in law_table(found)
     plot_ladder([*exact, *noisy], tmp_path / "ladder.svg")
-    assert "transformer: exponent 0." in (tmp_path / "ladder.svg").read_text()
+    assert "transformer learning_rate=1e-3: exponent 0." in (tmp_path / "ladder.svg").read_text()
 
 
 def test_accuracy_is_shown_by_distance_with_the_receptive_field(tmp_path: Path) -> None:
@@ -126,12 +177,19 @@ def test_accuracy_is_shown_by_distance_with_the_receptive_field(tmp_path: Path) 
 def plans_of(text: ShardedText, *more: str) -> Comparison:
     """What a command line would train."""
     names = () if any("--architectures" in word for word in more) else ("--architectures=ecp,transformer",)
-    return read_command_line([*options(text, Path("/nowhere/x")), *names, *more])
+    set_otherwise = [word.partition("=")[0] for word in more]
+    by_parameters = any(word.startswith("--tokens-per-parameter") for word in more[:3])
+    known = [
+        word
+        for word in options(text, Path("/nowhere/x"))
+        if word.partition("=")[0] not in set_otherwise and not (by_parameters and word.startswith("--training.steps"))
+    ]
+    return read_command_line([*known, *names, *more])
 
 
 def test_a_grid_and_sizes_make_a_cell_of_every_combination(sharded_text: ShardedText) -> None:
     grid = ("--grid=optimizer.learning_rate=1e-3,3e-3", "--sizes=2x48,3x96")
-    plans = plans_of(sharded_text, *grid, "--seeds=1,2", "--tokens-per-parameter=2").plans
+    plans = plans_of(sharded_text, "--tokens-per-parameter=2", *grid, "--seeds=1,2").plans
     assert len(plans) == len({plan.name for plan in plans}) == 16
     plan = next(plan for plan in plans if plan.name == "transformer-learning_rate=3e-3-3x96-seed2")
     model, training = plan.config.model, plan.config.training
@@ -146,16 +204,25 @@ def test_a_grid_and_sizes_make_a_cell_of_every_combination(sharded_text: Sharded
         ("--sizes=4by128", "names '4by128', expected layers x width"),
         ("--sizes=2x50", "model.width 50"),
         ("--jobs=0", "--jobs is 0"),
+        ("--ranks=0", "--ranks is 0"),
+        ("--grid=training.seed=1,2", "--grid names training.seed"),
+        ("--grid=data.prefix=a/b,c", "cannot have a slash"),
+        ("--grid=optimizer.beta1=0.9,0.9", "make beta1=0.9 twice"),
+        ("--tokens-per-parameter=nan", "--tokens-per-parameter is nan"),
         ("--test=/no/such", "--test /no/such: no such shards"),
         ("--task=/no/such", "/no/such: No such file"),
         ("--data.prefix=/no/such", "/no/such.manifest.json: No such file"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             plans_of(sharded_text, wrong)
+    with pytest.raises(InputError, match=r"--training\.steps or \.tokens are given"):
+        plans_of(sharded_text, "--tokens-per-parameter=1", "--training.steps=3")
 
 
 def test_a_budget_of_flops_gives_cheaper_architectures_more_steps(sharded_text: ShardedText, tmp_path: Path) -> None:
-    comparison = plans_of(sharded_text, "--architectures=ecp,perceiver_ar", "--training.steps=100", "--sizes=2x48,3x96")
+    growing = "--training.batch_schedule={6400: 16}"
+    names = "--architectures=ecp,perceiver_ar"
+    comparison = plans_of(sharded_text, names, "--training.steps=100", "--sizes=2x48,3x96", growing)
     plans = budgeted(comparison.plans, "flops", comparison.launch, tmp_path)
     for point in ("2x48", "3x96"):
         ours, theirs = (plan for plan in plans if plan.point == point)
@@ -167,11 +234,13 @@ def test_a_budget_of_flops_gives_cheaper_architectures_more_steps(sharded_text: 
 def test_a_budget_of_seconds_is_measured_once(
     sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    comparison = plans_of(sharded_text, "--training.steps=100", "--seeds=1,2")
+    schedule = ("--optimizer.schedule=wsd", "--optimizer.warmup_tokens=6400")
+    comparison = plans_of(sharded_text, "--training.steps=100", "--seeds=1,2", *schedule)
     trained = []
 
     def recorded(plan: Plan, launch: Launch) -> None:
         trained.append(plan.name)
+        assert plan.config.problems(1) == []
         run = Path(str(plan.config.training.output_dir))
         run.mkdir(parents=True)
         seconds = {"ecp": 0.2, "transformer": 0.4}[plan.architecture]

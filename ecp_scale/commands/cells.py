@@ -48,10 +48,21 @@ class Plan:
         return "-".join(filter(None, (self.architecture, self.point, f"seed{self.seed}")))
 
     @property
+    def tokens(self) -> int:
+        """Tokens of its training."""
+        return self.config.tokens_after(self.config.training.steps)
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of its training."""
         model = dataclasses.replace(self.config.model, vocab_size=self.vocabulary)
-        return model.flops_per_token * self.config.tokens_after(self.config.training.steps)
+        return model.flops_per_token * self.tokens
+
+    @property
+    def share_done(self) -> float:
+        """Share of its steps that its run has done, by its records."""
+        records = _last_record(Path(str(self.config.training.output_dir)) / "metrics.jsonl")
+        return next((record["step"] for record in records), 0) / self.config.training.steps
 
     def in_folder(self, folder: Path, steps: int | None = None) -> "Plan":
         """The same with its run in ``folder``, and of another number of steps."""
@@ -86,7 +97,9 @@ class Watch:
         self._numbers = {plan.name: total - len(plans) + number for number, plan in enumerate(plans, start=1)}
         self._work = {plan.name: plan.flops for plan in plans}
         self._total = total
-        self._done: dict[str, float] = {}
+        # Work of earlier lives says nothing of the speed.
+        self._before = {plan.name: self._work[plan.name] * plan.share_done for plan in plans}
+        self._done = dict(self._before)
         self._began = monotonic()
         self._lock = threading.Lock()
 
@@ -95,11 +108,11 @@ class Watch:
         steps = plan.config.training.steps
         with self._lock:
             self._done[plan.name] = self._work[plan.name] * record["step"] / steps
-            rate = sum(self._done.values()) / (monotonic() - self._began)
+            rate = (sum(self._done.values()) - sum(self._before.values())) / (monotonic() - self._began)
             left = (sum(self._work.values()) - sum(self._done.values())) / max(rate, 1e-9)
         say(
             f"[{self._numbers[plan.name]}/{self._total}] {plan.name}: step {record['step']:,} of {steps:,}, "
-            f"loss {record['loss']:.3f}; all cells done in about {duration(left)}"
+            f"loss {record['loss'] or float('nan'):.3f}; all cells done in about {duration(left)}"
         )
 
     def finished(self, plan: Plan, figure: str) -> None:
@@ -124,21 +137,27 @@ def budgeted(plans: Sequence[Plan], budget: Budget, launch: Launch, folder: Path
     for plan in plans:
         place = (plan.architecture, plan.point)
         if place not in costs:
-            per_step = plan.flops / plan.config.training.steps
-            costs[place] = per_step if budget == "flops" else _trial_seconds(plan, launch, folder)
-    found = []
+            costs[place] = plan.flops / plan.tokens if budget == "flops" else _trial_seconds(plan, launch, folder)
+    found, problems = [], []
     for plan in plans:
         first = next(other for other in plans if other.point == plan.point)
         ratio = costs[first.architecture, first.point] / costs[plan.architecture, plan.point]
-        found.append(plan.in_folder(folder / "runs", max(1, round(plan.config.training.steps * ratio))))
+        steps = plan.config.steps_to(max(1, round(first.tokens * ratio)))
+        found.append(plan.in_folder(folder / "runs", steps))
+        problems += [f"{plan.name}, of {steps} steps: {text}" for text in found[-1].config.problems(launch.ranks)]
+    if problems:
+        raise InputError("the budget does not fit every cell:\n" + "\n".join(f"  - {text}" for text in problems))
     return found
 
 
 def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
-    """Seconds of a step, measured once by a short run of its own."""
+    """Seconds of a token, measured once by a short run of its own."""
     from ecp_scale.training.metrics import read_metrics
 
     trial = plan.in_folder(folder / "trials", TRIAL_STEPS)
+    # No warm-up or cool-down fits into it, nor matters.
+    optimizer = dataclasses.replace(trial.config.optimizer, schedule="constant", warmup_tokens=0, decay_tokens=None)
+    trial = dataclasses.replace(trial, config=dataclasses.replace(trial.config, optimizer=optimizer))
     path = folder / "trials" / f"{trial.name}.json"
     if not path.exists():
         say(f"measuring the speed of {trial.name}")
@@ -146,14 +165,25 @@ def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
         run = Path(str(trial.config.training.output_dir))
         seconds = [record["step_seconds"] for record in read_metrics(run)][TRIAL_STEPS // 2 :]
         write_text(path, json.dumps({"step_seconds": statistics.median(seconds)}) + "\n")
-    return float(json.loads(path.read_text())["step_seconds"])
+    return float(json.loads(path.read_text())["step_seconds"]) / plan.config.tokens_per_step
 
 
-def train(plan: Plan, launch: Launch, tell: Callable[[dict[str, Any]], None] | None = None) -> None:
+def train(
+    plan: Plan,
+    launch: Launch,
+    tell: Callable[[dict[str, Any]], None] = lambda record: None,
+    stop: threading.Event | None = None,
+) -> None:
     """Run ecp-pretrain on a cell's config.
 
+    Args:
+        plan: the cell.
+        launch: how.
+        tell: is given the newest record now and then.
+        stop: where it is set, the run is told to save and stop.
+
     Raises:
-        InputError: with the end of its output, if it fails.
+        InputError: with the end of its output, if it fails or is stopped.
     """
     run = Path(str(plan.config.training.output_dir))
     run.mkdir(parents=True, exist_ok=True)
@@ -172,7 +202,9 @@ def train(plan: Plan, launch: Launch, tell: Callable[[dict[str, Any]], None] | N
         try:
             while process.poll() is None:
                 sleep(0.2)
-                if tell is not None and monotonic() - told > REPORT_SECONDS:
+                if stop is not None and stop.is_set():
+                    raise InputError(f"{run.name}: is stopped; the same command goes on there")
+                if monotonic() - told > REPORT_SECONDS:
                     told = monotonic()
                     for record in _last_record(run / "metrics.jsonl"):
                         tell(record)
@@ -185,9 +217,8 @@ def train(plan: Plan, launch: Launch, tell: Callable[[dict[str, Any]], None] | N
         raise InputError(
             f"{run.name}: training ended with {process.returncode}; {run / 'output.log'} ends with\n{tail}"
         )
-    for record in _last_record(run / "metrics.jsonl"):
-        if record["step"] < plan.config.training.steps:  # a signal, or a file `stop`
-            raise InputError(f"{run.name}: was stopped after step {record['step']}; the same command goes on there")
+    if plan.share_done < 1:  # a signal, or a file `stop`
+        raise InputError(f"{run.name}: was stopped before its end; the same command goes on there")
 
 
 def _free_port() -> int:
@@ -202,7 +233,8 @@ def _last_record(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().split(b"\n")[1:-1]
+            # The part before the first line end may be the end of a longer line; what follows the last is unfinished.
+            lines = (b"\n" * (file.tell() == 0) + file.read()).split(b"\n")[1:-1]
         yield from itertools.islice(map(json.loads, reversed(lines)), 1)
     except (OSError, ValueError):
         return

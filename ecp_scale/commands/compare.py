@@ -16,9 +16,11 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +32,9 @@ from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.files import write_text
+
+NOT_IN_A_GRID = ("model.architecture", "training.seed", "training.output_dir")
+OF_A_SIZE = ("model.layers", "model.width", "model.heads", "model.key_value_heads", "model.feed_forward_width")
 
 
 @input_errors_exit()
@@ -47,24 +52,41 @@ def main() -> None:
     for plan in plans:
         if plan not in missing:
             print(f"{plan.name}: done already", flush=True)
-    watch = Watch(missing, len(plans))
+    _check_devices(comparison.launch)
+    watch, stop = Watch(missing, len(plans)), threading.Event()
 
     def work(plan: Plan) -> None:
-        train(plan, comparison.launch, lambda record: watch.tell(plan, record))
+        train(plan, comparison.launch, lambda record: watch.tell(plan, record), stop)
         cell = evaluate(plan, comparison.folder, comparison.test, comparison.task)
         write_text(comparison.cell_file(plan), json.dumps(dataclasses.asdict(cell)) + "\n")
         shares = [share for _, share in cell.accuracy]
         found = f"accuracy {sum(shares) / len(shares):.3f}" if shares else f"{cell.bits_per_byte:.4f} bits per byte"
         watch.finished(plan, found)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(comparison.launch.jobs) as jobs:
-        for done in [jobs.submit(work, plan) for plan in missing]:
-            try:
-                done.result()
-            except BaseException:
-                jobs.shutdown(wait=False, cancel_futures=True)
-                raise
+        try:
+            done, _ = wait([jobs.submit(work, plan) for plan in missing], return_when=FIRST_EXCEPTION)
+            for one in done:
+                one.result()
+        except BaseException:
+            stop.set()  # the other cells save, and the same command goes on there
+            jobs.shutdown(cancel_futures=True)
+            raise
     write_report(comparison)
+
+
+def _check_devices(launch: Launch) -> None:
+    """Refuse several cells at a time where they would share GPUs.
+
+    Raises:
+        InputError: if there is a GPU.
+    """
+    if launch.jobs > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            raise InputError(f"--jobs is {launch.jobs}: cells would share this machine's GPUs; leave it out")
 
 
 def read_command_line(argv: list[str]) -> Comparison:
@@ -85,24 +107,32 @@ def read_command_line(argv: list[str]) -> Comparison:
     for what, values in (("--architectures", architectures), ("--seeds", seeds)):
         if len(set(values)) < len(values):
             problems.append(f"{what} names something twice: {','.join(values)}")
-    if options.jobs < 1:
-        problems.append(f"--jobs is {options.jobs}, expected at least 1")
+    for name in ("jobs", "ranks"):
+        if getattr(options, name) < 1:
+            problems.append(f"--{name} is {getattr(options, name)}, expected at least 1")
+    ratio = options.tokens_per_parameter
+    if ratio is not None and not 0 < ratio < float("inf"):
+        problems.append(f"--tokens-per-parameter is {ratio}, expected a number above 0")
+    if ratio is not None and any(word.startswith(("--training.steps", "--training.tokens")) for word in rest):
+        problems.append("--tokens-per-parameter and --training.steps or .tokens are given, expected one of them")
+    if options.test is not None and options.task is not None:
+        problems.append("--test and --task are given, expected one of them")
     if problems:
         raise InputError("\n".join(problems))
     required = ("data.prefix|data.blend", "data.validation_prefix")
     request = parse(rest, "", required, world_size=options.ranks)
-    vocabulary = request.config.model.vocab_size
-    if not request.dry_run:
-        vocabulary = _check_paths(request.config, options.test, options.task)
     points = {
         point: parse([*rest, *words], "", required, world_size=options.ranks).config
         for point, words in _points(options.grid, options.sizes, request).items()
     }
+    vocabulary = request.config.model.vocab_size
+    for base in points.values() if not request.dry_run else ():
+        vocabulary = _check_paths(base, options.test, options.task)
     plans = []
     for point, base in points.items():
         for name in architectures:
             for seed in map(int, seeds):
-                config = _cell_config(base, name, seed, vocabulary, options.tokens_per_parameter)
+                config = _cell_config(base, name, seed, _tokens(base, architectures[0], vocabulary, ratio))
                 if seed == int(seeds[0]):
                     where = " ".join(filter(None, (f"with model.architecture {name}", point)))
                     problems += [f"{where}: {problem}" for problem in config.problems(options.ranks)]
@@ -168,13 +198,16 @@ def _check_paths(config: Config, test: str | None, task: str | None) -> int:
     check_prefixes(config)
     if test and not any(path.exists() for path in (Path(test), manifest_path(Path(test)))):
         raise InputError(f"--test {test}: no such shards, file or folder")
+    scored = Path(test or str(config.data.validation_prefix))
+    if task is None and manifest_path(scored).exists() and Manifest.read(scored).marked:
+        raise InputError(f"{scored} marks tokens without a loss; name a text with --test, or probes with --task")
+    prefix = Path(next(iter(config.data.phases[0][1])))
+    manifest = Manifest.read(prefix)
     if task is not None:
-        from ecp_scale.data.tokenizer import ByteTokenizer
         from ecp_scale.evaluation.probing import check_length, read_probes
 
-        check_length(Path(task), read_probes(Path(task)), ByteTokenizer(), config.model.sequence_length)
-    prefix = next(iter(config.data.phases[0][1]))
-    return config.model.vocab_size or Manifest.read(Path(prefix)).tokenizer.vocab_size
+        check_length(Path(task), read_probes(Path(task)), manifest.load_tokenizer(prefix), config.model.sequence_length)
+    return config.model.vocab_size or manifest.tokenizer.vocab_size
 
 
 def _points(grid: Sequence[str], sizes: str | None, request: Request) -> dict[str, list[str]]:
@@ -184,12 +217,19 @@ def _points(grid: Sequence[str], sizes: str | None, request: Request) -> dict[st
         field, equals, values = text.partition("=")
         if not equals or "." not in field or not all(values.split(",")):
             raise InputError(f"--grid is {text!r}, expected section.field=VALUE,VALUE")
+        if field in NOT_IN_A_GRID or (sizes is not None and field in OF_A_SIZE):
+            raise InputError(f"--grid names {field}, which is set by --architectures, --seeds, --output or --sizes")
+        if "/" in values:
+            raise InputError(f"--grid is {text!r}: a value is the name of a folder, and cannot have a slash")
         axes.append([(f"{field.split('.')[1]}={value}", [f"--{field}={value}"]) for value in values.split(",")])
     if sizes is not None:
         axes.append([(size, _options_of_size(size, request.config)) for size in sizes.split(",")])
     found = {}
     for choice in itertools.product(*axes):
-        found["-".join(name for name, _ in choice)] = [word for _, words in choice for word in words]
+        name = "-".join(name for name, _ in choice)
+        if name in found:
+            raise InputError(f"--grid and --sizes make {name} twice")
+        found[name] = [word for _, words in choice for word in words]
     return found
 
 
@@ -209,13 +249,18 @@ def _options_of_size(size: str, base: Config) -> list[str]:
     ]
 
 
-def _cell_config(base: Config, name: str, seed: int, vocabulary: int | None, ratio: float | None) -> Config:
-    """The base with one word and the seed changed, and its length set by the parameters."""
+def _tokens(base: Config, first: str, vocabulary: int | None, ratio: float | None) -> int | None:
+    """Length of the runs by the parameters of the first architecture, where a ratio is given."""
+    if ratio is None:
+        return base.training.tokens
+    model = dataclasses.replace(base.model, architecture=first, vocab_size=vocabulary or 257)  # type: ignore[arg-type]
+    return max(1, round(ratio * model.parameters))
+
+
+def _cell_config(base: Config, name: str, seed: int, tokens: int | None) -> Config:
+    """The base with one word and the seed changed, and its length set."""
     model = dataclasses.replace(base.model, architecture=name)  # type: ignore[arg-type]
-    training = dataclasses.replace(base.training, seed=seed)
-    if ratio is not None:
-        parameters = dataclasses.replace(model, vocab_size=vocabulary or 257).parameters
-        training = dataclasses.replace(training, tokens=max(1, round(ratio * parameters)))
+    training = dataclasses.replace(base.training, seed=seed, tokens=tokens)
     return dataclasses.replace(base, model=model, training=training).with_length()
 
 

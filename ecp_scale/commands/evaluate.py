@@ -5,7 +5,6 @@ groups share the text. With --verify, say whether the model is what was trained.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ from ecp_scale.files import finite
 
 if TYPE_CHECKING:
     from ecp_scale.checkpoint.export import ExportedModel
+    from ecp_scale.commands.figures import Figures
     from ecp_scale.evaluation.perplexity import Ids, Text
     from ecp_scale.models.language_model import LanguageModel
     from ecp_scale.parallel.groups import Groups
@@ -92,12 +92,10 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--plot {options.plot}: expected a name that ends in .png, .svg or .pdf")
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--tasks needs lm-eval: pip install 'ecp-scale[harness]'")
-    if (
-        options.json
-        and is_first_rank()
-        and not (Path(options.json).parent.is_dir() and not Path(options.json).is_dir())
-    ):
-        raise InputError(f"--json {options.json}: expected a file in a folder that exists")
+    for name in ("json", "plot"):
+        file = getattr(options, name)
+        if file and is_first_rank() and not (Path(file).parent.is_dir() and not Path(file).is_dir()):
+            raise InputError(f"--{name} {file}: expected a file in a folder that exists")
 
 
 @input_errors_exit()
@@ -105,6 +103,7 @@ def main() -> None:
     """Read the command line, evaluate, print and write the result."""
     options = read_options()
     from ecp_scale.checkpoint.export import ExportedModel
+    from ecp_scale.commands.figures import classified
     from ecp_scale.evaluation.ranks import launched
     from ecp_scale.parallel.context import ParallelContext
     from ecp_scale.parallel.device import check_precision
@@ -130,7 +129,10 @@ def main() -> None:
         counts = decided_slowly(lambda: _training_counts(exported, options.unigram))
         model = agreed(lambda: exported.load(dtype, groups.device, parallel), takes_long=True)
         if labelled and options.data:
-            _classify(exported, model, options)
+            unused = next((name for name in CLASSIFIER_IGNORES if getattr(options, name) is not None), None)
+            if unused is not None:
+                raise InputError(f"--{unused.replace('_', '-')} does nothing with a classifier; leave it out")
+            _show(classified(exported, model, options.data), options)
         elif text is not None:
             _evaluate(exported, model, text, counts, groups, options)
         elif options.tasks:
@@ -139,30 +141,12 @@ def main() -> None:
             sys.exit(1)
 
 
-def _classify(exported: "ExportedModel", model: "LanguageModel", options: argparse.Namespace) -> None:
-    """Print, write and draw how a classifier does on shards with labels."""
-    from ecp_scale.data.corpus import Corpus
-    from ecp_scale.evaluation.classification import check_labels, classify, content, draw
-
-    unused = next((name for name in CLASSIFIER_IGNORES if getattr(options, name) is not None), None)
-    if unused is not None:
-        raise InputError(f"--{unused.replace('_', '-')} does nothing with a classifier; leave it out")
-    corpus = Corpus(options.data, exported.config.sequence_length)
-    check_labels(corpus)
-    found = classify(model, corpus)
-    if not is_first_rank():
-        return
-    low, high = found.interval
-    print(f"accuracy                     {found.accuracy:.4f} ({low:.4f} to {high:.4f}, 95 %)")
-    print(f"nll                          {found.nll:.4f}\nwindows                      {found.windows:,}")
-    for name, row in zip(found.labels, found.confusion, strict=True):
-        print(f"{name:14} {' '.join(f'{count:5}' for count in row)}")
-    if options.plot is not None:
-        try:
-            draw(found, Path(options.plot))
-        except OSError as error:
-            raise InputError(f"--plot {options.plot}: {error.strerror or error}") from error
-    _write(options.json, {"model": options.model, "data": options.data, **content(found)})
+def _show(figures: "Figures", options: argparse.Namespace) -> None:
+    """Print, write and draw, on the first rank."""
+    if is_first_rank():
+        print("\n".join(figures.lines))
+        _write(options.json, {"model": options.model, "data": options.data, **figures.content})
+        figures.draw_to(options.plot)
 
 
 def _text(exported: "ExportedModel", groups: "Groups", options: argparse.Namespace) -> "Text":
@@ -207,13 +191,19 @@ def _evaluate(
     options: argparse.Namespace,
 ) -> None:
     """Score the text on all ranks; the first one prints and writes."""
+    from ecp_scale.commands.figures import by_place
     from ecp_scale.data.tokenizer import gives_texts_back
+    from ecp_scale.evaluation.context import check_contexts
     from ecp_scale.evaluation.perplexity import COMPARABLE_UNKNOWN_SHARE, default_protocol, evaluate, unigram_result
 
     tokenizer = exported.tokenizer
+    if options.plot is not None and not (options.by_position or options.context):
+        raise InputError("--plot draws what --by-position and --context find; expected one of them")
+    if options.context:
+        check_contexts(exported.config, text, options.context)
     protocol = options.protocol or default_protocol(exported.config)
     result = evaluate(model, text, tokenizer.end_of_document, protocol, is_first_rank(), groups.replicas)
-    places = _by_place(exported, model, text, options)
+    places = by_place(exported, model, text, options.by_position, options.context)
     if not is_first_rank():
         return
     content: dict[str, Any] = {
@@ -233,7 +223,7 @@ def _evaluate(
         "comparable": result.is_comparable,
         "tokenizer_sha256": tokenizer.sha256,
     }
-    content |= places
+    content |= places.content
     if counts is not None:
         content["unigram_bits_per_byte"] = unigram_result(text, counts).bits_per_byte
     for key, value in content.items():
@@ -248,42 +238,9 @@ def _evaluate(
         )
     if not gives_texts_back(tokenizer):
         print("this tokenizer does not give texts back as they were: what it loses (case, white space) is not scored")
+    print("\n".join(places.lines))
     _write(options.json, content)
-
-
-def _by_place(
-    exported: "ExportedModel", model: "LanguageModel", text: "Text", options: argparse.Namespace
-) -> dict[str, Any]:
-    """Loss by position and by context, where they are asked for; printed, and drawn to the file of --plot."""
-    if not (options.by_position or options.context):
-        if options.plot is not None:
-            raise InputError("--plot draws what --by-position and --context find; expected one of them")
-        return {}
-    from ecp_scale.evaluation.context import by_context, by_position, draw
-
-    end, config = exported.tokenizer.end_of_document, exported.config
-    positions = by_position(model, text, end) if options.by_position else []
-    contexts = by_context(model, text, end, options.context) if options.context else []
-    if not is_first_rank():
-        return {}
-    field = config.receptive_field_tokens
-    for place in positions:
-        error = "" if place.error is None else f" ± {place.error:.4f}"
-        print(f"position {place.first:6,} to {place.last:6,}      {place.nll:.4f}{error}")
-    for seen in contexts:
-        error = "" if seen.error is None else f" ± {seen.error:.4f}"
-        more = f", {seen.difference:+.4f}{error}" if seen.context is not None else ""
-        beyond = " (from the receptive field on)" if seen.context is not None and seen.context >= field else ""
-        print(f"context {'uncut' if seen.context is None else f'{seen.context:,}':>17}    {seen.nll:.4f}{more}{beyond}")
-    if options.plot is not None:
-        try:
-            draw(positions, contexts, field, Path(options.plot))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--plot {options.plot}: {getattr(error, 'strerror', None) or error}") from error
-    return {
-        "by_position": [dataclasses.asdict(place) for place in positions],
-        "by_context": [dataclasses.asdict(seen) for seen in contexts],
-    }
+    places.draw_to(options.plot)
 
 
 def _write(file: str | None, content: dict[str, Any]) -> None:

@@ -156,7 +156,8 @@ class HuggingFaceTokenizer:
             name for name, number in vocabulary.items() if number == self.end_of_document
         )
         self._names = {number: name for number, name in names.items() if number != self.unknown}
-        self.control_names = frozenset(self._names.values())
+        # Of some the unknown token also ends a document.
+        self.control_names = frozenset(names.values())
         """What a text names its control tokens by."""
 
     def entries(self) -> Iterator[str]:

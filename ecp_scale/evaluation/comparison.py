@@ -57,8 +57,9 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
-        """Summarise at least one value."""
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+        """Summarise at least one value; those that are not there (NaN) have no deviation."""
+        spreads = len(values) > 1 and all(map(math.isfinite, values))
+        return cls(statistics.fmean(values), statistics.stdev(values) if spreads else None)
 
     def show(self, digits: int, sign: str = "") -> str:
         """As a table shows it."""
@@ -208,6 +209,8 @@ def plot(cells: Sequence[Cell], file: Path) -> None:
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
     ends: list[tuple[float, str, str]] = []
     for number, (name, group) in enumerate(by_label(cells).items()):
+        if not all(cell.curve for cell in group):
+            continue
         tokens = [point[0] for point in group[0].curve]
         seeds = [[point[1] for point in cell.curve] for cell in group]
         mean = [statistics.fmean(values) for values in zip(*seeds, strict=True)]

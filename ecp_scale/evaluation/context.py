@@ -115,16 +115,9 @@ def by_context(model: LanguageModel, text: Text, end_of_document: int, contexts:
     Raises:
         InputError: if the architecture's context is not causal, or a context does not fit.
     """
+    check_contexts(model.config, text, contexts)
     config = model.config
-    config.check_predicts_tokens("no context can be cut of")
-    if not config.geometry.streams:
-        raise InputError(f"--context: the context of {config.architecture} is not causal, so it cannot be cut")
     relative = has_relative_positions(config) and config.geometry.bounded_cache
-    most = len(text.ids) if relative else config.sequence_length
-    wrong = [context for context in contexts if not 1 <= context <= max(most, config.receptive_field_tokens)]
-    if wrong:
-        limit = "tokens of the text" if relative else "tokens of a training window, which are the uncut context here"
-        raise InputError(f"--context {', '.join(map(str, wrong))}: expected 1 to {most} ({limit})")
     ids = Prefixed(text.ids, end_of_document, 1)
     blocks = _blocks(ids, end_of_document)
     uncut = _uncut(model, ids) if relative else _cut(model, ids, config.sequence_length)
@@ -135,6 +128,24 @@ def by_context(model: LanguageModel, text: Text, end_of_document: int, contexts:
         mean = float(difference.mean(dtype=np.float64))
         found.append(WithContext(context, mean + float(uncut.mean(dtype=np.float64)), mean, error))
     return [*found, WithContext(None, float(uncut.mean(dtype=np.float64)), 0.0, None)]
+
+
+def check_contexts(config: ModelConfig, text: Text, contexts: Sequence[int]) -> None:
+    """Refuse contexts that ``by_context`` cannot cut a text to.
+
+    Raises:
+        InputError: saying which.
+    """
+    config.check_predicts_tokens("no context can be cut of")
+    if not config.geometry.streams:
+        raise InputError(f"--context: the context of {config.architecture} is not causal, so it cannot be cut")
+    relative = has_relative_positions(config) and config.geometry.bounded_cache
+    most = len(text.ids) if relative else config.sequence_length
+    largest = max(most, config.receptive_field_tokens) if relative else most
+    wrong = [context for context in contexts if not 1 <= context <= largest]
+    if wrong:
+        limit = "tokens of the text" if relative else "tokens of a training window, which are the uncut context here"
+        raise InputError(f"--context {', '.join(map(str, wrong))}: expected 1 to {most} ({limit})")
 
 
 def _uncut(model: LanguageModel, ids: Prefixed) -> Losses:

@@ -1,6 +1,8 @@
 """Loss against compute over a ladder of sizes: a power law for each architecture, with its uncertainty."""
 
 import math
+import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,19 +60,24 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 
 def ladders(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells by architecture, those with at least three sizes."""
+    """Cells by architecture and by the point of a grid beside the size, those with at least three sizes."""
     found: dict[str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(cell.architecture, []).append(cell)
+        rest = re.sub(r"(^|-)\d+x\d+$", "", cell.point)
+        found.setdefault(f"{cell.architecture} {rest}".rstrip(), []).append(cell)
     return {name: some for name, some in found.items() if len({cell.parameters for cell in some}) > 2}
 
 
 def laws(cells: Sequence[Cell]) -> dict[str, PowerLaw]:
-    """The power law of bits per byte for each architecture with at least three sizes."""
-    return {
-        name: fit([cell.flops for cell in some], [cell.bits_per_byte for cell in some])
-        for name, some in ladders(cells).items()
-    }
+    """The power law of bits per byte for each ladder, of the mean over the seeds at each size."""
+    found = {}
+    for name, some in ladders(cells).items():
+        sizes: dict[int, list[Cell]] = {}
+        for cell in some:
+            sizes.setdefault(cell.parameters, []).append(cell)
+        means = [statistics.fmean(cell.bits_per_byte for cell in group) for group in sizes.values()]
+        found[name] = fit([group[0].flops for group in sizes.values()], means)
+    return found
 
 
 def law_table(found: dict[str, PowerLaw]) -> str:

@@ -11,7 +11,7 @@ import torch
 from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.preparation.probes import Probe
+from ecp_scale.preparation.probes import Probe, chance
 
 BATCH_TOKENS = 8192
 
@@ -43,7 +43,10 @@ def read_probes(path: Path) -> list[Probe]:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             try:
                 probe = Probe(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                if [type(value) for value in vars(probe).values()] != [str, str, int, str]:
+                    raise TypeError("expected text, text, a number and text")
+                chance(probe.task)
+            except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{path}, line {number}: not a probe of ecp-make-probe ({error})") from error
             found.append(probe)
     except (OSError, UnicodeDecodeError) as error:
@@ -59,12 +62,13 @@ def check_length(path: Path, probes: Sequence[Probe], tokenizer: Tokenizer, sequ
     Raises:
         InputError: with both lengths.
     """
-    length = len(tokenizer.encode(probes[0].prompt)) + len(tokenizer.encode(probes[0].answer)) + 1
-    if length != sequence_length:
-        raise InputError(
-            f"{path}: a probe has {length} tokens with its end, but model.sequence_length is {sequence_length}; make "
-            f"them with --length {sequence_length}"
-        )
+    for probe in probes:
+        length = len(tokenizer.encode(probe.prompt)) + len(tokenizer.encode(probe.answer)) + 1
+        if length != sequence_length:
+            raise InputError(
+                f"{path}: a probe has {length} tokens with its end, but model.sequence_length is {sequence_length}; "
+                f"make them with --length {sequence_length}"
+            )
 
 
 @torch.no_grad()

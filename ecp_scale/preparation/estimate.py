@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ecp_scale.data.manifest import unread_lines
+from ecp_scale.data.marks import MARKED
 from ecp_scale.data.shards import token_type
 from ecp_scale.data.tokenizer import load_tokenizer
 from ecp_scale.data.tokenizer_kinds import UnencodableError
@@ -85,7 +86,7 @@ def estimate(
     seconds = time.perf_counter() - began
     total = sum(source.size for source in sources)
     scale = total / max(1, read)
-    width = np.dtype(token_type(tokenizer.vocab_size)).itemsize
+    width = np.dtype(MARKED if parsing.marks else token_type(tokenizer.vocab_size)).itemsize
     documents, whole = round(len(texts) * scale), round(tokens * scale)
     return Estimate(
         sources=len(sources),

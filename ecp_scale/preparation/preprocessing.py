@@ -27,7 +27,7 @@ from ecp_scale.preparation.interrupts import Interrupts
 from ecp_scale.preparation.journal import Identity, Journal, journal_path
 from ecp_scale.preparation.outputs import Outputs, shard_name
 from ecp_scale.preparation.parsing import Parsing
-from ecp_scale.preparation.sources import HUB, ChangedSourceError, Place, Reading, Source, content_hash, has_more
+from ecp_scale.preparation.sources import HUB, ChangedSourceError, Place, Source, content_hash, has_more
 from ecp_scale.preparation.splitting import block_characters
 from ecp_scale.preparation.stream import Job, OnError, batches
 from ecp_scale.preparation.writing import publish, remove_stale
@@ -77,8 +77,7 @@ def preprocess(
     encoding = Encoding(tokenizer_spec, end_token, parsing or Parsing(), validation_share)
     tokenizer = encoding.load_tokenizer()
     found = find_sources(inputs)
-    if encoding.parsing.marks:
-        _check_records(found.sources, encoding.parsing.reading)
+    _check_records(found.sources, encoding)
     job = Job(tuple(share_of(found.sources, *part)), encoding, prefix, shard_tokens, on_error, part)
     with _write_errors(prefix):
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +91,11 @@ def preprocess(
             return _finish(job, tokenizer, journal, found.reasons)
 
 
-def _check_records(sources: Sequence[Source], reading: Reading) -> None:
+def _check_records(sources: Sequence[Source], encoding: Encoding) -> None:
+    if encoding.parsing.marks and encoding.control:
+        raise InputError("a recipe that prepares texts does not go with prompts or conversations")
     for source in sources:
-        if source.format(reading) == "text":
+        if encoding.parsing.marks and source.format(encoding.parsing.reading) == "text":
             raise InputError(f"{source.name}: plain text has no keys, expected records with prompts or conversations")
 
 

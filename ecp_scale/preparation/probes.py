@@ -36,7 +36,7 @@ class Probe:
 
 def chance(task: Task) -> float:
     """Share of the answer's symbols that a guess gets right."""
-    return 1 / len(LETTERS if task == "copy" else DIGITS)
+    return 1 / len({"copy": LETTERS, "recall": DIGITS, "passkey": DIGITS}[task])
 
 
 def shortest(task: Task) -> int:
