@@ -20,6 +20,7 @@ from ecp_scale.data.corpus import Corpus
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.classification import Classification, classify
 from ecp_scale.evaluation.generation import generate
+from ecp_scale.hub.modeling_ecp import EcpForCausalLM
 from ecp_scale.preparation.images import LABELS, write_images
 from ecp_scale.preparation.verification import verify
 from ecp_scale.training.loop import train
@@ -202,8 +203,7 @@ def test_the_loss_is_that_of_the_label_from_the_pooled_positions(
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-5)
     torch.testing.assert_close(logits[:, 0], scores, rtol=1e-4, atol=1e-4)
 
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    theirs = EcpForCausalLM.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         found = theirs(rows[:, :-1]).logits
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
@@ -240,6 +240,22 @@ def test_it_learns_and_is_as_right_after_conversion(shards: str, tmp_path: Path)
         assert "Traceback" not in done.stderr
     with pytest.raises(InputError, match="nothing follows under a classifier"):
         next(generate(ExportedModel.open(model).load(), [1], 3))
+
+
+def test_architectures_are_compared_by_their_accuracy(shards: str, tmp_path: Path) -> None:
+    more = [word for word in words(shards, tmp_path) if not word.startswith("--training.output_dir")]
+    out = run_successfully(
+        *("launch/compare.py", "--architectures=ecp,perceiver_ar", "--seeds=1", "--output", tmp_path / "out", *more),
+        "--training.steps=2",
+    )
+    cells = json.loads((tmp_path / "out" / "comparison.json").read_text())["cells"]
+    ours, theirs = (cell["label_accuracy"] for cell in cells)
+    assert f"ecp-seed1: accuracy {ours:.4f}" in out
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    assert "label accuracy | minus ecp, paired |" in report
+    assert f"{theirs - ours:+.4f}" in report
+    assert "protocol classification on" in report
+    assert "ppl" not in report
 
 
 def test_a_task_fits_its_shards(shards: str, sharded_text: Any, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def _last_record(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def evaluate(plan: Plan, folder: Path, test: str, task: str | None) -> Cell:
-    """Export a trained cell, score the test text or the probes of ``task``, and read its metrics."""
+    """Export a trained cell, score the test text, its labels, or the probes of ``task``, and read its metrics."""
     from ecp_scale.checkpoint.export import ExportedModel, export
     from ecp_scale.checkpoint.folder import find_checkpoint
     from ecp_scale.parallel.device import local_device
@@ -259,6 +259,13 @@ def evaluate(plan: Plan, folder: Path, test: str, task: str | None) -> Cell:
         check_length(Path(task), probes, exported.tokenizer, exported.config.sequence_length)
         found = accuracies(model, exported.tokenizer, probes)
         figures = {"protocol": probes[0].task, "accuracy": [[one.distance, one.share] for one in found]}
+    elif exported.config.task == "classification":
+        from ecp_scale.data.corpus import Corpus
+        from ecp_scale.evaluation.classification import check_labels, classify
+
+        corpus = Corpus(test, exported.config.sequence_length)
+        check_labels(corpus)
+        figures = {"protocol": "classification", "label_accuracy": classify(model, corpus).accuracy}
     else:
         from ecp_scale.evaluation import perplexity
         from ecp_scale.evaluation.texts import read_text

@@ -59,9 +59,9 @@ def main() -> None:
         train(plan, comparison.launch, lambda record: watch.tell(plan, record), stop)
         cell = evaluate(plan, comparison.folder, comparison.test, comparison.task)
         write_text(comparison.cell_file(plan), json.dumps(dataclasses.asdict(cell)) + "\n")
-        shares = [share for _, share in cell.accuracy]
-        found = f"accuracy {sum(shares) / len(shares):.3f}" if shares else f"{cell.bits_per_byte:.4f} bits per byte"
-        watch.finished(plan, found)
+        shares = [share for _, share in cell.accuracy] or [cell.label_accuracy]
+        right = sum(shares) / len(shares)
+        watch.finished(plan, f"{cell.bits_per_byte:.4f} bits per byte" if right != right else f"accuracy {right:.4f}")
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(comparison.launch.jobs) as jobs:

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ecp_scale.command_line import to_yaml
-from ecp_scale.commands.cells import PROTOCOL, Budget, Launch, Plan
+from ecp_scale.commands.cells import Budget, Launch, Plan
 from ecp_scale.config import Config
 from ecp_scale.config.renames import renamed_fields
 from ecp_scale.errors import InputError
@@ -145,7 +145,9 @@ def _notes(comparison: Comparison, cells: list[Cell]) -> str:
         "flops": "all with the FLOPs of the first",
         "seconds": "all with the time of the first, by the speed of a trial",
     }[comparison.budget]
-    what = f"probes {Path(comparison.task).name}" if comparison.task else f"protocol {PROTOCOL} on {comparison.test}"
+    what = f"protocol {cells[0].protocol} on {comparison.test}"
+    if comparison.task is not None:
+        what = f"probes {Path(comparison.task).name}"
     spread = "± is the standard deviation over seeds." if len(seeds) > 1 else "One seed: nothing is known of the noise."
     return f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {budget}; {what}. {spread}\n"
 

@@ -17,7 +17,7 @@ class Cell:
 
     ``curve`` holds [tokens, validation loss] of the run; FLOPs are per token of a training window; speed is the median
     over the steps; memory is the peak of rank 0, on a CPU all resident memory of the process. A cell has figures of a
-    text, or of a probe: ``accuracy`` holds [distance, share of symbols].
+    text; or of labels, ``label_accuracy``; or of a probe: ``accuracy`` holds [distance, share of symbols].
     """
 
     architecture: str
@@ -33,6 +33,7 @@ class Cell:
     token_perplexity: float = math.nan
     word_perplexity: float = math.nan
     bits_per_byte: float = math.nan
+    label_accuracy: float = math.nan
     point: str = ""
     receptive_field: int = 0
     accuracy: list[list[float]] = field(default_factory=list)
@@ -67,7 +68,14 @@ class Summary:
         return f"{self.mean:{sign},.{digits}f}{spread}"
 
 
-FIGURES = ("bits_per_byte", "token_perplexity", "word_perplexity", "tokens_per_second", "peak_memory_bytes")
+FIGURES = (
+    "bits_per_byte",
+    "label_accuracy",
+    "token_perplexity",
+    "word_perplexity",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
 
 
 def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -81,8 +89,8 @@ def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
     """One record per architecture and point, in the order of their first cells.
 
-    ``bits_per_byte_difference`` compares with the first one seed by seed: equal seeds have equal data order, so that
-    what a seed does to both is not counted as noise.
+    ``bits_per_byte_difference`` and ``label_accuracy_difference`` compare with the first one seed by seed: equal seeds
+    have equal data order, so that what a seed does to both is not counted as noise.
     """
     groups = by_label(cells)
     first = next(iter(groups.values()))
@@ -90,7 +98,12 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
     records: list[dict[str, object]] = []
     for name, group in groups.items():
         figures = {figure: Summary.of([getattr(cell, figure) for cell in group]) for figure in FIGURES}
-        paired = [cell.bits_per_byte - reference[cell.seed].bits_per_byte for cell in group if cell.seed in reference]
+        pairs = [(cell, reference[cell.seed]) for cell in group if cell.seed in reference]
+        differences = {
+            f"{name}_difference": Summary.of([getattr(one, name) - getattr(other, name) for one, other in pairs])
+            for name in ("bits_per_byte", "label_accuracy")
+            if pairs
+        }
         records.append(
             {
                 "architecture": name,
@@ -102,7 +115,7 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
                 "tokens": group[0].tokens,
                 "trained_positions": group[0].trained_positions,
                 **figures,
-                "bits_per_byte_difference": Summary.of(paired) if paired else Summary(math.nan, None),
+                **differences,
             }
         )
     return records
@@ -113,12 +126,18 @@ def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
 
     ``short`` leaves out what does not fit into 100 columns.
     """
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "architecture": lambda record: str(record["architecture"]),
-        "bits per byte": lambda record: record["bits_per_byte"].show(4),
-        f"minus {records[0]['architecture']}, paired": lambda record: _difference(record, records[0]),
+    first: dict[str, Any] = records[0]
+    classified = math.isfinite(first["label_accuracy"].mean)
+    figure = "label_accuracy" if classified else "bits_per_byte"
+    of_text: dict[str, Callable[[dict[str, Any]], str]] = {
         "token ppl": lambda record: record["token_perplexity"].show(2),
         "word ppl": lambda record: record["word_perplexity"].show(1),
+    }
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "architecture": lambda record: str(record["architecture"]),
+        figure.replace("_", " "): lambda record: record[figure].show(4),
+        f"minus {first['architecture']}, paired": lambda record: _difference(record, first, figure),
+        **({} if classified else of_text),
         "parameters": lambda record: f"{record['parameters']:,} ({record['parameters_difference']:+.2%})",
         "MFLOPs per token": lambda record: f"{record['flops_per_token'] / 1e6:,.2f}",
         "tokens": lambda record: f"{record['tokens']:,}",
@@ -157,8 +176,9 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
     return markdown(["architecture", "field", *map(str, distances)], rows)
 
 
-def _difference(record: dict[str, Any], first: dict[str, Any]) -> str:
-    return "" if record is first else str(record["bits_per_byte_difference"].show(4, "+"))
+def _difference(record: dict[str, Any], first: dict[str, Any], figure: str) -> str:
+    found: Summary | None = record.get(f"{figure}_difference")
+    return "" if record is first or found is None else found.show(4, "+")
 
 
 def _scaled(summary: Summary, factor: float) -> Summary:

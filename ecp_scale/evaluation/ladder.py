@@ -62,7 +62,7 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 def ladders(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Cells by architecture and by the point of a grid beside the size, those with at least three sizes."""
     found: dict[str, list[Cell]] = {}
-    for cell in cells:
+    for cell in filter(lambda cell: math.isfinite(cell.bits_per_byte), cells):
         rest = re.sub(r"(^|-)\d+x\d+$", "", cell.point)
         found.setdefault(f"{cell.architecture} {rest}".rstrip(), []).append(cell)
     return {name: some for name, some in found.items() if len({cell.parameters for cell in some}) > 2}

@@ -6,7 +6,7 @@ next step changes.
 
 import copy
 import errno
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class CheckpointFiles(CheckpointEngine):
         Raises:
             Exception: the first one of a copy or a write.
         """
+        wait(self._files)  # all of them: behind one that has failed another may still be at work
         return dict(file.result() for file in self._files)
 
     def create(self, info: CheckpointCommitInfo) -> None:
