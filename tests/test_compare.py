@@ -83,7 +83,9 @@ def test_a_run_that_was_stopped_is_no_finished_cell(
 ) -> None:
     (plan, _) = (one.in_folder(tmp_path, 300) for one in plans_of(sharded_text).plans)
     run_folder = tmp_path / plan.name
-    lines = "".join(json.dumps({"step": step, "padding": "x" * 50}) + "\n" for step in range(1, steps + 1))
+    lines = "".join(
+        json.dumps({"step": step, "tokens": step, "data_digest": "0"}) + "\n" for step in range(1, steps + 1)
+    )
 
     def stopped(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
         (run_folder / "metrics.jsonl").write_text(lines)

@@ -1,7 +1,6 @@
 """The cells of a comparison: what each trains, how it is trained and watched, and what figures come of it."""
 
 import dataclasses
-import itertools
 import json
 import os
 import socket
@@ -9,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -21,6 +20,7 @@ from ecp_scale.console import say
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Cell, Protocol
 from ecp_scale.files import write_text
+from ecp_scale.training.metrics import read_metrics
 
 Budget: TypeAlias = Literal["tokens", "flops", "seconds"]
 """What all architectures of one size get as much of as the first one."""
@@ -59,10 +59,15 @@ class Plan:
         return model.flops_per_token * self.tokens
 
     @property
+    def run(self) -> Path:
+        """Folder of its run."""
+        return Path(str(self.config.training.output_dir))
+
+    @property
     def share_done(self) -> float:
         """Share of its steps that its run has done, by its records."""
-        records = _last_record(Path(str(self.config.training.output_dir)) / "metrics.jsonl")
-        return next((record["step"] for record in records), 0) / self.config.training.steps
+        records = read_metrics(self.run)
+        return (records[-1]["step"] if records else 0) / self.config.training.steps
 
     def in_folder(self, folder: Path, steps: int | None = None) -> "Plan":
         """The same with its run in ``folder``, and of another number of steps."""
@@ -152,8 +157,6 @@ def budgeted(plans: Sequence[Plan], budget: Budget, launch: Launch, folder: Path
 
 def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
     """Seconds of a token, measured once by a short run of its own."""
-    from ecp_scale.training.metrics import read_metrics
-
     trial = plan.in_folder(folder / "trials", TRIAL_STEPS)
     # No warm-up or cool-down fits into it, nor matters.
     optimizer = dataclasses.replace(trial.config.optimizer, schedule="constant", warmup_tokens=0, decay_tokens=None)
@@ -162,8 +165,7 @@ def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
     if not path.exists():
         say(f"measuring the speed of {trial.name}")
         train(trial, launch)
-        run = Path(str(trial.config.training.output_dir))
-        seconds = [record["step_seconds"] for record in read_metrics(run)][TRIAL_STEPS // 2 :]
+        seconds = [record["step_seconds"] for record in read_metrics(trial.run)][TRIAL_STEPS // 2 :]
         write_text(path, json.dumps({"step_seconds": statistics.median(seconds)}) + "\n")
     return float(json.loads(path.read_text())["step_seconds"]) / plan.config.tokens_per_step
 
@@ -185,7 +187,7 @@ def train(
     Raises:
         InputError: with the end of its output, if it fails or is stopped.
     """
-    run = Path(str(plan.config.training.output_dir))
+    run = plan.run
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "cell.yaml", to_yaml(plan.config))
     launcher: list[object] = [sys.executable, "-m"]
@@ -206,7 +208,7 @@ def train(
                     raise InputError(f"{run.name}: is stopped; the same command goes on there")
                 if monotonic() - told > REPORT_SECONDS:
                     told = monotonic()
-                    for record in _last_record(run / "metrics.jsonl"):
+                    for record in read_metrics(plan.run)[-1:]:
                         tell(record)
         except BaseException:
             process.terminate()  # it saves, and the same command goes on there
@@ -228,27 +230,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _last_record(path: Path) -> Iterator[dict[str, Any]]:
-    """The newest whole record of a run, if there is one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            # The part before the first line end may be the end of a longer line; what follows the last is unfinished.
-            lines = (b"\n" * (file.tell() == 0) + file.read()).split(b"\n")[1:-1]
-        yield from itertools.islice(map(json.loads, reversed(lines)), 1)
-    except (OSError, ValueError):
-        return
-
-
 def evaluate(plan: Plan, folder: Path, test: str, task: str | None) -> Cell:
     """Export a trained cell, score the test text, its labels, or the probes of ``task``, and read its metrics."""
     from ecp_scale.checkpoint.export import ExportedModel, export
     from ecp_scale.checkpoint.folder import find_checkpoint
     from ecp_scale.parallel.device import local_device
-    from ecp_scale.training.metrics import read_metrics
 
-    run = Path(str(plan.config.training.output_dir))
-    export(find_checkpoint(run), folder / "models" / plan.name)
+    export(find_checkpoint(plan.run), folder / "models" / plan.name)
     exported = ExportedModel.open(folder / "models" / plan.name)
     model = exported.load(device=local_device(0))
     figures: dict[str, Any]
@@ -274,7 +262,7 @@ def evaluate(plan: Plan, folder: Path, test: str, task: str | None) -> Cell:
         result = perplexity.evaluate(model, text, exported.tokenizer.end_of_document, PROTOCOL)
         names = ("protocol", "token_perplexity", "word_perplexity", "bits_per_byte")
         figures = {name: getattr(result, name) for name in names}
-    records = read_metrics(run)
+    records = read_metrics(plan.run)
     return Cell(
         architecture=plan.architecture,
         point=plan.point,

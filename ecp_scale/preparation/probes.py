@@ -16,7 +16,11 @@ Task: TypeAlias = Literal["copy", "recall", "passkey"]
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 FILLER = "."
 ANSWERS: dict[Task, int] = {"copy": 12, "recall": 1, "passkey": 4}
-"""Symbols of an answer: of a copy letters, else digits."""
+"""Symbols of an answer."""
+ALPHABETS: dict[Task, str] = {"copy": LETTERS, "recall": DIGITS, "passkey": DIGITS}
+"""What they are drawn from."""
+FRAMES: dict[Task, tuple[str, str, str]] = {"copy": ("<", ">", "="), "passkey": ("#", "#", "?")}
+"""What opens and closes the source of an answer that stands in filler, and what asks for it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Probe:
 
 def chance(task: Task) -> float:
     """Share of the answer's symbols that a guess gets right."""
-    return 1 / len({"copy": LETTERS, "recall": DIGITS, "passkey": DIGITS}[task])
+    return 1 / len(ALPHABETS[task])
 
 
 def shortest(task: Task) -> int:
@@ -65,7 +69,7 @@ def probes(task: Task, length: int, distances: Sequence[int], count: int, seed: 
         # A generator of its own: number i is the same whatever their count.
         rng = random.Random(f"{task}/{seed}/{number}")
         distance = distances[number % len(distances)]
-        yield {"copy": _copy, "recall": _recall, "passkey": _passkey}[task](rng, length - 1, distance)
+        yield _recall(rng, length - 1, distance) if task == "recall" else _hidden(task, rng, length - 1, distance)
 
 
 def check(task: str, length: int, distances: Sequence[int], count: int) -> None:
@@ -87,21 +91,15 @@ def check(task: str, length: int, distances: Sequence[int], count: int) -> None:
         )
 
 
-def _copy(rng: random.Random, size: int, distance: int) -> Probe:
-    word = "".join(rng.choices(LETTERS, k=ANSWERS["copy"]))
-    # The position of "=" predicts the first letter, whose source lies ``distance`` before it.
-    prompt = [FILLER] * (size - len(word))
-    prompt[-1] = "="
-    _write(prompt, len(prompt) - 1 - distance - 1, f"<{word}>")
-    return Probe("".join(prompt), word, distance, "copy")
-
-
-def _passkey(rng: random.Random, size: int, distance: int) -> Probe:
-    key = "".join(rng.choices(DIGITS, k=ANSWERS["passkey"]))
-    prompt = [FILLER] * (size - len(key))
-    prompt[-1] = "?"
-    _write(prompt, len(prompt) - 1 - distance - 1, f"#{key}#")
-    return Probe("".join(prompt), key, distance, "passkey")
+def _hidden(task: Task, rng: random.Random, size: int, distance: int) -> Probe:
+    """A copy or a pass key."""
+    opening, closing, asks = FRAMES[task]
+    answer = "".join(rng.choices(ALPHABETS[task], k=ANSWERS[task]))
+    # The position that asks predicts the first symbol, whose source lies ``distance`` before it.
+    prompt = [FILLER] * (size - len(answer))
+    prompt[-1] = asks
+    _write(prompt, len(prompt) - 1 - distance - 1, opening + answer + closing)
+    return Probe("".join(prompt), answer, distance, task)
 
 
 def _recall(rng: random.Random, size: int, distance: int) -> Probe:

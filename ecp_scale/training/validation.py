@@ -32,16 +32,16 @@ def losses_by_position(
     engine.eval()
     totals = None
     for batch, counted in batches:
-        n = batch.shape[1] - 1
-        # Those of this rank: of a context group each holds a run, a latent model trains the last ones.
-        positions = engine.module.trained_targets(torch.arange(n)[None])[0].tolist()
-        places = torch.tensor([bucket_of(position) for position in positions], device=groups.device)
+        if totals is None:
+            n = batch.shape[1] - 1
+            totals = torch.zeros(2, len(buckets(n)), dtype=torch.float64, device=groups.device)
+            # Those of this rank: of a context group each holds a run, a latent model trains the last ones.
+            positions = engine.module.trained_targets(torch.arange(n)[None])[0].tolist()
+            places = torch.tensor([bucket_of(position) for position in positions], device=groups.device)
         marked = batch.to(groups.device)
         ids = plain(marked)
         _, losses = engine(ids[:, :-1], ids[:, 1:])
         trained = mask.of(engine.module.trained_targets(marked[:, 1:]))[:counted]
-        if totals is None:
-            totals = torch.zeros(2, len(buckets(n)), dtype=torch.float64, device=groups.device)
         summed = losses[:counted].double().masked_fill(~trained, 0).sum(0)
         totals.index_add_(1, places, torch.stack((summed, trained.sum(0).double())))
     engine.train()
@@ -71,13 +71,13 @@ def validation_numbers(
         totals = losses_by_position(engine, shares, groups, mask)
         end, loss = f"/{name}" if name else "", _mean(totals)
         found[f"validation_loss{end}"] = loss
-        counts = corpus.manifest.totals
-        if not (corpus.manifest.marked or corpus.manifest.labels):
-            found[f"validation_bits_per_byte{end}"] = loss * counts.tokens / (math.log(2) * max(1, counts.bytes))
         if corpus.manifest.labels:
             shares = validation_batches(corpus, config, replicas.size(), replicas.rank())
             found[f"validation_accuracy{end}"] = accuracy(engine, shares, groups)
             continue
+        counts = corpus.manifest.totals
+        if not corpus.manifest.marked:
+            found[f"validation_bits_per_byte{end}"] = loss * counts.tokens / (math.log(2) * max(1, counts.bytes))
         found[f"validation_by_position{end}"] = [
             [*bucket, nll / count]
             for bucket, nll, count in zip(buckets(corpus.sequence_length), *totals.tolist(), strict=True)
