@@ -177,6 +177,79 @@ def test_every_layout_has_the_curve_of_one_process(
     assert "validation_bits_per_byte" not in found[-1]
 
 
+LINEAR = ("--model.inputs=values", "--model.learnt_positions=true", "--model.rotary=none")
+"""Values through a linear map with learnt positions, in place of tokens with rotations."""
+
+
+@pytest.fixture(scope="module")
+def linear(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process on values."""
+    folder = tmp_path_factory.mktemp("linear") / "run"
+    train(parse(words(shards, folder, *LINEAR), ""))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("--parallel.tensor=2", "--parallel.sequence=true"),
+        ("--parallel.tensor=2",),
+        ("--training.micro_batch_size=2", "--deepspeed_config=zero3"),
+    ],
+)
+def test_values_have_the_curve_of_one_process_in_every_layout(
+    layout: tuple[str, ...], linear: Path, shards: str, tmp_path: Path
+) -> None:
+    run_successfully("launch/pretrain_ecp.py", *words(shards, tmp_path / "run", *LINEAR, *layout), ranks=2)
+    for one, other in zip(metrics(linear), metrics(tmp_path / "run"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    export(find_checkpoint(tmp_path / "run"), tmp_path / "model")
+    export(find_checkpoint(linear), tmp_path / "alone")
+    ours, theirs = (ExportedModel.open(tmp_path / name).load().state_dict() for name in ("model", "alone"))
+    for name in ("embedding.weight", "position_embedding.weight"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_values_enter_by_a_linear_map_with_a_vector_for_each_position(
+    linear: Path, shards: str, tmp_path: Path
+) -> None:
+    export(find_checkpoint(linear), tmp_path / "model")
+    exported = ExportedModel.open(tmp_path / "model")
+    model, rows = exported.load(), torch.from_numpy(Corpus(shards, 1024).window(3))[None]
+    assert sum(value.numel() for value in model.parameters()) == exported.config.parameters + 7 * 32  # 264 for 257
+    told = []
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: told.append(inputs[0]))
+    with torch.no_grad():
+        logits = model.logits(rows[:, :-1])
+    constant, slope = model.state_dict()["embedding.weight"].double()
+    places = model.state_dict()["position_embedding.weight"].double()
+    expected = torch.stack(
+        [constant + (v / 127.5 - 1) * slope + places[i] for i, v in enumerate(rows[0, :-1].tolist())]
+    )
+    torch.testing.assert_close(told[0][:, 0].double(), expected, rtol=0, atol=1e-6)
+    assert not any(block.attention.rotated for block in model.layers)
+
+    hub = EcpForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(hub(rows[:, :-1]).logits, logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="1024 positions were learnt, found 1000"):
+        hub(rows[:, :1000])
+    with pytest.raises(InputError, match=r"model\.sequence_length is 512, but 1024 positions were learnt"):
+        exported.with_geometry(sequence_length=512)
+
+
+def test_text_takes_no_values_and_no_learnt_positions() -> None:
+    for word, message in (
+        ("--model.inputs=values", r"model\.inputs is values, which only a classifier takes .*: use tokens"),
+        ("--model.learnt_positions=true", r"model\.learnt_positions is True, which only a classifier takes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(["--config", "demo", word], "")
+    notes = parse(["--config", "demo", "--model.rotary=none", "--model.rotary_theta=500"], "").notes
+    assert notes == ("--model.rotary_theta has no effect with model.rotary none",)
+
+
 @pytest.mark.parametrize(
     ("architecture", "pooling"), [("ecp", "mean"), ("transformer", "last"), ("perceiver_ar", "mean")]
 )

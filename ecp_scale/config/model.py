@@ -4,19 +4,16 @@ Symbols in the documentation follow the paper: L layers, D width, h heads, e = D
 l latents. The words that --help prints about a field are the text below it.
 """
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
+from ecp_scale.config.checks import not_positive
 from ecp_scale.config.geometry import GEOMETRIES, Geometry
 from ecp_scale.errors import InputError
 
 GEOMETRY_FIELDS = ("sequence_length", "segment_length", "latents", "window", "group_length")
 """Fields that no weight's shape depends on (but for compressed_double_attention): they may change after training."""
-LARGEST = 2**62
-"""Numbers beyond do not fit where they are used."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,10 @@ class ModelConfig:
     """Predict every next token; or the label behind a whole window, from all of it (see ecp-preprocess --recipe)."""
     pooling: Literal["mean", "last"] = "mean"
     """What a classifier reads: the mean over its trained positions, or the last one."""
+    inputs: Literal["tokens", "values"] = "tokens"
+    """What enters the first layer: a row of the embedding for each token, or a linear map of a classifier's values."""
+    learnt_positions: bool = False
+    """Add a learnt vector for each position of a classifier's window to what enters the first layer."""
     vocab_size: int | None = None
     """Vocabulary entries V; null takes the number from the tokenizer of the training shards."""
     vocab_multiple: int = 128
@@ -76,7 +77,7 @@ class ModelConfig:
     """Biases in the output projections, the feed-forward network and the output layer (queries and keys never)."""
     tied_key_value: bool = False
     """One projection serves as keys and as values (paper)."""
-    rotary: Literal["first_layer", "every_layer"] = "every_layer"
+    rotary: Literal["none", "first_layer", "every_layer"] = "every_layer"
     """Layers whose queries and keys are rotated; tied values are rotated with their keys."""
     rotary_theta: float = 10000.0
     """Base of the rotary frequencies."""
@@ -107,6 +108,10 @@ class ModelConfig:
     def has_first_projection(self) -> bool:
         """Whether the first segment has an output projection of its own; patterns without segments have no first."""
         return self.first_segment_projection and self.architecture == "ecp"
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer, from 0 on, rotates its queries and keys."""
+        return self.rotary == "every_layer" or (self.rotary == "first_layer" and layer == 0)
 
     def ignored(self) -> list[str]:
         """Fields that the architecture does not read, of those that only some architectures do."""
@@ -145,6 +150,12 @@ class ModelConfig:
         return self.vocab_size
 
     @property
+    def input_parameters(self) -> int:
+        """Entries of what makes the input of the first layer."""
+        rows = self.known_vocab_size if self.inputs == "tokens" else 2
+        return (rows + self.learnt_positions * self.sequence_length) * self.width
+
+    @property
     def key_value_matrix_parameters(self) -> int:
         """Entries of the matrices that make the keys and values of one layer."""
         return (1 if self.tied_key_value else 2) * self.width * self.key_value_width
@@ -166,7 +177,7 @@ class ModelConfig:
             ffn_matrices_out = 2 if self.activation == "swiglu" else 1
             layer += projections * self.width + ffn_matrices_out * self.feed_forward_width + self.width
         head_bias = self.known_vocab_size if self.bias else 0
-        whole = self.layers * layer + 2 * self.known_vocab_size * self.width + norm + head_bias
+        whole = self.layers * layer + self.input_parameters + self.known_vocab_size * self.width + norm + head_bias
         return whole + self.geometry.compression_parameters
 
     @property
@@ -212,6 +223,13 @@ class ModelConfig:
                 found += not_positive("model", self, (name,))
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}, expected at least 0 and below 1")
+        if self.task == "language":
+            given = (("inputs", self.inputs, "tokens"), ("learnt_positions", self.learnt_positions, False))
+            found += [
+                f"model.{name} is {value}, which only a classifier takes (model.task classification): use {default}"
+                for name, value, default in given
+                if value != default
+            ]
         return found or self._head_problems() + self._geometry_problems()
 
     def _head_problems(self) -> list[str]:
@@ -259,6 +277,11 @@ class ModelConfig:
 
     def weights_problems(self, trained: "ModelConfig") -> list[str]:
         """Why weights trained with the geometry of another config, equal otherwise, cannot be used with this one."""
+        if self.learnt_positions and self.sequence_length != trained.sequence_length:
+            return [
+                f"model.sequence_length is {self.sequence_length}, but {trained.sequence_length} positions were learnt "
+                "(model.learnt_positions)"
+            ]
         sizes = [(model.geometry.context, model.geometry.compressed_context) for model in (trained, self)]
         if not self.geometry.compression_parameters or sizes[0] == sizes[1]:
             return []
@@ -268,24 +291,3 @@ class ModelConfig:
             f"cannot compress {new} to {new_rows}: keep model.sequence_length - model.latents and "
             "model.compressed_context as they were"
         ]
-
-
-def not_positive(section: str, config: object, names: tuple[str, ...]) -> list[str]:
-    """A problem for every field that is not above 0."""
-    values = [(name, getattr(config, name)) for name in names]
-    return [f"{section}.{name} is {value}, expected more than 0" for name, value in values if not value > 0]
-
-
-def unusable(section: str, config: Any) -> list[str]:
-    """A problem for every number that is not finite or beyond what can be computed with, and every text with a NUL."""
-    values = [(item.name, getattr(config, item.name)) for item in dataclasses.fields(config)]
-    texts = [
-        f"{section}.{name} is {value!r}, expected text without a NUL"
-        for name, value in values
-        if isinstance(value, str | dict) and "\\x00" in repr(value)
-    ]
-    return texts + [
-        f"{section}.{name} is {value}, expected a number of at most 2^62"
-        for name, value in values
-        if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= LARGEST)
-    ]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ecp_scale.config.model import not_positive
+from ecp_scale.config.checks import not_positive
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ecp_scale.config.model import ModelConfig, not_positive
+from ecp_scale.config.checks import not_positive
+from ecp_scale.config.model import ModelConfig
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 """What is computed again in the backward pass: the hidden layer of the feed-forward network; attention, too; whole

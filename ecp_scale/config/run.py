@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+from ecp_scale.config.checks import not_positive, unusable
 from ecp_scale.config.data import DataConfig
-from ecp_scale.config.model import ModelConfig, not_positive, unusable
+from ecp_scale.config.model import ModelConfig
 from ecp_scale.config.optimizer import OptimizerConfig
 from ecp_scale.config.parallel import ParallelConfig
 
@@ -232,6 +233,8 @@ class Config:
             idle["optimizer.min_lr_ratio"] = schedule
         if model.task == "language":
             idle["model.pooling"] = f"model.task {model.task}"
+        if model.rotary == "none":
+            idle["model.rotary_theta"] = "model.rotary none"
         if optimizer.name == "sgd":
             idle |= dict.fromkeys(("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"), "optimizer.name sgd")
         return [(field, idle[field]) for field in fields if field in idle]

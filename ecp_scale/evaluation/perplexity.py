@@ -154,7 +154,7 @@ def default_protocol(config: ModelConfig) -> Protocol:
 
 def has_relative_positions(config: ModelConfig) -> bool:
     """Whether only distances between positions matter."""
-    return config.rotary == "every_layer" and not config.tied_key_value and not config.has_first_projection
+    return config.rotary != "first_layer" and not config.tied_key_value and not config.has_first_projection
 
 
 class Part(NamedTuple):

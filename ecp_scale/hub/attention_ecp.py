@@ -24,7 +24,7 @@ class EcpAttention(nn.Module):
         self.config, self.layer = config, layer
         self.head_width = config.width // config.heads
         key_value_width = config.key_value_heads * self.head_width
-        self.rotated = config.rotary == "every_layer" or layer == 0
+        self.rotated = config.rotary == "every_layer" or (config.rotary == "first_layer" and layer == 0)
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.key = nn.Linear(config.width, key_value_width, bias=False)
         self.value = None if config.tied_key_value else nn.Linear(config.width, key_value_width, bias=False)

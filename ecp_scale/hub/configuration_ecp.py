@@ -18,6 +18,8 @@ class EcpConfig(PretrainedConfig):
             latents, see everything, and only they are scored.
         task: "language", or "classification", which scores the label behind a whole window.
         pooling: what a classifier reads, "mean" or "last" of its positions.
+        inputs: "tokens", or "values": a classifier's ids of 0 to 255 enter through a linear map.
+        learnt_positions: whether a learnt vector is added for each position of a classifier's window.
         vocab_size: entries of the vocabulary.
         layers: residual blocks.
         width: of the residual stream.
@@ -35,7 +37,7 @@ class EcpConfig(PretrainedConfig):
         activation: "gelu" or "swiglu".
         bias: whether output projections, feed-forward network and output layer have biases.
         tied_key_value: whether one projection serves as keys and as values.
-        rotary: "first_layer" or "every_layer".
+        rotary: "none", "first_layer" or "every_layer".
         rotary_theta: base of the rotary frequencies.
         qk_norm: whether queries and keys are normed before the rotation.
         key_value_norm: whether tied keys and values are normed after it.
@@ -62,6 +64,8 @@ class EcpConfig(PretrainedConfig):
         architecture: str = "ecp",
         task: str = "language",
         pooling: str = "mean",
+        inputs: str = "tokens",
+        learnt_positions: bool = False,
         vocab_size: int = 32_000,
         layers: int = 12,
         width: int = 768,
@@ -93,11 +97,10 @@ class EcpConfig(PretrainedConfig):
         _check(architecture, width, heads, key_value_heads or heads)
         self.architecture = architecture
         self.task, self.pooling = task, pooling
+        self.inputs, self.learnt_positions = inputs, learnt_positions
         self.vocab_size = vocab_size
         self.layers = layers
-        self.width = width
-        self.heads = heads
-        self.key_value_heads = key_value_heads or heads
+        self.width, self.heads, self.key_value_heads = width, heads, key_value_heads or heads
         self.feed_forward_width = feed_forward_width
         self.sequence_length = sequence_length
         self.segment_length = segment_length
@@ -106,9 +109,7 @@ class EcpConfig(PretrainedConfig):
         self.compression_residual = compression_residual
         self.window = window
         self.group_length = group_length
-        self.norm = norm
-        self.activation = activation
-        self.bias = bias
+        self.norm, self.activation, self.bias = norm, activation, bias
         self.tied_key_value = tied_key_value
         self.rotary = rotary
         self.rotary_theta = rotary_theta

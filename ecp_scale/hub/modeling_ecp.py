@@ -70,7 +70,11 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EcpConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        # Of values: a constant row and a slope.
+        self.embedding = nn.Embedding(config.vocab_size if config.inputs == "tokens" else 2, config.width)
+        self.position_embedding = None
+        if config.learnt_positions:
+            self.position_embedding = nn.Embedding(config.sequence_length, config.width)
         self.layers = nn.ModuleList(EcpBlock(config, layer) for layer in range(config.layers))
         self.norm = _norm(config)
         self.output = nn.Linear(config.width, config.vocab_size, config.bias)
@@ -113,9 +117,11 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: attention weights are never formed")
         self._check(input_ids, attention_mask, past_key_values, inputs_embeds, position_ids)
-        self._check_classified(attention_mask, past_key_values, labels)
         cache = past_key_values
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embedded(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
+        self._check_classified(x.shape[1], attention_mask, cache, labels)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight
         if use_cache is None:
             use_cache = not self.training and labels is None
         if cache is None and self.config.streams and use_cache and self.config.task == "language":
@@ -141,16 +147,25 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(loss, logits, cache, hidden_states or None)
         return result.to_tuple() if return_dict is False else result
 
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """What enters the first layer (B, T, D), but for learnt positions."""
+        if self.config.inputs == "tokens":
+            return self.embedding(input_ids)
+        constant, slope = self.embedding.weight
+        return constant + (input_ids[..., None].to(constant.dtype) / 127.5 - 1) * slope
+
     def _pooled(self, x: Tensor) -> Tensor:
         """What a classifier's output layer reads (B, 1, D)."""
         return x.mean(1, keepdim=True) if self.config.pooling == "mean" else x[:, -1:]
 
-    def _check_classified(self, attention_mask: Tensor | None, cache: Any, labels: Tensor | None) -> None:
+    def _check_classified(self, count: int, attention_mask: Tensor | None, cache: Any, labels: Tensor | None) -> None:
         """Refuse what a classifier has no use for."""
         if self.config.task == "language":
             return
         if labels is not None:
             raise ValueError("a classifier has one prediction for a window: its logits are (B, 1, V)")
+        if self.config.learnt_positions and count != self.config.sequence_length:
+            raise ValueError(f"{self.config.sequence_length} positions were learnt, found {count}")
         if cache is not None or (attention_mask is not None and not attention_mask.all()):
             raise ValueError("a classifier reads whole windows, without a cache and without padding")
 

@@ -48,7 +48,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.parallel = config, parallel
         self.pattern = ARCHITECTURES[config.architecture](config, layer, parallel)
-        self.rotated = config.rotary == "every_layer" or layer == 0
+        self.rotated = config.rotates(layer)
         self.query = ColumnLinear(config.width, config.width, False, parallel)
         self.key = ColumnLinear(config.width, config.key_value_width, False, parallel)
         self.value = (

@@ -17,6 +17,7 @@ from numpy.random import Philox
 from torch import Tensor, nn
 
 from ecp_scale.config import ModelConfig
+from ecp_scale.models.inputs import PositionEmbedding, ValueEmbedding
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.linear import ColumnLinear, Embedding, RowLinear
 from ecp_scale.parallel.partition import Held, Partition, Run, Share
@@ -156,7 +157,7 @@ def _values(module: nn.Module, module_name: str, name: str, config: ModelConfig)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return Constant(1.0 if name == "weight" else 0.0)
     if config.initialization == "pytorch":
-        if isinstance(module, Embedding):
+        if isinstance(module, Embedding | PositionEmbedding | ValueEmbedding):
             return Normal(1.0)
         assert isinstance(module, ColumnLinear | RowLinear | nn.Linear)
         inputs = module.in_features if isinstance(module, nn.Linear) else module.input_size

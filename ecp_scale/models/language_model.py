@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ecp_scale.attention import rotation
 from ecp_scale.config import AttentionConfig, ModelConfig
 from ecp_scale.models.blocks import Block
+from ecp_scale.models.inputs import PositionEmbedding, ValueEmbedding
 from ecp_scale.models.loss import OutputLayer
 from ecp_scale.models.norms import norm
 from ecp_scale.models.patterns import Pattern
@@ -38,13 +39,19 @@ class LanguageModel(nn.Module):
         self.attention = attention or AttentionConfig()
         self.parallel = parallel
         padded = config.padded_vocab_size(parallel.tp_size)
-        self.embedding = Embedding(padded, config.width, parallel)
+        if config.inputs == "tokens":
+            self.embedding: Embedding | ValueEmbedding = Embedding(padded, config.width, parallel)
+            self.embedding.weight.vocabulary_rows = config.known_vocab_size
+        else:
+            self.embedding = ValueEmbedding(config.width, parallel)
+        self.position_embedding = None
+        if config.learnt_positions:
+            self.position_embedding = PositionEmbedding(config.sequence_length, config.width, parallel)
         self.layers = nn.ModuleList(Block(config, layer, parallel) for layer in range(config.layers))
         for pattern in self._patterns():
             pattern.backend = self.attention.backend
         self.norm = norm(config.norm, config.width, parallel)
         self.output = OutputLayer(config.width, padded, config.known_vocab_size, config.bias, parallel)
-        self.embedding.weight.vocabulary_rows = config.known_vocab_size
 
     def forward(
         self,
@@ -72,6 +79,8 @@ class LanguageModel(nn.Module):
         """
         positions = self._positions(tokens, stream, on_host)
         x_NBD = self.embedding(tokens[:, self._run(tokens.shape[1])])
+        if self.position_embedding is not None:
+            x_NBD = self.position_embedding(x_NBD)
         for number, (block, pattern) in enumerate(zip(self.layers, self._patterns(), strict=True)):
             cache = stream.caches[number] if stream else None
             if self.training and self.parallel.recompute == "full":

@@ -117,7 +117,8 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
     parallel = config.parallel
     data_ranks = world_size // parallel.tensor
     traced = traced or trace_busiest(config, world_size)
-    per_layer = (traced.parameters - 2 * _embedding(config)) // config.model.layers
+    ends = _input(config), _output(config)
+    per_layer = (traced.parameters - sum(ends)) // config.model.layers
     held = states(
         traced.decayed,
         traced.other,
@@ -125,7 +126,7 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
         bf16=config.training.precision == "bf16",
         data_ranks=data_ranks,
         adam=config.optimizer.name == "adamw",
-        largest_block=max(per_layer, _embedding(config)),
+        largest_block=max(per_layer, *ends),
     )
     micro_batches = config.accumulation_steps(world_size)
     messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
@@ -142,7 +143,15 @@ def trace_busiest(config: Config, world_size: int) -> Trace:
     return trace(config, world_size, config.parallel.tensor if config.parallel.context > 1 else 0)
 
 
-def _embedding(config: Config) -> int:
+def _input(config: Config) -> int:
+    """Elements, on one rank, of what makes the input of the first layer."""
+    model = config.model
+    table = _output(config) if model.inputs == "tokens" else 2 * model.width
+    return table + model.learnt_positions * model.sequence_length * model.width
+
+
+def _output(config: Config) -> int:
+    """Elements, on one rank, of the output layer."""
     return config.model.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor * config.model.width
 
 
