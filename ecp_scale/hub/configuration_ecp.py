@@ -107,12 +107,10 @@ class EcpConfig(PretrainedConfig):
         self.latents = latents
         self.compressed_context = compressed_context
         self.compression_residual = compression_residual
-        self.window = window
-        self.group_length = group_length
+        self.window, self.group_length = window, group_length
         self.norm, self.activation, self.bias = norm, activation, bias
         self.tied_key_value = tied_key_value
-        self.rotary = rotary
-        self.rotary_theta = rotary_theta
+        self.rotary, self.rotary_theta = rotary, rotary_theta
         self.qk_norm = qk_norm
         self.key_value_norm = key_value_norm
         self.first_segment_projection = first_segment_projection
