@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,13 @@ from ecp_scale.checkpoint.weights_file import write_weights
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
 from ecp_scale.parallel.groups import process_groups
+from ecp_scale.parallel.partition import Share
 from ecp_scale.precision import weight_type
 from ecp_scale.zero import json_config
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.engine import build_engine
 from ecp_scale.zero.filling import begin_states
+from ecp_scale.zero.saved_states import STEP, WEIGHT, ParameterStates
 from ecp_scale.zero.state_files import FileRecord, SavedTensor, read_states
 
 GIB = 1 << 30
@@ -69,6 +71,18 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class _AdamStates:
+    """States of a run with AdamW after a step, as ``begin_states`` asks for them."""
+
+    def keys(self, name: str) -> list[str]:
+        """Which there are."""
+        return [WEIGHT, STEP, "exp_avg", "exp_avg_sq"]
+
+    def read(self, name: str, share: Share, start: int, stop: int, keys: Sequence[str]) -> ParameterStates:
+        """The number of steps."""
+        return {STEP: torch.tensor(1.0)}
+
+
 def one_rank(layout: Layout) -> dict[str, float]:
     """Start, save, copy, load and read the part of the first rank; seconds, bytes and peaks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -91,7 +105,7 @@ def one_rank(layout: Layout) -> dict[str, float]:
         before = peak_bytes()
         engine = timed("start", lambda: build_engine(config, settings, groups))
         found["elements"] = sum(parameter.numel() for parameter in engine.module.parameters())
-        begin_states(engine, ["exp_avg", "exp_avg_sq"], {"step": torch.tensor(1.0)})
+        begin_states(engine, _AdamStates())
         files: CheckpointFiles = engine.checkpoint_engine
         (folder / "saved").mkdir()
         timed("save", lambda: engine.save_checkpoint(str(folder), tag="saved", save_latest=False))

@@ -7,15 +7,16 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
+from ecp_scale.checkpoint.config_json import FORMAT_VERSION, OURS, sections
 from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord
 from ecp_scale.checkpoint.hugging_face import (
-    ATTENTION,
     NOT_THEIRS,
     config_fields,
     hashes_of_read_files,
@@ -32,23 +33,18 @@ from ecp_scale.data.tokenizer import Tokenizer
 from ecp_scale.errors import InputError
 from ecp_scale.files import sync_folder, write_text
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.models.parameter_groups import optimizer_order
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.partition import load_full
 from ecp_scale.precision import DTYPES
+from ecp_scale.zero.averaging import AVERAGE
 from ecp_scale.zero.saved_states import SavedStates
 from ecp_scale.zero.state_files import FileRecord, damages, write_error
 
-FORMAT = "ecp-scale"
-FORMAT_VERSION = 4
-READABLE = (2, 3, 4)
-"""Version 4 is a folder of Hugging Face's too; 3 and 2 have sections in config.json, and ``format`` beside them, and 2
-has former names of some fields (``ecp_scale.config.renames``)."""
 TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES}
 """Of the weights, by their names in config.json."""
 UNFINISHED = "unfinished.json"
 """What an unfinished folder is to become."""
-OURS = "ecp_scale"
-"""Key of what only we read in config.json."""
 WRITTEN = re.compile(
     r"(config|generation_config|tokenizer_config|tokenizer)\.json|README\.md|\w+_ecp\.py|(ecp_)?tokenizer(\.\w+)?"
     r"|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -72,6 +68,8 @@ class ExportedModel:
     """Of the training."""
     probe_loss: float | None = None
     """That the training had, see ``ecp_scale.models.probe``."""
+    average: bool = False
+    """Whether the weights are a moving average of those of the training."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Hashes of the files that transformers compute with, as they were written."""
 
@@ -92,6 +90,7 @@ class ExportedModel:
             step, tokens = int(content["step"]), int(content["tokens"])
             dtype = TYPES[content.get("dtype", "float32")]
             precision, probe_loss = content.get("precision", "fp32"), content.get("probe_loss")
+            average = bool(content.get("average", False))
             files = {str(name): str(text) for name, text in content.get("files", {}).items()}
             if precision not in DTYPES or not isinstance(probe_loss, float | None):
                 raise ValueError(f"precision {precision!r}, probe_loss {probe_loss!r}")
@@ -116,6 +115,7 @@ class ExportedModel:
             dtype,
             precision,
             probe_loss,
+            average,
             files,
         )
 
@@ -166,7 +166,7 @@ def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> Che
     which the next conversion of the same checkpoint goes on.
 
     The weights are compared with the digests that were saved with them, and other files of the checkpoint are not read;
-    where an earlier version has saved it, every file is compared with its hash first.
+    where an earlier version has saved it, and for the average, every file is compared with its hash first.
 
     Raises:
         InputError: if the checkpoint is incomplete, damaged or inconsistent, or ``output`` holds anything but an
@@ -174,45 +174,46 @@ def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> Che
     """
     output = output.resolve()
     record = CheckpointRecord.read(checkpoint)
-    states = "_states.pt" if record.digests else ()
+    states = "_states.pt" if record.digests and not options.average else ()
     found = damages(checkpoint, {name: file for name, file in record.files.items() if not name.endswith(states)})
     if found:
         raise InputError("\n".join(found))
-    _check_output(output, record)
-    partial = output.with_name(f".{output.name}.partial")
+    _check_output(output, record, options.average)
+    unfinished = output.with_name(f".{output.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with FileLock(partial.with_name(partial.name + ".lock"), timeout=0):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with FileLock(unfinished.with_name(unfinished.name + ".lock"), timeout=0):
             hashed = FileRecord.of(checkpoint / RECORD).xxh3
-            _begin(partial, {"checkpoint": hashed, "dtype": str(options.dtype), "file_bytes": options.file_bytes})
-            _write_model(checkpoint, record, partial, options, output.name)
-            (partial / UNFINISHED).unlink()
+            what = {"dtype": str(options.dtype), "file_bytes": options.file_bytes, "average": options.average}
+            _begin(unfinished, {"checkpoint": hashed, **what})
+            _write_model(checkpoint, record, unfinished, options, output.name)
+            (unfinished / UNFINISHED).unlink()
             if output.exists():
                 shutil.rmtree(output)
-            partial.replace(output)
+            unfinished.replace(output)
             sync_folder(output.parent)
     except Timeout:
         raise InputError(f"--output {output}: another conversion is writing it") from None
     except OSError as error:
         raise InputError(write_error(output, error)) from error
-    partial.with_name(partial.name + ".lock").unlink(missing_ok=True)
+    unfinished.with_name(unfinished.name + ".lock").unlink(missing_ok=True)
     return record
 
 
-def _begin(partial: Path, what: dict[str, Any]) -> None:
+def _begin(unfinished: Path, what: dict[str, Any]) -> None:
     """Keep the files of weights that a conversion of the same kind has finished, and nothing else."""
-    path = partial / UNFINISHED
+    path = unfinished / UNFINISHED
     try:
         is_same = json.loads(path.read_text()) == what
     except (OSError, ValueError):
         is_same = False
-    for file in partial.iterdir():
+    for file in unfinished.iterdir():
         if not (is_same and file.suffix == ".safetensors"):
             file.unlink()
     write_text(path, json.dumps(what) + "\n")
 
 
-def _check_output(output: Path, record: CheckpointRecord) -> None:
+def _check_output(output: Path, record: CheckpointRecord, average: bool) -> None:
     """Refuse to write where something else is."""
     if not output.exists():
         return
@@ -227,44 +228,32 @@ def _check_output(output: Path, record: CheckpointRecord) -> None:
         earlier = sections(content, path)
         # transformers have saved it, and may have changed it.
         is_ours = "transformers_version" not in content and all(WRITTEN.fullmatch(name) for name in found)
-        step, tokens = earlier["step"], earlier["tokens"]
+        step, tokens, averaged = earlier["step"], earlier["tokens"], earlier.get("average", False)
         model = ModelConfig(**renamed_fields("model", earlier["model"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_ours = False
     if not is_ours:
         raise InputError(f"--output {output}: holds {', '.join(found[:4])}; choose a new folder")
-    if (model.geometry, step, tokens) != (ModelConfig(**record.model).geometry, record.step, record.tokens):
-        raise InputError(f"--output {output}: holds another model (step {step}, {tokens} tokens); choose a new folder")
+    wanted = (ModelConfig(**record.model).geometry, record.step, record.tokens, average)
+    if (model.geometry, step, tokens, averaged) != wanted:
+        kind = "an average of weights" if averaged and not average else "another model"
+        raise InputError(f"--output {output}: holds {kind} (step {step}, {tokens} tokens); choose a new folder")
 
 
-def sections(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What config.json says, as sections: ``model``, ``attention``, ``tokenizer``, ``step``, ``tokens``.
-
-    Raises:
-        InputError: if it is of another kind of model, or of a version that is not known.
-    """
-    ours = content if "format" in content else content.get(OURS)
-    if ours is None or content.get("model_type", "ecp") != "ecp" or content.get("format", FORMAT) != FORMAT:
-        kind = content.get("format") or content.get("model_type")
-        raise InputError(f"{path}: a model of the kind {kind!r}, expected one of ecp-convert, or made from such a one")
-    if ours["format_version"] not in READABLE:
-        raise InputError(f"{path}: format version {ours['format_version']}, expected one of {READABLE}")
-    if ours is content:
-        return content
-    known = {item.name for item in dataclasses.fields(ModelConfig)} - set(NOT_THEIRS)
-    return {
-        **ours,
-        "dtype": content.get("dtype", "float32"),
-        "model": {**ours["model"], **{name: content[name] for name in known if name in content}},
-        "attention": {name: content[name] for name in ATTENTION},
-    }
+def _optimizer_order(record: CheckpointRecord) -> list[str]:
+    with torch.device("meta"):
+        return optimizer_order(LanguageModel(ModelConfig(**record.model), ParallelContext.single(torch.float32)))
 
 
 def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, options: WriteOptions, name: str) -> None:
-    saved = SavedStates(checkpoint, record.files, record.partitions, record.tensor_parallel)
+    order = _optimizer_order(record) if options.average else None
+    saved = SavedStates(checkpoint, record.files, record.partitions, record.tensor_parallel, order)
     shapes = {name: saved.shape(name) for name in record.partitions}
+    if options.average and AVERAGE not in saved.keys(next(iter(shapes))):
+        raise InputError(f"{checkpoint}: holds no average of the weights; it is kept with optimizer.average_decay")
+    read = partial(saved.values, key=AVERAGE) if options.average else saved.weight
     try:
-        write_weights(folder, shapes, saved.weight, options, record.digests)
+        write_weights(folder, shapes, read, options, {} if options.average else record.digests)
     except InputError as error:
         why = damages(checkpoint, record.files)  # not looked at before where there are digests
         raise InputError("\n".join([f"{checkpoint}: {error}", *why])) from error
@@ -291,9 +280,10 @@ def _write_model(checkpoint: Path, record: CheckpointRecord, folder: Path, optio
             "tokenizer": dataclasses.asdict(kept),
             "step": record.step,
             "tokens": record.tokens,
+            "average": options.average,
             "precision": record.precision,
-            # Not a number is no number of JSON.
-            "probe_loss": record.probe_loss if math.isfinite(record.probe_loss or 0.0) else None,
+            # Not a number is no number of JSON; of an average none is known.
+            "probe_loss": None if options.average or not math.isfinite(record.probe_loss or 0.0) else record.probe_loss,
             "files": hashes_of_read_files(folder),
         },
     }

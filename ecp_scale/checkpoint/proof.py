@@ -33,8 +33,11 @@ def prove(exported: ExportedModel, model: LanguageModel, precision: str) -> Proo
     """
     # The first rank's files are looked at; another host may see other ones, of which its part of the model is made.
     proof = decided_slowly(lambda: _of_files(exported))
-    known = decided(lambda: (exported.probe_loss, exported.precision, exported.dtype))
-    loss, (expected, trained_in, dtype) = probe_loss(model), known
+    known = decided(lambda: (exported.probe_loss, exported.precision, exported.dtype, exported.average))
+    loss, (expected, trained_in, dtype, average) = probe_loss(model), known
+    if average:
+        line = f"probe       loss {loss:.6f} in {precision}; the training computed with no average"
+        return Proof([*proof.lines, line], proof.is_right)
     if expected is None:
         line = f"probe       loss {loss:.6f} in {precision}; that of the training was not saved"
         return Proof([*proof.lines, line], False)

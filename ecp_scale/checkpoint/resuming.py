@@ -18,11 +18,12 @@ from ecp_scale.checkpoint.saving import Progress, layout_of
 from ecp_scale.config import Config
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
+from ecp_scale.models.parameter_groups import optimizer_order
 from ecp_scale.parallel.digests import difference, summed
 from ecp_scale.parallel.groups import agreed, decided
 from ecp_scale.zero.digests import held_digests
 from ecp_scale.zero.engine import Engine
-from ecp_scale.zero.filling import fill, optimizer_order, share_weights
+from ecp_scale.zero.filling import fill, share_weights
 from ecp_scale.zero.saved_states import SavedStates
 from ecp_scale.zero.state_files import damages, read_states
 
@@ -129,7 +130,7 @@ def load(engine: Engine, config: Config, start: Start) -> None:
     if same and agreed(lambda: _same_groups(engine, folder)):
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
-        order = optimizer_order(engine)
+        order = optimizer_order(engine.module)
         saved = partial(SavedStates, folder, record.files, record.partitions, record.tensor_parallel, order)
         agreed(lambda: fill(engine, saved()), True)
         share_weights(engine)

@@ -51,6 +51,8 @@ class WriteOptions(NamedTuple):
     """Files that are written at a time."""
     progress: bool = False
     """Show how far it is, on a terminal."""
+    average: bool = False
+    """The moving average of the weights in place of the last ones."""
 
 
 PLAIN = WriteOptions()

@@ -25,6 +25,9 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="DIR", help="model folder to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
     parser.add_argument(
+        "--average", action="store_true", help="the moving average of the weights (optimizer.average_decay)"
+    )
+    parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="most weights in a file, such as 500MB (default: 5GB)"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="files written at a time (default: 2)")
@@ -40,10 +43,13 @@ def main() -> None:
     from ecp_scale.checkpoint.weights_file import WriteOptions
 
     checkpoint = find_checkpoint(Path(options.checkpoint))
-    how = WriteOptions(getattr(torch, options.dtype), file_bytes, options.workers, progress=True)
+    how = WriteOptions(
+        getattr(torch, options.dtype), file_bytes, options.workers, progress=True, average=options.average
+    )
     record = export(checkpoint, Path(options.output), how)
+    what = "averages of tensors" if options.average else "tensors"
     print(
-        f"{options.output}: {len(record.partitions)} tensors of step {record.step} "
+        f"{options.output}: {len(record.partitions)} {what} of step {record.step} "
         f"(tensor parallel {record.tensor_parallel}, ZeRO-{record.zero_stage}, {record.world_size} ranks)"
     )
 

@@ -11,8 +11,8 @@ from ecp_scale.config.checks import not_positive
 class OptimizerConfig:
     """How gradients become weights. Schedules count tokens, so they do not depend on the batch size."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Update rule; sgd has no momentum and is there to expose wrong gradient scales."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Update rule; muon is for the blocks' matrices, with AdamW for all else (ZeRO-0 to -2); sgd has no momentum."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -21,6 +21,10 @@ class OptimizerConfig:
     """AdamW's decay of the second moment."""
     epsilon: float = 1e-8
     """AdamW's epsilon."""
+    momentum: float = 0.95
+    """Muon's."""
+    average_decay: float | None = None
+    """Keep a moving average of the weights, of which so large a share stays at a step (as 0.999); null keeps none."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on the weights of linear layers only."""
     gradient_clipping: float = 1.0
@@ -44,7 +48,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "gradient_clipping", "warmup_tokens", "min_lr_ratio"):
             if getattr(self, name) < 0:
                 found.append(f"optimizer.{name} is {getattr(self, name)}, expected at least 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum", *(["average_decay"] if self.average_decay is not None else [])):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optimizer.{name} is {getattr(self, name)}, expected at least 0 and below 1")
         if self.schedule == "halving" and not self.halving_tokens:
@@ -56,6 +60,11 @@ class OptimizerConfig:
         if self.cooldown_tokens is not None:
             found += not_positive("optimizer", self, ("cooldown_tokens",))
         return found
+
+    def states(self, orthogonal: bool) -> int:
+        """Numbers that are kept of each weight; ``orthogonal``: of those that Muon updates."""
+        moments = {"adamw": 2, "sgd": 0, "muon": 1 if orthogonal else 2}[self.name]
+        return moments + (self.average_decay is not None)
 
     def cooldown_of(self, run_tokens: int) -> int:
         """Tokens over which the rate of wsd falls in a run of ``run_tokens``."""

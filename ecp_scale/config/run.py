@@ -235,6 +235,8 @@ class Config:
             idle["model.pooling"] = f"model.task {model.task}"
         if model.rotary == "none":
             idle["model.rotary_theta"] = "model.rotary none"
+        if optimizer.name != "muon":
+            idle["optimizer.momentum"] = f"optimizer.name {optimizer.name}"
         if optimizer.name == "sgd":
             idle |= dict.fromkeys(("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"), "optimizer.name sgd")
         return [(field, idle[field]) for field in fields if field in idle]

@@ -120,8 +120,6 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         x = self._embedded(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
         self._check_classified(x.shape[1], attention_mask, cache, labels)
-        if self.position_embedding is not None:
-            x = x + self.position_embedding.weight
         if use_cache is None:
             use_cache = not self.training and labels is None
         if cache is None and self.config.streams and use_cache and self.config.task == "language":
@@ -130,6 +128,7 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         places = places_of(self.config, input_ids, valid, cache, x.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        x = x if self.position_embedding is None else x + self.position_embedding.weight
         x, states = self._through_blocks(x, places, cache, output_hidden_states)
         if back is not None:
             x = at_rows(x, back.to(x.device))

@@ -1,27 +1,45 @@
-"""Which parameters decay, and the order in which the optimizer has all of them."""
+"""Which parameters decay, which Muon updates, and the order in which the optimizer has all of them."""
 
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
 from ecp_scale.parallel.linear import ColumnLinear, RowLinear
 
+OUTPUT_LAYER = "output.weight"
 
-def weight_decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Parameters by name: the weights of linear layers, which decay, then all others (the paper's recipe)."""
+
+class OptimizerGroup(NamedTuple):
+    """Parameters that the optimizer treats alike."""
+
+    parameters: dict[str, nn.Parameter]
+    """By name."""
+    decays: bool
+    orthogonal: bool = False
+    """Whether Muon makes their updates orthogonal: they are matrices."""
+
+
+def optimizer_groups(model: nn.Module, optimizer: str = "adamw") -> list[OptimizerGroup]:
+    """The weights of linear layers, which decay, then all others (the paper's recipe).
+
+    Of the former Muon (arXiv 2502.16982) has all but the output layer's, which then are a group of their own. The order
+    of the parameters is the same for all optimizers.
+
+    Args:
+        model: of any layout.
+        optimizer: name of it, as optimizer.name.
+    """
     modules = (module for module in model.modules() if isinstance(module, ColumnLinear | RowLinear | nn.Linear))
     chosen = {id(module.weight) for module in modules}
     named = dict(model.named_parameters())
-    return (
-        {name: value for name, value in named.items() if id(value) in chosen},
-        {name: value for name, value in named.items() if id(value) not in chosen},
-    )
+    decayed = {name: value for name, value in named.items() if id(value) in chosen}
+    others = OptimizerGroup({name: value for name, value in named.items() if id(value) not in chosen}, decays=False)
+    if optimizer != "muon":
+        return [OptimizerGroup(decayed, decays=True), others]
+    output = {OUTPUT_LAYER: decayed.pop(OUTPUT_LAYER)}
+    return [OptimizerGroup(decayed, decays=True, orthogonal=True), OptimizerGroup(output, decays=True), others]
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of ``weight_decay_groups`` as torch's optimizers take them."""
-    decayed, other = weight_decay_groups(model)
-    return [
-        {"params": list(decayed.values()), "weight_decay": weight_decay},
-        {"params": list(other.values()), "weight_decay": 0.0},
-    ]
+def optimizer_order(model: nn.Module) -> list[str]:
+    """Names of all parameters in the order in which the optimizer has them."""
+    return [name for group in optimizer_groups(model) for name in group.parameters]

@@ -120,20 +120,19 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
     ends = _input(config), _output(config)
     per_layer = (traced.parameters - sum(ends)) // config.model.layers
     held = states(
-        traced.decayed,
-        traced.other,
+        traced.groups,
+        traced.kept,
         zero,
         bf16=config.training.precision == "bf16",
         data_ranks=data_ranks,
-        adam=config.optimizer.name == "adamw",
         largest_block=max(per_layer, *ends),
     )
     micro_batches = config.accumulation_steps(world_size)
     messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
     messages |= zero_messages(traced, config, zero, data_ranks, micro_batches)
     master = 0 if zero.stage == 0 else FP32
-    moments = 2 * FP32 * (config.optimizer.name == "adamw")
-    saved = traced.parameters * parallel.tensor * (weight_type(config).itemsize + master + moments)
+    moments = sum(FP32 * number * sum(group) for number, group in zip(traced.kept, traced.groups, strict=True))
+    saved = parallel.tensor * (traced.parameters * (weight_type(config).itemsize + master) + moments)
     flops = config.model.flops_per_token * config.tokens_per_step
     return Plan(config, world_size, zero.stage, traced, held, messages, saved, flops)
 
@@ -173,7 +172,7 @@ def zero_messages(
     if zero.stage in (1, 2):
         found["data: updated weights"] = elements // data_ranks * weight
     if zero.stage == 3:
-        small = persistent([*traced.decayed, *traced.other], zero)
+        small = persistent([size for group in traced.groups for size in group], zero)
         passes = 3 if config.parallel.recompute == "full" else 2
         if elements - small <= min(zero.max_live_parameters, zero.max_reuse_distance):
             passes = 1

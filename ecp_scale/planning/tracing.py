@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from ecp_scale.config import Config
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.parameter_groups import weight_decay_groups
+from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.planning.compiled import compiled_in_shapes
@@ -39,21 +39,21 @@ SENDING = {"allreduce_", "_allgather_base_", "_reduce_scatter_base_", "send"}
 class Trace:
     """One rank's share of the model, and one micro-batch of it.
 
-    ``decayed`` and ``other`` are the elements of every parameter (local) of the optimizer's two groups; ``activations``
-    the largest number of bytes alive at once beside the parameters; ``sent`` the bytes that the rank sends in
-    forward and backward, by (group, operation): what goes into an all-reduce, a gather or a reduce-scatter, or to a
-    neighbour.
+    ``groups`` are the elements of every parameter (local) of the optimizer's groups, of which it keeps so many numbers
+    of an element as ``kept`` says; ``activations`` the largest number of bytes alive at once beside the parameters;
+    ``sent`` the bytes that the rank sends in forward and backward, by (group, operation): what goes into an all-reduce,
+    a gather or a reduce-scatter, or to a neighbour.
     """
 
-    decayed: tuple[int, ...]
-    other: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    kept: tuple[int, ...]
     activations: int
     sent: dict[tuple[str, str], int]
 
     @property
     def parameters(self) -> int:
         """Elements of all parameters of this rank, with the padding of the vocabulary."""
-        return sum(self.decayed) + sum(self.other)
+        return sum(map(sum, self.groups))
 
 
 def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
@@ -62,8 +62,10 @@ def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
         found = _deepened(config, groups)
         with FakeTensorMode():
             whole = LanguageModel(config.model, _context(config, groups), config.attention)
-            elements = [[parameter.numel() for parameter in group.values()] for group in weight_decay_groups(whole)]
-        return Trace(tuple(elements[0]), tuple(elements[1]), found.peak, dict(found.sent))
+            optimized = optimizer_groups(whole, config.optimizer.name)
+            elements = tuple(tuple(value.numel() for value in group.parameters.values()) for group in optimized)
+        kept = tuple(config.optimizer.states(group.orthogonal) for group in optimized)
+        return Trace(elements, kept, found.peak, dict(found.sent))
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from ecp_scale.training.step import (
 from ecp_scale.training.trackers import check_trackers, start_trackers
 from ecp_scale.training.validation import validation_numbers
 from ecp_scale.zero import json_config
+from ecp_scale.zero.averaging import update_average
 from ecp_scale.zero.engine import (
     Engine,
     apply_optimizer_config,
@@ -215,7 +216,7 @@ class _Run:
         seed_step(self.config.training.seed, step, self.groups)
         set_batch(self.engine, sequences * self.config.parallel.context)
         try:
-            return optimizer_step(
+            result = optimizer_step(
                 self.engine,
                 batches.micro_batches,
                 self.groups,
@@ -226,6 +227,9 @@ class _Run:
             )
         except DivergedError as error:
             raise self._diverged(step, str(error)) from None
+        if self.config.optimizer.average_decay is not None:
+            update_average(self.engine, self.config.optimizer.average_decay, step)
+        return result
 
     def _check_skipped(self, step: int, in_a_row: int, result: StepResult) -> None:
         if result.skipped and self.is_first:

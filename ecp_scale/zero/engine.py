@@ -20,10 +20,12 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Partition
 from ecp_scale.precision import weight_type
+from ecp_scale.zero.averaging import drop_average
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.few_kernels import norm_over, use_few_kernels
 from ecp_scale.zero.making import held_weight, make_model
 from ecp_scale.zero.mpu import ModelParallelUnit
+from ecp_scale.zero.muon import Muon
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 """A model with its optimizer under DeepSpeed."""
@@ -45,7 +47,7 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
             initialize(model, config.model, parallel, config.training.seed, held_weight)
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=_optimizer(model, config.optimizer),
+            optimizer=_optimizer(model, config.optimizer, groups),
             config=deepspeed_config,
             mpu=ModelParallelUnit(),
         )
@@ -90,21 +92,32 @@ def check_zero_section(deepspeed_config: dict[str, Any]) -> None:
         raise InputError("\n".join(f"DeepSpeed JSON: zero_optimization.{text}" for text in wrong)) from error
 
 
-def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    groups = optimizer_groups(model, config.weight_decay)
+def _optimizer(model: nn.Module, config: OptimizerConfig, ranks: Groups) -> torch.optim.Optimizer:
+    groups = optimizer_groups(model, config.name)
+    if config.name == "muon":
+        return Muon(groups, config, ranks)
+    as_torch_takes_them = [
+        {"params": list(group.parameters.values()), "weight_decay": config.weight_decay if group.decays else 0.0}
+        for group in groups
+    ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
+        return torch.optim.SGD(as_torch_takes_them, lr=config.learning_rate)
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
+    return torch.optim.AdamW(as_torch_takes_them, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
 
 
 def apply_optimizer_config(engine: Engine, config: OptimizerConfig) -> None:
     """Let the config hold after a checkpoint is loaded, which brings the numbers that were used when it was saved."""
     # In the order of optimizer_groups, under every ZeRO stage.
-    for group, weight_decay in zip(engine.optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
-        group["weight_decay"] = weight_decay
-        if config.name == "adamw":
+    ours = optimizer_groups(engine.module, config.name)
+    for group, of_ours in zip(engine.optimizer.param_groups, ours, strict=True):
+        group["weight_decay"] = config.weight_decay if of_ours.decays else 0.0
+        if config.name != "sgd":
             group["betas"], group["eps"] = (config.beta1, config.beta2), config.epsilon
+        if config.name == "muon":
+            group["momentum"] = config.momentum
+    if config.average_decay is None:
+        drop_average(engine)
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = config.gradient_clipping
 

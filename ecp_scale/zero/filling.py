@@ -10,21 +10,14 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-from torch import Tensor, nn
+from torch import nn
 
-from ecp_scale.models.parameter_groups import weight_decay_groups
+from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.partition import Partition, Share
+from ecp_scale.zero.averaging import stored_weights
 from ecp_scale.zero.making import held_weight
+from ecp_scale.zero.muon import Muon
 from ecp_scale.zero.saved_states import STEP, WEIGHT, ParameterStates
-
-FLAT_PARTITIONS = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
-"""Where ZeRO-3, bf16 under ZeRO-1 and ZeRO-1 and -2 keep this rank's fp32 weights, one flat tensor per group."""
-
-
-def optimizer_order(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Names of all parameters in the order in which the optimizer has them."""
-    decayed, other = weight_decay_groups(engine.module)
-    return [*decayed, *other]
 
 
 class States(Protocol):
@@ -47,16 +40,13 @@ def fill(engine: deepspeed.DeepSpeedEngine, saved: States) -> None:
     """
     parallel = engine.module.parallel
     write = {0: _write_plain, 3: _write_partitioned}.get(engine.zero_optimization_stage(), _write_flat)
-    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
-        keys = saved.keys(name)
+    begin_states(engine, saved)
+    for name, parameter in engine.module.named_parameters():
         held = held_weight(parameter)
         share = Partition.of(parameter).share(held.shape, parallel.tp_size, parallel.tp_rank)
-        if number == 0:
-            step = saved.read(name, share, 0, 0, [STEP] if STEP in keys else [])
-            begin_states(engine, [key for key in keys if key not in (WEIGHT, STEP)], step)
         start, stop = owned(parameter, held.start, held.values.numel())
         if stop > start:
-            write(engine.optimizer, parameter, saved.read(name, share, start, stop, keys))
+            write(engine.optimizer, parameter, saved.read(name, share, start, stop, saved.keys(name)))
 
 
 def share_weights(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -76,17 +66,25 @@ def owned(parameter: nn.Parameter, start: int, elements: int) -> tuple[int, int]
     return address.start, address.start + address.numel
 
 
-def begin_states(engine: deepspeed.DeepSpeedEngine, moments: list[str], step: ParameterStates) -> None:
+def begin_states(engine: deepspeed.DeepSpeedEngine, saved: States) -> None:
     """Give the optimizer of a ZeRO engine the states that its first step would; they are filled later."""
-    optimizer = engine.optimizer
-    flats: list[Tensor] = next((getattr(optimizer, name) for name in FLAT_PARTITIONS if hasattr(optimizer, name)), [])
-    if not flats or not moments:
+    if engine.zero_optimization_stage() == 0:
         return
-    for flat in flats:
-        # On its device, where torch's fused AdamW wants them.
-        states = {key: value.to(flat.device, copy=True) for key, value in step.items()}
-        optimizer.optimizer.state[flat] = {**states, **{key: torch.zeros_like(flat) for key in moments}}
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+    optimizer, flats = engine.optimizer, stored_weights(engine)
+    groups = optimizer_groups(engine.module, "muon" if isinstance(engine.basic_optimizer, Muon) else "adamw")
+    names = [next(iter(group.parameters)) for group in groups]
+    if len(names) != len(flats):  # ZeRO-3 may cut a group in several, all of which have the same states
+        names = names[:1] * len(flats)
+    for name, flat in zip(names, flats, strict=True):
+        keys = [key for key in saved.keys(name) if key != WEIGHT]
+        states = {key: torch.zeros_like(flat) for key in keys if key != STEP}
+        if STEP in keys:
+            nothing = Share(1, 0, 0, 0, 0)
+            # On its device, where torch's fused AdamW wants it.
+            states |= {key: value.to(flat.device) for key, value in saved.read(name, nothing, 0, 0, [STEP]).items()}
+        if states:
+            optimizer.optimizer.state[flat] = states
+    if any(optimizer.optimizer.state.values()) and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._lazy_init_hp_params_optimizer_state()
 
 

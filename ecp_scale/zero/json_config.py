@@ -163,6 +163,11 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
         if _get(content, f"zero_optimization.{key}.device") == "cpu" and stage not in stages:
             needed = " or ".join(map(str, stages))
             found.append(f"{where}: zero_optimization.{key} needs stage {needed}, found {stage}")
+    if config.optimizer.name == "muon":
+        if stage == 3:
+            found.append(f"{where}: optimizer.name muon needs whole matrices, which stage 3 cuts; use stage 0 to 2")
+        if _get(content, "zero_optimization.offload_optimizer.device") == "cpu":
+            found.append(f"{where}: optimizer.name muon has its states on the ranks' device; remove offload_optimizer")
     if config.training.precision == "bf16" and stage in (None, 0):
         found.append(
             f"{where}: ZeRO-0 with training.precision bf16 strays from the fp32 curve and exports no fp32 weights; "

@@ -16,7 +16,7 @@ from ecp_scale.config import Config
 from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import whole_share
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.models.parameter_groups import weight_decay_groups
+from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Held
@@ -84,14 +84,14 @@ def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: 
     if not (on_cpu or copied or is_on_host(zero.offload_optimizer) or is_on_host(zero.offload_param)):
         return
     model = _without_memory(config, ParallelContext.of(config, groups, weight_type(config)))
-    decayed, other = ([value.numel() for value in group.values()] for group in weight_decay_groups(model))
+    optimizer = config.optimizer
+    groups_of_it = optimizer_groups(model, optimizer.name)
     held = states(
-        decayed,
-        other,
+        [[value.numel() for value in group.parameters.values()] for group in groups_of_it],
+        [optimizer.states(group.orthogonal) for group in groups_of_it],
         zero,
         bf16=config.training.precision == "bf16",
         data_ranks=groups.data.size(),
-        adam=config.optimizer.name == "adamw",
         largest_block=0,
     )
     states_here = held.on_device + held.on_host if on_cpu else held.on_host

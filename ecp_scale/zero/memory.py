@@ -41,34 +41,34 @@ class EngineStates:
 
 
 def states(
-    decayed: Sequence[int],
-    other: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    kept: Sequence[int],
     zero: ZeroConfig,
     *,
     bf16: bool,
     data_ranks: int,
-    adam: bool,
     largest_block: int,
 ) -> EngineStates:
     """Bytes of one rank.
 
     Args:
-        decayed: elements of every parameter of the optimizer's first group (local).
-        other: the same of the second.
+        groups: elements of every parameter (local), for each group of the optimizer.
+        kept: numbers that the optimizer keeps of each element, for each group.
         zero: stage, sizes and offload.
         bf16: whether weights are bf16 with fp32 master weights and fp32 accumulation.
         data_ranks: D.
-        adam: whether the optimizer has two moments; otherwise it has none.
         largest_block: elements of the largest block, or of the embedding or output layer (local).
     """
-    everything = [*decayed, *other]
+    everything = [elements for group in groups for elements in group]
     whole = sum(everything)
     weight = 2 if bf16 else FP32
     bucket = min(zero.reduce_bucket_size, whole)
     if zero.stage == 0:
-        return EngineStates(FP32 * whole, 0, 2 * FP32 * whole * adam, FP32 * whole, FP32 * bucket)
+        moments = sum(FP32 * number * sum(group) for number, group in zip(kept, groups, strict=True))
+        return EngineStates(FP32 * whole, 0, moments, FP32 * whole, FP32 * bucket)
     if zero.stage == 3:
-        part = sum(-(-elements // data_ranks) for elements in everything)
+        parts = [sum(-(-elements // data_ranks) for elements in group) for group in groups]
+        part = sum(parts)
         small = persistent(everything, zero)
         weights = weight * (part + (small if data_ranks > 1 else 0))
         # Of the others, two blocks at least: the one that is computed, and the next, which is fetched.
@@ -76,7 +76,8 @@ def states(
         buffers = weight * (bucket + (alive if data_ranks > 1 else 0))
         gradients = weight * part if not bf16 else FP32 * part
     else:
-        part = sum(-(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT for group in (decayed, other))
+        parts = [-(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT for group in groups]
+        part = sum(parts)
         weights, buffers = weight * whole, weight * bucket
         # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
         if zero.stage == 1:
@@ -84,9 +85,9 @@ def states(
         elif bf16:
             gradients = FP32 * part
         else:
-            gradients = FP32 * _most_whole_elements((decayed, other), data_ranks)
+            gradients = FP32 * _most_whole_elements(groups, data_ranks)
     master = FP32 * part
-    moments = 2 * master * adam
+    moments = sum(FP32 * number * size for number, size in zip(kept, parts, strict=True))
     on_host = weight * part * is_on_host(zero.offload_param)
     if is_on_host(zero.offload_optimizer):
         if zero.stage < 3:

@@ -116,8 +116,12 @@ class SavedStates:
 
     def weight(self, name: str, start: int, stop: int) -> Tensor:
         """Elements of a whole parameter without padding, from one number up to another, flat and in fp32."""
+        return self.values(name, start, stop, WEIGHT)
+
+    def values(self, name: str, start: int, stop: int, key: str) -> Tensor:
+        """The same of one of its states, by its key there."""
         elements = math.prod(self.shape(name))
-        return self.read(name, Share(1, elements, elements, 0, elements), start, stop, [WEIGHT])[WEIGHT]
+        return self.read(name, Share(1, elements, elements, 0, elements), start, stop, [key])[key]
 
     def read(self, name: str, share: Share, start: int, stop: int, keys: Sequence[str]) -> ParameterStates:
         """Some elements of a parameter, in fp32.

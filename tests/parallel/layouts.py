@@ -113,6 +113,8 @@ class Layout:
             values["training.z_loss"] = 0.01
         if self.optimizer == "sgd":
             values["optimizer.learning_rate"] = 0.3
+        if self.optimizer == "muon":
+            values["optimizer.average_decay"] = 0.9
         words = [f"--{key}={value}" for key, value in values.items()]
         file = f"zero{self.zero}{'_offload' * self.offload}.json"
         return [*words, "--deepspeed_config", str(ROOT / "ds_configs" / file)]
@@ -126,17 +128,18 @@ FEATURES: dict[str, tuple[Any, ...]] = {
     "sequence": (False, True),
     "recompute": ("none", "selective", "full"),
     "settings": ("paper", "scaled"),
-    # SGD shows a wrong scale of the gradient, which AdamW hides.
-    "optimizer": ("adamw", "sgd"),
+    # SGD shows a wrong scale of the gradient, which AdamW hides; Muon needs whole matrices.
+    "optimizer": ("adamw", "sgd", "muon"),
 }
 PRODUCT = [
     layout
     for values in itertools.product(*FEATURES.values())
     if (layout := Layout(**dict(zip(FEATURES, values, strict=True)))).ranks <= 4
     and layout.tensor > layout.sequence
+    and not (layout.optimizer == "muon" and layout.zero == 3)
     and layout != layout.alone()
 ]
-"""Every combination of the features on up to four ranks; sequence parallelism needs tensor parallelism."""
+"""Every combination of the features on up to four ranks that is allowed."""
 
 
 def pairs(layout: Layout) -> set[tuple[tuple[str, object], ...]]:
@@ -162,6 +165,7 @@ CURVES = [
     Layout(context=2, architecture="sliding_window", masked=True),
     Layout(data=2, zero=2, offload=True),
     Layout(data=2, zero=3, offload=True),
+    Layout(tensor=2, data=2, zero=2, optimizer="muon"),
     # The only architecture with a matrix of its own, which every tensor rank applies to its own channels.
     Layout(tensor=2, data=2, zero=3, settings="paper", architecture="compressed_double_attention", masked=True),
 ]
@@ -189,6 +193,7 @@ CONVERTED = [
     Layout(tensor=2, zero=3),
     Layout(data=2, zero=2),
     Layout(data=2, zero=3),
+    Layout(tensor=2, data=2, zero=2, optimizer="muon"),
     *(layout for layout in CURVES if layout.context * layout.tensor == 4 or layout.offload),
     *(layout for layout in CURVES + ARCHITECTURE_CURVES if layout.architecture == "compressed_double_attention"),
     *BF16,

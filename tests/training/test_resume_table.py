@@ -48,6 +48,8 @@ WITH_OTHERS = {
     "optimizer.decay_tokens": "only under cosine, which is tested",
     "optimizer.min_lr_ratio": "only under cosine, which is tested",
     "optimizer.halving_tokens": "only under halving",
+    "optimizer.momentum": "only of muon: tests/zero/test_muon.py",
+    "optimizer.average_decay": "changes no weight: tests/zero/test_muon.py",
     "optimizer.cooldown_tokens": "only under wsd: tests/test_learning_rate.py",
     "training.steps": "every resume here",
     "training.tokens": "the same as the steps: tests/training/test_batch_schedule.py",

@@ -14,13 +14,15 @@ from tests.models.settings import BOTH, NAMES, SCALED, build, random_tokens
 @pytest.mark.parametrize("config", BOTH, ids=NAMES)
 def test_weights_of_linear_layers_decay_and_nothing_else(config: object, groups: Groups) -> None:
     model = build(config, groups)
-    decayed, rest = optimizer_groups(model, 0.1)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {id(p) for p in [*decayed["params"], *rest["params"]]} == names.keys()
-    assert decayed["weight_decay"] == 0.1
-    assert rest["weight_decay"] == 0.0
-    assert all(names[id(p)].endswith("weight") and p.dim() == 2 for p in decayed["params"])
-    assert all("norm" in names[id(p)] or "bias" in names[id(p)] or "embedding" in names[id(p)] for p in rest["params"])
+    decayed, rest = optimizer_groups(model)
+    assert {*decayed.parameters, *rest.parameters} == dict(model.named_parameters()).keys()
+    assert (decayed.decays, rest.decays) == (True, False)
+    assert all(name.endswith("weight") and value.dim() == 2 for name, value in decayed.parameters.items())
+    assert all("norm" in name or "bias" in name or "embedding" in name for name in rest.parameters)
+    matrices, output, others = optimizer_groups(model, "muon")
+    assert [*matrices.parameters, *output.parameters] == [*decayed.parameters]
+    assert (list(output.parameters), others) == (["output.weight"], rest)
+    assert (matrices.orthogonal, output.orthogonal, others.orthogonal) == (True, False, False)
 
 
 class FakeEngine:
