@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import validation_batches
@@ -68,13 +69,12 @@ def validation_numbers(
     found: dict[str, Any] = {}
     for name, corpus in corpora.items():
         shares = validation_batches(corpus, config, replicas.size(), replicas.rank())
-        totals = losses_by_position(engine, shares, groups, mask)
-        end, loss = f"/{name}" if name else "", _mean(totals)
-        found[f"validation_loss{end}"] = loss
+        end = f"/{name}" if name else ""
         if corpus.manifest.labels:
-            shares = validation_batches(corpus, config, replicas.size(), replicas.rank())
-            found[f"validation_accuracy{end}"] = accuracy(engine, shares, groups)
+            found[f"validation_loss{end}"], found[f"validation_accuracy{end}"] = of_labels(engine, shares, groups)
             continue
+        totals = losses_by_position(engine, shares, groups, mask)
+        found[f"validation_loss{end}"] = loss = _mean(totals)
         counts = corpus.manifest.totals
         if not corpus.manifest.marked:
             found[f"validation_bits_per_byte{end}"] = loss * counts.tokens / (math.log(2) * max(1, counts.bytes))
@@ -87,17 +87,25 @@ def validation_numbers(
 
 
 @torch.no_grad()
-def accuracy(engine: Engine, batches: Iterable[tuple[Tensor, int]], groups: Groups) -> float:
-    """Share of right labels over all ranks' batches (micro, n + 1), of which the first rows count."""
+def of_labels(engine: Engine, batches: Iterable[tuple[Tensor, int]], groups: Groups) -> tuple[float, float]:
+    """A classifier's mean loss in nats and share of right labels, over all ranks' batches.
+
+    Args:
+        engine: whose model classifies.
+        batches: of this rank, (micro, n + 1), and how many of their first rows count; as many on every rank.
+        groups: this rank's process groups.
+    """
     engine.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=groups.device)
     for batch, counted in batches:
         ids = batch.to(groups.device)
-        said = engine(ids[:, :-1])[:counted, -1].argmax(-1)
-        totals += torch.stack(((said == ids[:counted, -1]).sum(), torch.tensor(counted, device=groups.device)))
+        scores, labels = engine(ids[:, :-1])[:counted, -1].float(), ids[:counted, -1]
+        loss = cross_entropy(scores, labels, reduction="sum") if counted else totals.new_zeros(())
+        totals += torch.stack((loss, (scores.argmax(-1) == labels).sum(), torch.tensor(counted, device=groups.device)))
     engine.train()
     dist.all_reduce(totals, group=groups.data)
-    return (totals[0] / totals[1].clamp(min=1)).item()
+    loss, right, count = totals.tolist()
+    return loss / max(1, count), right / max(1, count)
 
 
 def _mean(totals: Tensor) -> float:
