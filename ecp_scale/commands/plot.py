@@ -20,6 +20,8 @@ PANELS = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
 }
+SPARSE = ("validation_loss", "validation_bits_per_byte", "validation_accuracy", "lr", "peak_memory_bytes")
+"""What is drawn as it is, without a smoothed line."""
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
@@ -31,34 +33,58 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
+def records_of(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Records of some runs, by the name of each folder, or its path where two have one name.
+
+    Raises:
+        InputError: naming the folder that holds no run, or is named twice.
+    """
+    from ecp_scale.training.metrics import read_metrics, unreadable_metrics
+
+    names = [folder.resolve().name for folder in folders]
+    found = {}
+    for folder, name in zip(folders, names, strict=True):
+        records = read_metrics(folder)
+        if not records:
+            raise InputError(f"{folder}: expected a run with metrics.jsonl, found no record of a step")
+        if unreadable := unreadable_metrics(folder):
+            print(f"{folder}: {unreadable} lines of metrics.jsonl cannot be read")
+        name = name if names.count(name) == 1 else str(folder)
+        if name in found:
+            raise InputError(f"{folder} is named twice")
+        found[name] = records
+    return found
+
+
+def draw_panel(axes: Any, key: str, runs: dict[str, list[dict[str, Any]]], weight: float) -> None:
+    """Draw one number of the records of some runs against tokens; runs that do not have it are left out."""
+    for number, (name, records) in enumerate(runs.items()):
+        points = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key) is not None]
+        if not points:
+            continue
+        tokens, values = zip(*points, strict=True)
+        color = f"C{number % 10}"
+        if key in SPARSE:
+            mark = "o-" if key.startswith("validation") else "-"
+            axes.plot(tokens, values, mark, color=color, markersize=3, label=name)
+        else:
+            axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(tokens, smoothed(values, weight), color=color, label=name)
+    axes.grid(alpha=0.3)
+
+
 def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> None:
     """Draw the records of some runs by name."""
-    import matplotlib
+    from ecp_scale.evaluation.comparison import pyplot, save_picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, grid = pyplot.subplots(len(PANELS), 1, figsize=(8, 2.4 * len(PANELS)), layout="constrained", sharex=True)
+    figure, grid = pyplot().subplots(len(PANELS), 1, figsize=(8, 2.4 * len(PANELS)), layout="constrained", sharex=True)
     for axes, (key, label) in zip(grid, PANELS.items(), strict=True):
-        for number, (name, records) in enumerate(runs.items()):
-            points = [(record["tokens"] / 1e6, record[key]) for record in records if record.get(key) is not None]
-            if not points:
-                continue
-            tokens, values = zip(*points, strict=True)
-            color = f"C{number % 10}"
-            if key in ("validation_loss", "lr"):
-                axes.plot(
-                    tokens, values, "o-" if key == "validation_loss" else "-", color=color, markersize=3, label=name
-                )
-            else:
-                axes.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
-                axes.plot(tokens, smoothed(values, weight), color=color, label=name)
+        draw_panel(axes, key, runs, weight)
         axes.set(ylabel=label)
-        axes.grid(alpha=0.3)
     grid[0].legend()
     grid[-1].set(xlabel="tokens (millions)")
     figure.suptitle(", ".join(runs) if len(runs) < 4 else f"{len(runs)} runs")
-    figure.savefig(output, dpi=120)
+    save_picture(figure, output)
 
 
 @input_errors_exit()
@@ -79,17 +105,8 @@ def main() -> None:
     if not 0 <= options.smoothing <= 0.999:
         raise InputError(f"--smoothing is {options.smoothing}, expected a number from 0 to 0.999")
 
-    from ecp_scale.training.metrics import read_metrics, unreadable_metrics
-
     folders = [Path(run) for run in options.runs]
-    runs = {}
-    for folder in folders:
-        records = read_metrics(folder)
-        if not records:
-            raise InputError(f"{folder}: expected a run with metrics.jsonl, found no record of a step")
-        if unreadable := unreadable_metrics(folder):
-            print(f"{folder}: {unreadable} lines of metrics.jsonl cannot be read")
-        runs[str(folder) if folder.name in runs else folder.name] = records
+    runs = records_of(folders)
     output = Path(options.output) if options.output else folders[0] / "curves.png"
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--output {output}: expected a name that ends in .png, .svg or .pdf")

@@ -82,7 +82,7 @@ class Plan:
         sizes = {
             "weights": states.weights,
             "master weights": states.master_weights,
-            "moments of Adam": states.moments,
+            "optimizer states": states.moments,
             "gradients": states.gradients,
             "buffers": states.buffers,
             "activations": self.trace.activations,

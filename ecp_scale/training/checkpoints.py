@@ -10,6 +10,7 @@ from ecp_scale.checkpoint.saving import Progress, SaveFailedError, Saves
 from ecp_scale.cluster.signals import LAUNCHER_SECONDS, STOP, under_deepspeed_launcher
 from ecp_scale.config import CheckpointConfig
 from ecp_scale.console import say
+from ecp_scale.training.events import EventLog
 
 
 class Checkpoints:
@@ -21,6 +22,7 @@ class Checkpoints:
         config: CheckpointConfig,
         run: Path,
         newest: Path | None,
+        events: EventLog,
         probe: Callable[[], float] | None = None,
     ) -> None:
         """Args:
@@ -28,6 +30,7 @@ class Checkpoints:
         config: of the run.
         run: its folder.
         newest: the checkpoint that it goes on from.
+        events: where saves are noted.
         probe: tells the loss of fixed tokens, which is saved with the weights; all ranks call it.
         """
         self.newest = newest
@@ -35,6 +38,7 @@ class Checkpoints:
         self._saves = saves
         self._config = config
         self._run = run
+        self._events = events
         self._probe = probe
         self._began = 0.0
         self._copied = 0.0
@@ -98,6 +102,7 @@ class Checkpoints:
                 self._failed(step, error, is_last)
             return
         seconds = time.perf_counter() - self._began
+        self._events.add("saved", step, seconds=seconds, waited=self._copied if self._config.asynchronous else seconds)
         text = f"saved in {seconds:.1f} s: {self.newest}"
         if self._config.asynchronous and not is_last:
             text = f"saved {seconds:.1f} s later, copied in {self._copied:.1f} s: {self.newest}"
@@ -116,6 +121,7 @@ class Checkpoints:
             say(f"mirror      has not got {left.name} yet: the run copies it when it goes on")
 
     def _failed(self, step: int, error: SaveFailedError, is_last: bool) -> None:
+        self._events.add("not saved", step, error=str(error))
         text = f"not saved: {error}; last checkpoint: {self.newest or 'none'}"
         if is_last or self._config.on_failed_save == "stop":
             raise SaveFailedError(f"step {step}: {text}") from None

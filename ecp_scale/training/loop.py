@@ -26,6 +26,7 @@ from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.checkpoints import Checkpoints
 from ecp_scale.training.corpora import check_view, loss_mask, open_data
+from ecp_scale.training.events import EventLog
 from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.probe import probe_loss
@@ -70,6 +71,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
     check_zero_section(request.deepspeed)
     assert request.config.training.output_dir is not None
     run = Path(request.config.training.output_dir)
+    launched = time.time()
     mine = facts(request)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
@@ -90,6 +92,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         done = start.progress
         config = config.with_length(done.step, done.tokens)
         run_tokens = config.tokens_after(config.training.steps, done.step, done.tokens)
+        events = stack.enter_context(EventLog(run if dist.get_rank() == 0 else None))
         if dist.get_rank() == 0:
             for line in describe_start(start, run):
                 say(line)
@@ -112,8 +115,11 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         decided(lambda: write_settings(run, to_yaml(config), settings))
         saves = Saves(engine, config, blend, run, run_tokens)
         probe = partial(probe_loss, engine, config, groups)
-        checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder, probe)
-        _Run(config, groups, engine, blend, validation, run, run_tokens, stop, checkpoints).steps(start.progress)
+        checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder, events, probe)
+        events.add("started", done.step, ranks=len(hosts), hosts=list(dict.fromkeys(hosts)), launched=launched)
+        _Run(config, groups, engine, blend, validation, run, run_tokens, stop, checkpoints, events).steps(
+            start.progress
+        )
         engine.destroy()
 
 
@@ -131,6 +137,7 @@ class _Run:
         run_tokens: int,
         stop: StopRequest,
         checkpoints: Checkpoints,
+        events: EventLog,
     ) -> None:
         self.config = config
         self.groups = groups
@@ -141,6 +148,7 @@ class _Run:
         self.run_tokens = run_tokens
         self.stop = stop
         self.checkpoints = checkpoints
+        self.events = events
         self.is_first = dist.get_rank() == 0
         self.mask = loss_mask(config, [*blend.corpora, *validation.values()])
 
@@ -254,10 +262,12 @@ class _Run:
             return
         if reason is not None and done.step < self.config.training.steps:
             write_stopped(self.folder, reason, done.step, self.checkpoints.newest)
+            self.events.add("stopped", done.step, reason=reason)
             say(describe_end(self.folder, done, loss, reason, self.checkpoints.newest))
         elif done.step > self.config.training.steps:
             say(f"nothing to do: step {done.step:,} is done, and training.steps is {self.config.training.steps:,}")
         else:
+            self.events.add("finished", done.step)
             say(describe_end(self.folder, done, loss, None, self.checkpoints.newest))
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -274,6 +284,7 @@ class _Run:
             utilisation = speed * config.model.flops_per_token / (peak * 1e12 * dist.get_world_size())
         return {
             "step": done.step,
+            "time": time.time(),
             "tokens": done.tokens,
             "loss": result.loss,
             "grad_norm": result.gradient_norm,
