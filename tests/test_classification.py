@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from ecp_scale.checkpoint.export import ExportedModel, export
-from ecp_scale.checkpoint.folder import find_checkpoint
+from ecp_scale.checkpoint.folder import CheckpointRecord, find_checkpoint
+from ecp_scale.checkpoint.identity import NEWER_FIELDS, check_continues
 from ecp_scale.command_line import parse
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.errors import InputError
@@ -235,8 +236,25 @@ def test_values_enter_by_a_linear_map_with_a_vector_for_each_position(
         torch.testing.assert_close(hub(rows[:, :-1]).logits, logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="1024 positions were learnt, found 1000"):
         hub(rows[:, :1000])
+    with pytest.raises(ValueError, match="a constant and a slope, which have no other size"):
+        hub.resize_token_embeddings(300)
     with pytest.raises(InputError, match=r"model\.sequence_length is 512, but 1024 positions were learnt"):
         exported.with_geometry(sequence_length=512)
+
+
+def test_a_checkpoint_of_before_these_fields_has_their_defaults(alone: Path, shards: str) -> None:
+    checkpoint = find_checkpoint(alone)
+    record = CheckpointRecord.read(checkpoint)
+    older = {name: value for name, value in record.model.items() if name not in NEWER_FIELDS}
+    record = dataclasses.replace(record, model={**older, "task": "classification"})
+    now = {name: getattr(record, name) for name in ("attention", "optimizer", "data")}
+    model = dataclasses.asdict(parse(words(shards, alone), "").config.model) | {
+        "vocab_size": record.model["vocab_size"]
+    }
+    check_continues(record, checkpoint, {**now, "model": model})
+    for field, value, before in (("inputs", "values", "'tokens'"), ("learnt_positions", True, "False")):
+        with pytest.raises(InputError, match=rf"model\.{field} was {before} and is now {value!r}"):
+            check_continues(record, checkpoint, {**now, "model": {**model, field: value}})
 
 
 def test_text_takes_no_values_and_no_learnt_positions() -> None:
@@ -248,6 +266,10 @@ def test_text_takes_no_values_and_no_learnt_positions() -> None:
             parse(["--config", "demo", word], "")
     notes = parse(["--config", "demo", "--model.rotary=none", "--model.rotary_theta=500"], "").notes
     assert notes == ("--model.rotary_theta has no effect with model.rotary none",)
+    odd = ["--config", "demo", "--model.width=35", "--model.heads=5", "--model.key_value_heads=5"]
+    parse([*odd, "--model.rotary=none"], "")
+    with pytest.raises(InputError, match="rotary positions need an even head width"):
+        parse(odd, "")
 
 
 @pytest.mark.parametrize(

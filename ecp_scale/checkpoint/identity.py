@@ -9,6 +9,9 @@ from ecp_scale.config.resume import FIXED, rule
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 
+NEWER_FIELDS: dict[str, Any] = {"task": "language", "pooling": "mean", "inputs": "tokens", "learnt_positions": False}
+"""Fields of the model that checkpoints of earlier versions do not have, and what those were."""
+
 
 def identity(config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
     """What a checkpoint after ``tokens`` tokens says about its run, for a resume to compare."""
@@ -40,10 +43,12 @@ def check_continues(record: CheckpointRecord, folder: object, now: dict[str, Any
         saved = getattr(record, section)
         for name, value in values.items():
             field = f"{section}.{name}"
-            # What earlier versions did not write is not compared; all entries of ``data`` are content.
-            may_differ = name not in saved or (section != "data" and rule(field) != FIXED)
-            if not may_differ and saved[name] != value:
-                differences.append(f"{field} was {saved[name]!r} and is now {value!r}")
+            # What earlier versions did not write is not compared, but for newer fields that change what weights there
+            # are; all entries of ``data`` are content.
+            known = saved if section != "model" else NEWER_FIELDS | saved
+            may_differ = name not in known or (section != "data" and rule(field) != FIXED)
+            if not may_differ and known[name] != value:
+                differences.append(f"{field} was {known[name]!r} and is now {value!r}")
     if not differences:
         differences = ModelConfig(**now["model"]).weights_problems(ModelConfig(**record.model))
     if differences:

@@ -236,7 +236,7 @@ class ModelConfig:
         found = []
         if self.width % self.heads:
             found.append(f"model.width {self.width} is not divisible by model.heads {self.heads}")
-        elif self.head_width % 2:
+        elif self.head_width % 2 and self.rotary != "none":
             found.append(f"model.width / model.heads is {self.head_width}; rotary positions need an even head width")
         if self.key_value_heads and self.heads % self.key_value_heads:
             found.append(f"model.heads {self.heads} is not divisible by model.key_value_heads {self.key_value_heads}")

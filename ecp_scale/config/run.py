@@ -234,7 +234,7 @@ class Config:
         if model.task == "language":
             idle["model.pooling"] = f"model.task {model.task}"
         if model.rotary == "none":
-            idle["model.rotary_theta"] = "model.rotary none"
+            idle |= dict.fromkeys(("model.rotary_theta", "attention.restart_positions"), "model.rotary none")
         if optimizer.name != "muon":
             idle["optimizer.momentum"] = f"optimizer.name {optimizer.name}"
         if optimizer.name == "sgd":

@@ -1,7 +1,7 @@
 """How well a model predicts a text: negative log-likelihood under a named protocol, in three units.
 
 - ``stream``: one pass over the whole text in chunks, every token scored once, with all the context
-  that the model can reach (exact: the caches hand the last segment on). It needs rotary positions in every layer.
+  that the model can reach (exact: the caches hand the last segment on). Only distances may matter to the model.
 - ``sliding``: windows of n tokens moved by n/2 (by the latents, where these are fewer), only the new tokens of each
   scored (of the first: all), so every token counts once, with at least n/2 tokens of context. Latent models score no
   more than their latents in a window; their first windows begin with ends of documents in place of text.
@@ -154,7 +154,8 @@ def default_protocol(config: ModelConfig) -> Protocol:
 
 def has_relative_positions(config: ModelConfig) -> bool:
     """Whether only distances between positions matter."""
-    return config.rotary != "first_layer" and not config.tied_key_value and not config.has_first_projection
+    rotates_values = config.tied_key_value and config.rotary != "none"
+    return config.rotary != "first_layer" and not rotates_values and not config.has_first_projection
 
 
 class Part(NamedTuple):

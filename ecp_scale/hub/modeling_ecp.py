@@ -128,7 +128,8 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         places = places_of(self.config, input_ids, valid, cache, x.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x = x if self.position_embedding is None else x + self.position_embedding.weight
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
         x, states = self._through_blocks(x, places, cache, output_hidden_states)
         if back is not None:
             x = at_rows(x, back.to(x.device))
@@ -150,8 +151,8 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         """What enters the first layer (B, T, D), but for learnt positions."""
         if self.config.inputs == "tokens":
             return self.embedding(input_ids)
-        constant, slope = self.embedding.weight
-        return constant + (input_ids[..., None].to(constant.dtype) / 127.5 - 1) * slope
+        constant, slope = self.embedding(torch.arange(2, device=input_ids.device))
+        return constant + (2 * input_ids[..., None] - 255).to(constant.dtype) / 255 * slope
 
     def _pooled(self, x: Tensor) -> Tensor:
         """What a classifier's output layer reads (B, 1, D)."""
@@ -275,6 +276,12 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.embedding = value
+
+    def resize_token_embeddings(self, *arguments: Any, **named: Any) -> nn.Embedding:
+        """Refused where values enter: there is no row for each token."""
+        if self.config.inputs == "values":
+            raise ValueError("inputs is 'values': the embedding is a constant and a slope, which have no other size")
+        return cast(nn.Embedding, super().resize_token_embeddings(*arguments, **named))
 
     def get_output_embeddings(self) -> nn.Module:
         """The output layer."""

@@ -38,7 +38,8 @@ class ValueEmbedding(_Replicated):
     def forward(self, values: Tensor) -> Tensor:
         """Embed values (B, N) -> (N or N/t, B, D)."""
         constant, slope = self.rows()
-        scaled = (self.held(values.t()).to(self.weight.dtype) / 127.5 - 1).unsqueeze(-1)
+        # Trap: v / 127.5 - 1 would cancel in bf16; odd numbers up to 255 are exact there.
+        scaled = ((2 * self.held(values.t()) - 255).to(self.weight.dtype) / 255).unsqueeze(-1)
         return torch.addcmul(constant, scaled, slope)
 
 

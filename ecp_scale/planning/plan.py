@@ -7,7 +7,8 @@ from ecp_scale.config import Config
 from ecp_scale.planning.tracing import Trace, trace
 from ecp_scale.precision import weight_type
 from ecp_scale.zero import json_config
-from ecp_scale.zero.memory import FP32, EngineStates, ZeroConfig, persistent, states
+from ecp_scale.zero.memory import ALIGNMENT, FP32, EngineStates, ZeroConfig, persistent, states
+from ecp_scale.zero.muon import busiest
 
 GIB = 1 << 30
 CONTEXT_BYTES = GIB
@@ -130,6 +131,7 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
     micro_batches = config.accumulation_steps(world_size)
     messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
     messages |= zero_messages(traced, config, zero, data_ranks, micro_batches)
+    messages |= muon_messages(traced, zero, data_ranks, parallel.tensor)
     master = 0 if zero.stage == 0 else FP32
     moments = sum(FP32 * number * sum(group) for number, group in zip(traced.kept, traced.groups, strict=True))
     saved = parallel.tensor * (traced.parameters * (weight_type(config).itemsize + master) + moments)
@@ -152,6 +154,20 @@ def _input(config: Config) -> int:
 def _output(config: Config) -> int:
     """Elements, on one rank, of the output layer."""
     return config.model.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor * config.model.width
+
+
+def muon_messages(traced: Trace, zero: ZeroConfig, data_ranks: int, tensor_ranks: int) -> dict[str, int]:
+    """Bytes of momentum that Muon sends per step, of the rank that sends most: whole matrices need all of it."""
+    if not traced.matrices:
+        return {}
+    parts = data_ranks if zero.stage else 1
+    length = -(-sum(traced.groups[0]) // (ALIGNMENT * parts)) * ALIGNMENT  # Muon's group is the first
+    to_data, to_tensor = busiest(traced.matrices, length, parts)
+    found = {
+        "data: momentum of cut matrices": FP32 * to_data,
+        "tensor: momentum": FP32 * to_tensor * (tensor_ranks > 1),
+    }
+    return {name: size for name, size in found.items() if size}
 
 
 def zero_messages(

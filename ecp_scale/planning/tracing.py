@@ -29,6 +29,7 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.planning.compiled import compiled_in_shapes
 from ecp_scale.precision import as_on_a_gpu, weight_type
+from ecp_scale.zero.muon import Matrix, matrices_of
 
 SHALLOW = 3
 """Layers of the shallow model: a first, a middle and a last one."""
@@ -49,6 +50,8 @@ class Trace:
     kept: tuple[int, ...]
     activations: int
     sent: dict[tuple[str, str], int]
+    matrices: tuple[Matrix, ...] = ()
+    """What Muon updates."""
 
     @property
     def parameters(self) -> int:
@@ -65,7 +68,7 @@ def trace(config: Config, world_size: int, rank: int = 0) -> Trace:
             optimized = optimizer_groups(whole, config.optimizer.name)
             elements = tuple(tuple(value.numel() for value in group.parameters.values()) for group in optimized)
         kept = tuple(config.optimizer.states(group.orthogonal) for group in optimized)
-        return Trace(elements, kept, found.peak, dict(found.sent))
+        return Trace(elements, kept, found.peak, dict(found.sent), tuple(matrices_of(optimized)))
 
 
 @dataclass(frozen=True)

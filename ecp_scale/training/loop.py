@@ -235,7 +235,7 @@ class _Run:
             )
         except DivergedError as error:
             raise self._diverged(step, str(error)) from None
-        if self.config.optimizer.average_decay is not None:
+        if self.config.optimizer.average_decay is not None and not result.skipped:
             update_average(self.engine, self.config.optimizer.average_decay, step)
         return result
 

@@ -40,3 +40,7 @@ def drop_average(engine: DeepSpeedEngine) -> None:
     """Forget the average that a checkpoint has brought."""
     for state in engine.basic_optimizer.state.values():
         state.pop(AVERAGE, None)
+    for parameter in engine.module.parameters():
+        fragment = getattr(parameter, "_hp_mapping", None)  # of ZeRO-1 and -2, which may refer to it, too
+        if fragment is not None and fragment.optim_fragment is not None:
+            fragment.optim_fragment.pop(AVERAGE, None)

@@ -1,7 +1,8 @@
 """What DeepSpeed keeps of a model on one rank, in bytes, by ZeRO stage and precision (docs/scaling.md has the rules).
 
 P is the number of elements of this rank's parameters, D the ranks that hold the same ones (replicas times context).
-ZeRO-1 and -2 cut each of the optimizer's two groups into D flat partitions; ZeRO-3 cuts every parameter into D.
+ZeRO-1 and -2 cut each group of the optimizer (two, and of muon three) into D flat partitions; ZeRO-3 cuts every
+parameter into D.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
 orthogonal one, about, for which it needs the whole matrix. Under tensor parallelism a rank has a share of it, and under
-ZeRO-1 and -2 a run of all shares one after another, with a matrix cut at each end. So ranks tell each other the
-momentum of what is cut, each makes whole matrices orthogonal, and keeps what belongs to its part. torch's and
+ZeRO-1 and -2 a run of all shares one after another, with a matrix cut at each end. So the ranks that have parts of one
+tell each other its momentum, each makes whole matrices orthogonal, and keeps what belongs to its part. torch's and
 DeepSpeed's own know nothing of the shares of a tensor-parallel matrix.
 """
 
@@ -42,17 +42,21 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-class _Matrix(NamedTuple):
-    """This tensor rank's share of a matrix, and its place among those of the group, one after another."""
+class Matrix(NamedTuple):
+    """This tensor rank's share of a matrix; ``start`` is its place among those of the group, one after another."""
 
     shape: torch.Size
     partition_dim: int | None
     start: int
 
-    @property
-    def stop(self) -> int:
-        """The place after its last element."""
-        return self.start + self.shape.numel()
+    def ranks(self, length: int) -> range:
+        """Ranks that have a part of it, where each has a run of ``length`` elements of the group."""
+        return range(self.start // length, (self.start + self.shape.numel() - 1) // length + 1)
+
+    def part(self, rank: int, length: int) -> slice:
+        """The elements of it in the run of a rank, by their numbers in it; of none, an empty slice."""
+        low, high = (min(max(rank * length + at - self.start, 0), self.shape.numel()) for at in (0, length))
+        return slice(low, high)
 
 
 class Muon(torch.optim.AdamW):
@@ -86,12 +90,11 @@ class Muon(torch.optim.AdamW):
             fused=True,
         )
         self._ranks = ranks
-        matrices = [value for group in groups if group.orthogonal for value in group.parameters.values()]
-        starts = itertools.accumulate((value.numel() for value in matrices), initial=0)
-        self._alone = {value: _Matrix(value.shape, _partition_dim(value), 0) for value in matrices}
-        self._in_a_row = [
-            _Matrix(value.shape, _partition_dim(value), start) for value, start in zip(matrices, starts, strict=False)
-        ]
+        self._in_a_row = matrices_of(groups)
+        parameters = (value for group in groups if group.orthogonal for value in group.parameters.values())
+        self._alone = {
+            value: matrix._replace(start=0) for value, matrix in zip(parameters, self._in_a_row, strict=True)
+        }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -121,20 +124,19 @@ class Muon(torch.optim.AdamW):
         wanted = gradient.add(state[MOMENTUM], alpha=group["momentum"]).view(-1)  # Nesterov's
         stored.mul_(1 - rate * group["weight_decay"])
         if isinstance(stored, nn.Parameter) and stored in self._alone:
-            matrices, ranks, first = [self._alone[stored]], None, 0
+            matrices, rank, wholes = [self._alone[stored]], 0, {}
         else:
-            matrices, ranks = self._in_a_row, self._ranks.data
-            first = ranks.rank() * stored.numel()
+            matrices, rank = self._in_a_row, self._ranks.data.rank()
+            wholes = exchanged(wanted, matrices, self._ranks.data)
         length, flat = stored.numel(), stored.view(-1)
         for matrix in matrices:
-            low, high = (min(max(place - first, 0), length) for place in (matrix.start, matrix.stop))
-            share = wanted[low:high]
-            if ranks is not None and matrix.start // length != (matrix.stop - 1) // length:
-                share = _joined(share, matrix.shape.numel(), first + low - matrix.start, ranks)
-            if low < high:
-                update = self._orthogonal_share(share.view(matrix.shape), matrix.partition_dim).reshape(-1)
-                mine = update[first + low - matrix.start :][: high - low]
-                flat[low:high].add_(mine, alpha=-rate)
+            if rank not in matrix.ranks(length):
+                continue
+            part, first = matrix.part(rank, length), matrix.start - rank * length
+            mine = slice(first + part.start, first + part.stop)
+            share = wholes[matrix] if matrix in wholes else wanted[mine]
+            update = self._orthogonal_share(share.view(matrix.shape), matrix.partition_dim).reshape(-1)
+            flat[mine].add_(update[part], alpha=-rate)
 
     def _orthogonal_share(self, share: Tensor, partition_dim: int | None) -> Tensor:
         """This rank's share of the whole matrix's update, scaled."""
@@ -147,18 +149,60 @@ class Muon(torch.optim.AdamW):
         return orthogonal(whole).mul_(_scale(whole.shape)).chunk(group.size(), partition_dim)[group.rank()]
 
 
-def _joined(part: Tensor, elements: int, start: int, ranks: ProcessGroup) -> Tensor:
-    """A tensor of so many elements that ranks have parts of, this one those from ``start`` on."""
-    whole = part.new_zeros(elements)
-    if len(part):
-        whole[start : start + len(part)] = part
-    dist.all_reduce(whole, group=ranks)
-    return whole
+def exchanged(mine: Tensor, matrices: Sequence[Matrix], group: ProcessGroup) -> dict[Matrix, Tensor]:
+    """The matrices that this rank has a part of and others too, whole and flat; all ranks of the group take part.
+
+    Args:
+        mine: this rank's run of all matrices, one after another; as long on every rank.
+        matrices: in their order.
+        group: ranks that have the runs, in order.
+    """
+    rank, length = group.rank(), len(mine)
+    cut = [matrix for matrix in matrices if len(matrix.ranks(length)) > 1]
+    if not cut:
+        return {}
+    wholes = {matrix: mine.new_empty(matrix.shape.numel()) for matrix in cut if rank in matrix.ranks(length)}
+    parts = {}
+    for matrix, whole in wholes.items():
+        place = matrix.part(rank, length)
+        first = matrix.start - rank * length
+        parts[matrix] = whole[place] = mine[first + place.start : first + place.stop]
+    shared = [[matrix for matrix in wholes if other in matrix.ranks(length)] for other in range(group.size())]
+    shared[rank] = []
+    sent = [parts[matrix] for some in shared for matrix in some]
+    sizes_sent = [sum(len(parts[matrix]) for matrix in some) for some in shared]
+    places = [[matrix.part(other, length) for matrix in some] for other, some in enumerate(shared)]
+    sizes = [sum(place.stop - place.start for place in some) for some in places]
+    received = mine.new_empty(sum(sizes))
+    dist.all_to_all_single(received, torch.cat(sent) if sent else mine[:0], sizes, sizes_sent, group=group)
+    begin = 0
+    for matrix, place in zip(itertools.chain(*shared), itertools.chain(*places), strict=True):
+        end = begin + place.stop - place.start
+        wholes[matrix][place] = received[begin:end]
+        begin = end
+    return wholes
+
+
+def busiest(matrices: Sequence[Matrix], length: int, ranks: int) -> tuple[int, int]:
+    """Elements that a rank sends at most in a step: to ranks of the data group, and to its tensor group."""
+    to_data, to_tensor = [0] * ranks, [0] * ranks
+    for matrix in matrices:
+        holders = matrix.ranks(length)
+        for rank in holders:
+            part = matrix.part(rank, length)
+            to_data[rank] += (part.stop - part.start) * (len(holders) - 1)
+            to_tensor[rank] += matrix.shape.numel() * (matrix.partition_dim is not None)
+    return max(to_data), max(to_tensor)
 
 
 def _scale(shape: Sequence[int]) -> float:
     return 0.2 * max(shape) ** 0.5
 
 
-def _partition_dim(parameter: nn.Parameter) -> int | None:
-    return Partition.of(parameter).partition_dim
+def matrices_of(groups: Sequence[OptimizerGroup]) -> list[Matrix]:
+    """What Muon updates, in the order of the optimizer."""
+    found, start = [], 0
+    for parameter in (value for group in groups if group.orthogonal for value in group.parameters.values()):
+        found.append(Matrix(parameter.shape, Partition.of(parameter).partition_dim, start))
+        start += parameter.numel()
+    return found

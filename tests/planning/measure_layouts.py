@@ -51,10 +51,11 @@ def planned(request: Request) -> dict[str, Any]:
 
 
 def by_zero(messages: dict[str, int]) -> dict[str, int]:
-    """Bytes of gradients and of weights that ZeRO sends in a step."""
+    """Bytes of gradients, of weights and of Muon's momentum that ranks send each other in a step."""
     data = {name: value for name, value in messages.items() if name.startswith("data: ")}
     found = {"gradients": data.get("data: gradients", 0)}
-    found["weights"] = sum(data.values()) - found["gradients"]
+    found["momentum"] = data.get("data: momentum of cut matrices", 0)
+    found["weights"] = sum(data.values()) - found["gradients"] - found["momentum"]
     return {what: value for what, value in found.items() if value}
 
 
@@ -71,6 +72,7 @@ def measured(request: Request, with_states: bool) -> dict[str, Any]:
 
 
 def _states(request: Request, groups: Groups) -> dict[str, Any]:
+    from ecp_scale.zero.averaging import update_average
     from ecp_scale.zero.engine import build_engine
 
     config = request.config
@@ -86,6 +88,8 @@ def _states(request: Request, groups: Groups) -> dict[str, Any]:
                 if step == 1 and number == micro_batches - 2:
                     gradients = _gradients(engine)
                 engine.step()
+    if config.optimizer.average_decay is not None:
+        update_average(engine, config.optimizer.average_decay, 1)
     parameters, optimizer = list(engine.module.parameters()), engine.optimizer
     stage = engine.zero_optimization_stage()
     flats = next(
@@ -132,10 +136,15 @@ class DataMessages(TorchDispatchMode):
             operation = func._schema.name
             if group.group_name == self.group_name:
                 tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-                assert operation in ("c10d::allreduce_", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
-                # Of the latter two the first tensor is what they fill.
+                kinds = {
+                    "c10d::allreduce_": "gradients",
+                    "c10d::_reduce_scatter_base_": "gradients",
+                    "c10d::_allgather_base_": "weights",
+                    "c10d::alltoall_base_": "momentum",
+                }
+                # But for the first of these the first tensor is what they fill.
                 given = tensors[:1] if operation == "c10d::allreduce_" else tensors[1:]
-                what = "weights" if operation == "c10d::_allgather_base_" else "gradients"
+                what = kinds[operation]
                 self.sent[what] += sum(size([tensor]) for tensor in given if tensor.numel() > 1)
         return func(*args, **(kwargs or {}))
 

@@ -40,6 +40,7 @@ BASE = {
     "training.micro_batch_size": 2,
     "training.global_batch_size": 16,
 }
+MUON = (("optimizer.name", "muon"), ("optimizer.average_decay", 0.9))
 PAPER = {"model.preset": "paper-12l", "model.key_value_heads": "null", "model.dropout": 0.0}
 
 
@@ -55,6 +56,11 @@ class Layout:
 
     def __str__(self) -> str:
         return f"zero{self.zero}{'_offload' * self.offload}"
+
+    @property
+    def optimizer(self) -> str:
+        """Name of it."""
+        return dict(self.changes).get("optimizer.name", "adamw")
 
     def job(self) -> dict[str, Any]:
         """As measure_layouts.py reads it."""
@@ -77,6 +83,7 @@ LAYOUTS = [
     Layout(2, 2, "fp32", changed(context=2)),
     Layout(2, 2, "bf16", changed(tensor=2, sequence=True, recompute="selective")),
     Layout(2, 3, "bf16", offload=True),
+    Layout(2, 1, "bf16", MUON),
 ]
 MORE_LAYOUTS = [
     Layout(1, 0),
@@ -86,6 +93,7 @@ MORE_LAYOUTS = [
     Layout(2, 2, "bf16", offload=True),
     Layout(2, 2, "fp32", offload=True),
     Layout(4, 1, "fp32", changed(tensor=2, sequence=True, context=2)),
+    Layout(4, 2, "fp32", (*changed(tensor=2), *MUON)),
 ]
 
 
@@ -128,12 +136,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plan_is_what_happens(layout: Layout, folder: Path) -> None:
     plan, ranks = results(folder, tuple(LAYOUTS if layout in LAYOUTS else MORE_LAYOUTS))[layout]
     for real in ranks:
-        for exact in ("parameters", "master_weights", "moments", "sent by ZeRO"):
+        for exact in ("parameters", "master_weights", "moments"):
             assert real[exact] == plan[exact], exact
+        for what in ("gradients", "weights"):
+            assert real["sent by ZeRO"].get(what) == plan["sent by ZeRO"].get(what), what
         if layout.zero < 3:
             assert real["weights"] == plan["weights"]
         else:  # beside its parts, ZeRO-3 keeps small parameters whole on every rank
             assert real["weights"] <= plan["weights"]
+    # Ranks differ in what they have of the matrices that are cut.
+    told, planned = [real["sent by ZeRO"].get("momentum", 0) for real in ranks], plan["sent by ZeRO"].get("momentum", 0)
+    assert max(told) == planned
+    assert (planned > 0) == (layout.optimizer == "muon" and plan["sent by ZeRO"] != {})
     # Under ZeRO-2 ranks differ, as borders between them cut parameters.
     assert max(real["gradients"] for real in ranks) == plan["gradients"]
     # The plan is that of the rank that has neighbours, or of the one that sends as much.

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ecp_scale.checkpoint.weights_file import WriteOptions
 from ecp_scale.command_line import parse
 from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
+from ecp_scale.training.step import StepResult, optimizer_step
 from tests.corpus import ShardedText
 from tests.launching import metrics, run, run_successfully
 from tests.parallel.layouts import Layout
@@ -107,3 +109,22 @@ def test_layouts_that_cut_matrices_everywhere_are_refused(sharded_text: ShardedT
     for value in ("1", "-0.1"):
         with pytest.raises(InputError, match=r"optimizer\.average_decay is .*, expected at least 0 and below 1"):
             parse([*options(sharded_text, tmp_path / "a", Layout(), 2), f"--optimizer.average_decay={value}"], "")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_first_update_leaves_the_optimizer_able_to_begin(
+    optimizer: str, sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = iter([True, False, False])
+
+    def skipping(engine: Any, *arguments: Any, **named: Any) -> StepResult:
+        if next(results):
+            return StepResult(6.0, float("inf"), skipped=True, stop_requested=False, sums=tuple(arguments[-1]))
+        return optimizer_step(engine, *arguments, **named)
+
+    monkeypatch.setattr("ecp_scale.training.loop.optimizer_step", skipping)
+    train(parse(options(sharded_text, tmp_path / "run", Layout(zero=1, optimizer=optimizer), 3), ""))
+    first, last = (weights(tmp_path / "run", step, tmp_path / f"{step}", average=False) for step in (2, 3))
+    kept = min(DECAY, 4 / 13)
+    expected = {name: kept * value + (1 - kept) * last[name] for name, value in first.items()}
+    assert_close(weights(tmp_path / "run", 3, tmp_path / "average", average=True), expected, 1e-6)

@@ -25,8 +25,9 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-def config_of(precision: str) -> Config:
+def config_of(precision: str, optimizer: str = "adamw") -> Config:
     settings = {**SETTINGS["scaled"], **RECIPE, "training.precision": precision, "model.vocab_size": 64}
+    settings["optimizer.name"] = optimizer
     words = [f"--{key}={value}" for key, value in settings.items()]
     return parse([*words, "--dry-run"], "").config
 
@@ -62,6 +63,18 @@ def test_the_numbers_of_the_optimizer_may_change(stage: int, precision: str, gro
     unchanged = list(weights_after(config, stage, groups))
     assert all(map(torch.equal, changed, expected))
     assert not all(map(torch.equal, changed, unchanged))
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_the_momentum_of_muon_may_change(stage: int, precision: str, groups: Groups) -> None:
+    config = config_of(precision, "muon")
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.5))
+    changed = list(weights_after(other, stage, groups, loaded=config.optimizer))
+    assert all(map(torch.equal, changed, weights_after(other, stage, groups)))
+    assert not all(map(torch.equal, changed, weights_after(config, stage, groups)))
+    if precision == "fp32":  # every stage, to rounding
+        for found, expected in zip(changed, weights_after(other, 0, groups), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", SCHEDULES, ids=str)

@@ -7,6 +7,7 @@ from ecp_scale.config import OptimizerConfig
 from ecp_scale.models.parameter_groups import OptimizerGroup, optimizer_groups
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.zero.muon import Muon, orthogonal
+from tests.launching import run_successfully
 from tests.models.settings import SCALED, build
 
 
@@ -51,3 +52,8 @@ def test_it_has_the_matrices_of_the_blocks_and_adamw_all_else(groups: Groups) ->
         of_muon = parameter.dim() == 2 and name.startswith("layers.")
         expected = {"step", "momentum_buffer"} if of_muon else {"step", "exp_avg", "exp_avg_sq"}
         assert optimizer.state[parameter].keys() == expected, name
+
+
+def test_ranks_with_parts_of_matrices_compute_what_one_process_does() -> None:
+    out = run_successfully("tests/zero/muon_ranks.py", ranks=4)
+    assert [f"rank {rank} of 4 agrees" in out for rank in range(4)] == [True] * 4
