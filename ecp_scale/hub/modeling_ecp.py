@@ -128,8 +128,6 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         places = places_of(self.config, input_ids, valid, cache, x.dtype)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
         x, states = self._through_blocks(x, places, cache, output_hidden_states)
         if back is not None:
             x = at_rows(x, back.to(x.device))
@@ -190,6 +188,8 @@ class EcpForCausalLM(PreTrainedModel, GenerationMixin):
         self, x: Tensor, places: Places, cache: EcpCache | None, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """What leaves the last block (B, T', D); and, to keep, what enters each, and what the output layer reads."""
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
         states = []
         for block in self.layers:
             states += [x] if keep else []
