@@ -129,6 +129,7 @@ def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
     first: dict[str, Any] = records[0]
     classified = math.isfinite(first["label_accuracy"].mean)
     figure = "label_accuracy" if classified else "bits_per_byte"
+    reference = first["architecture"] if len(str(first["architecture"])) < 16 else "the first"
     of_text: dict[str, Callable[[dict[str, Any]], str]] = {
         "token ppl": lambda record: record["token_perplexity"].show(2),
         "word ppl": lambda record: record["word_perplexity"].show(1),
@@ -136,7 +137,7 @@ def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "architecture": lambda record: str(record["architecture"]),
         figure.replace("_", " "): lambda record: record[figure].show(4),
-        f"minus {first['architecture']}, paired": lambda record: _difference(record, first, figure),
+        f"minus {reference}, paired": lambda record: _difference(record, first, figure),
         **({} if classified else of_text),
         "parameters": lambda record: f"{record['parameters']:,} ({record['parameters_difference']:+.2%})",
         "MFLOPs per token": lambda record: f"{record['flops_per_token'] / 1e6:,.2f}",
