@@ -249,7 +249,9 @@ def draw(positions: Sequence[AtPositions], contexts: Sequence[WithContext], fiel
         panel = axes.pop(0)
         middle = [math.sqrt((one.first + 1) * (one.last + 1)) for one in positions]
         panel.errorbar(middle, [one.nll for one in positions], [2 * (one.error or 0) for one in positions], fmt="o-")
-        panel.set(xscale="log", xlabel="position in the window, from 1", ylabel="loss (nats per token)")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks([one.first + 1 for one in positions], [str(one.first + 1) for one in positions])
+        panel.set(xlabel="position in the window, from 1", ylabel="loss (nats per token)")
         panel.set_title("by position")
     if contexts:
         panel = axes.pop(0)
@@ -258,7 +260,9 @@ def draw(positions: Sequence[AtPositions], contexts: Sequence[WithContext], fiel
         panel.errorbar(seen, [one.difference for one in cut], [2 * (one.error or 0) for one in cut], fmt="o-")
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.axvline(field, color="grey", linestyle=":")
-        panel.set(xscale="log", xlabel="tokens that a position may see; dotted: receptive field")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(seen, list(map(str, seen)), rotation=45)
+        panel.set(xlabel="tokens that a position may see; dotted: receptive field")
         panel.set(ylabel=f"nats per token above the uncut {uncut.nll:.3f}")
         panel.set_title("by context, the same tokens")
     save_picture(figure, file)

@@ -104,6 +104,8 @@ def plot_ladder(cells: Sequence[Cell], file: Path) -> None:
         label = f"{name}: exponent {found[name].exponent:.3f}"
         axes.plot(ends, [found[name].at(end) for end in ends], "-", color=f"C{number}", label=label)
     axes.set(xlabel="FLOPs of the training", ylabel="bits per byte", xscale="log", yscale="log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which("{x:.3g}")
     axes.set_title(f"{len({cell.parameters for cell in cells})} sizes; seeds as single points")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
