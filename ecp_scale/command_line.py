@@ -95,7 +95,7 @@ def parse(
         allow_rate_jump=known.allow_rate_jump,
         init_from=at_home(known.init_from),
         verbose=known.verbose,
-        notes=tuple(f"--{field} has no effect with {why}" for field, why in idle),
+        notes=(*(f"--{field} has no effect with {why}" for field, why in idle), *config.remarks()),
     )
 
 

@@ -2,17 +2,22 @@
 # One of the paper's experiments on text, from files to the table:
 #   launch/reproduce.sh RECIPE TOKENIZER TRAIN VALIDATION TEST OUTPUT [option of ecp-pretrain ...]
 #   launch/reproduce.sh wikitext-103-release wordpiece:vocab.txt wiki.train.raw wiki.valid.raw wiki.test.raw paper
-# RECIPE and TOKENIZER are those of ecp-preprocess; the preset is paper-12l unless an option names another. GPUS is the
-# number of ranks (default 1). What is done is not done again: the same command goes on after a crash.
+# RECIPE and TOKENIZER are those of ecp-preprocess; the preset is paper-12l unless an option names another. With another
+# tokenizer than bert-base-cased's add --model.vocab_size null. GPUS is the number of ranks (default 1). What is done is
+# not done again: the same command goes on after a crash.
 set -euo pipefail
 if (($# < 6)); then
-    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 recipe=$1 tokenizer=$2 train=$3 validation=$4 test=$5 output=$6
 shift 6
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
+if ! "$python" -c "import ecp_scale" 2>/dev/null; then
+    echo "error: $python has no ecp_scale: make install && . .venv/bin/activate" >&2
+    exit 2
+fi
 
 for split in train validation test; do
     "$python" "$here/data_tools/preprocess.py" --recipe "$recipe" --input "${!split}" --tokenizer "$tokenizer" \

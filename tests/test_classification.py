@@ -260,7 +260,7 @@ def test_a_checkpoint_of_before_these_fields_has_their_defaults(alone: Path, sha
 def test_text_takes_no_values_and_no_learnt_positions() -> None:
     for word, message in (
         ("--model.inputs=values", r"model\.inputs is values, which only a classifier takes .*: use tokens"),
-        ("--model.learnt_positions=true", r"model\.learnt_positions is True, which only a classifier takes"),
+        ("--model.learnt_positions=true", r"model\.learnt_positions is true, which only a classifier takes"),
     ):
         with pytest.raises(InputError, match=message):
             parse(["--config", "demo", word], "")

@@ -64,6 +64,25 @@ def test_figures_are_means_and_sample_deviations_and_differences_are_paired() ->
     assert len({len(line) for line in short}) == 1
 
 
+def test_points_are_compared_with_the_first_architecture_at_the_same_point() -> None:
+    found = [
+        dataclasses.replace(cell(name, 1, bits), point=point)
+        for name, point, bits in (
+            ("ecp", "2x8", 2.0),
+            ("longlora", "2x8", 2.25),
+            ("ecp", "4x8", 1.0),
+            ("longlora", "4x8", 1.5),
+        )
+    ]
+    records = summaries(found)
+    assert [record["compared_with"] for record in records] == [None, "ecp 2x8", None, "ecp 4x8"]
+    lines = [words(line) for line in table(records, short=True).splitlines()]
+    assert lines[0][2] == "minus ecp there, paired"
+    assert [line[2] for line in lines[2:]] == ["", "+0.2500", "", "+0.5000"]
+    alone = table(summaries([one for one in found if one.architecture == "ecp"]), short=True).splitlines()
+    assert [words(line)[2] for line in alone[2:]] == ["", "-1.0000"]
+
+
 def words(line: str) -> list[str]:
     """Cells of a row of a table."""
     return [word.strip() for word in line.strip("| ").split("|")]
@@ -176,6 +195,29 @@ def test_accuracy_is_shown_by_distance_with_the_receptive_field(tmp_path: Path) 
     assert "longlora" in text
 
 
+def test_a_cell_that_fails_is_told_and_the_others_are_in_the_table(sharded_text: ShardedText, tmp_path: Path) -> None:
+    words_of = [word for word in options(sharded_text, tmp_path / "out") if "learning_rate" not in word]
+    wild = ("--grid=optimizer.learning_rate=1e18,1e-3", "--optimizer.name=sgd", "--optimizer.gradient_clipping=0")
+    done = run(SCRIPT, *words_of, "--architectures=ecp", "--seeds=1", *wild, "--training.steps=3")
+    assert done.returncode == 2
+    assert "1 of 2 cells failed, and are not in the table:" in done.stderr
+    assert "ecp-learning_rate=1e18-seed1: stopped: step 2: the loss is nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| ecp learning_rate=1e-3 |" in report
+    assert "Without ecp-learning_rate=1e18-seed1, which failed: stopped: step 2" in report
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(content["failed"]) == ["ecp-learning_rate=1e18-seed1"]
+    assert [one["point"] for one in content["cells"]] == ["learning_rate=1e-3"]
+
+
+def test_a_dry_run_reads_the_shards_that_it_is_given(sharded_text: ShardedText) -> None:
+    plan = plans_of(sharded_text, "--dry-run").plans[0]
+    assert plan.vocabulary == 400
+    with pytest.raises(InputError, match=r"/no/such\.manifest\.json: No such file"):
+        plans_of(sharded_text, "--dry-run", "--data.prefix=/no/such")
+
+
 def plans_of(text: ShardedText, *more: str) -> Comparison:
     """What a command line would train."""
     names = () if any("--architectures" in word for word in more) else ("--architectures=ecp,transformer",)
@@ -204,12 +246,14 @@ def test_a_grid_and_sizes_make_a_cell_of_every_combination(sharded_text: Sharded
         ("--grid=optimizer.learning_rate", "expected section.field=VALUE,VALUE"),
         ("--grid=optimizer.lr=1,2", "unknown key 'optimizer.lr'"),
         ("--sizes=4by128", "names '4by128', expected layers x width"),
-        ("--sizes=2x50", "model.width 50"),
+        ("--sizes=2x50", "heads keep their width, and 50 is no multiple of 6"),
+        ("--grid=optimizer.beta1=0.9,0.90", "two values are the same"),
+        ("--grid=model.latents=8,16", "model.latents has no effect with model.architecture ecp"),
         ("--jobs=0", "--jobs is 0"),
         ("--ranks=0", "--ranks is 0"),
         ("--grid=training.seed=1,2", "--grid names training.seed"),
         ("--grid=data.prefix=a/b,c", "cannot have a slash"),
-        ("--grid=optimizer.beta1=0.9,0.9", "make beta1=0.9 twice"),
+        ("--sizes=2x48,2x48", "make 2x48 twice"),
         ("--tokens-per-parameter=nan", "--tokens-per-parameter is nan"),
         ("--test=/no/such", "--test /no/such: no such shards"),
         ("--task=/no/such", "/no/such: No such file"),

@@ -467,6 +467,9 @@ def test_options_without_effect_are_noted() -> None:
         "--optimizer.halving_tokens has no effect with optimizer.schedule cosine",
     )
     assert parse(["--config", "demo"], "").notes == ()
+    assert parse(["--config", "demo", "--training.steps=3"], "").notes == (
+        "optimizer.warmup_tokens 100,000 is beyond the 6,144 tokens of the run: the rate stays low",
+    )
 
 
 def test_the_config_of_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:

@@ -170,6 +170,10 @@ def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
     return float(json.loads(path.read_text())["step_seconds"]) / plan.config.tokens_per_step
 
 
+class FailedCellError(InputError):
+    """The training of a cell failed, as one with too high a rate does; the others may go on."""
+
+
 def train(
     plan: Plan,
     launch: Launch,
@@ -185,7 +189,8 @@ def train(
         stop: where it is set, the run is told to save and stop.
 
     Raises:
-        InputError: with the end of its output, if it fails or is stopped.
+        FailedCellError: with the end of its output, if it fails.
+        InputError: if it is stopped.
     """
     run = plan.run
     run.mkdir(parents=True, exist_ok=True)
@@ -216,9 +221,8 @@ def train(
             raise
     if process.returncode:
         tail = "".join((run / "output.log").read_text().splitlines(True)[-20:])
-        raise InputError(
-            f"{run.name}: training ended with {process.returncode}; {run / 'output.log'} ends with\n{tail}"
-        )
+        said = f"{run / 'output.log'} ends with\n{tail}"
+        raise FailedCellError(f"{run.name}: training ended with {process.returncode}; {said}")
     if plan.share_done < 1:  # a signal, or a file `stop`
         raise InputError(f"{run.name}: was stopped before its end; the same command goes on there")
 

@@ -13,7 +13,6 @@ training is the --budget of all. A dry run prints parameters, FLOPs and receptiv
 
 import argparse
 import dataclasses
-import itertools
 import json
 import os
 import signal
@@ -24,17 +23,15 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import get_args
 
-from ecp_scale.command_line import Request, parse
-from ecp_scale.commands.cells import Budget, Launch, Plan, Watch, budgeted, evaluate, train
+from ecp_scale.command_line import parse
+from ecp_scale.commands.cells import Budget, FailedCellError, Launch, Plan, Watch, budgeted, evaluate, train
 from ecp_scale.commands.comparison_folder import Comparison, check_folder, write_report
+from ecp_scale.commands.grid import points_of
 from ecp_scale.config import Config
 from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.files import write_text
-
-NOT_IN_A_GRID = ("model.architecture", "training.seed", "training.output_dir")
-OF_A_SIZE = ("model.layers", "model.width", "model.heads", "model.key_value_heads", "model.feed_forward_width")
 
 
 @input_errors_exit()
@@ -54,9 +51,15 @@ def main() -> None:
             print(f"{plan.name}: done already", flush=True)
     _check_devices(comparison.launch)
     watch, stop = Watch(missing, len(plans)), threading.Event()
+    failed: dict[str, str] = {}
 
     def work(plan: Plan) -> None:
-        train(plan, comparison.launch, lambda record: watch.tell(plan, record), stop)
+        try:
+            train(plan, comparison.launch, lambda record: watch.tell(plan, record), stop)
+        except FailedCellError as error:
+            failed[plan.name] = str(error).strip().splitlines()[-1]
+            watch.finished(plan, f"FAILED: {failed[plan.name]}")
+            return
         cell = evaluate(plan, comparison.folder, comparison.test, comparison.task)
         write_text(comparison.cell_file(plan), json.dumps(dataclasses.asdict(cell)) + "\n")
         shares = [share for _, share in cell.accuracy] or [cell.label_accuracy]
@@ -69,11 +72,17 @@ def main() -> None:
             done, _ = wait([jobs.submit(work, plan) for plan in missing], return_when=FIRST_EXCEPTION)
             for one in done:
                 one.result()
-        except BaseException:
-            stop.set()  # the other cells save, and the same command goes on there
+        except BaseException as error:
+            stop.set()  # the other cells save
             jobs.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt("the same command goes on with the cells that are not done") from None
             raise
-    write_report(comparison)
+    if any(comparison.finished()):
+        write_report(comparison, failed)
+    if failed:
+        texts = "\n".join(f"  - {name}: {text}" for name, text in failed.items())
+        raise InputError(f"{len(failed)} of {len(plans)} cells failed, and are not in the table:\n{texts}")
 
 
 def _check_devices(launch: Launch) -> None:
@@ -123,10 +132,10 @@ def read_command_line(argv: list[str]) -> Comparison:
     request = parse(rest, "", required, world_size=options.ranks)
     points = {
         point: parse([*rest, *words], "", required, world_size=options.ranks).config
-        for point, words in _points(options.grid, options.sizes, request).items()
+        for point, words in points_of(options.grid, options.sizes, request, architectures).items()
     }
     vocabulary = request.config.model.vocab_size
-    for base in points.values() if not request.dry_run else ():
+    for base in points.values() if not request.dry_run or request.config.data.is_set else ():
         vocabulary = _check_paths(base, options.test, options.task)
     plans = []
     for point, base in points.items():
@@ -178,7 +187,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=V,V,...",
         help="values of a field that are tried, as optimizer.learning_rate=1e-3,3e-3; may be given several times",
     )
-    parser.add_argument("--sizes", metavar="LxD,...", help="layers x width, as 4x128,6x192; heads keep their width")
+    parser.add_argument(
+        "--sizes",
+        metavar="LxD,...",
+        help="layers x width, as 4x128,6x192; heads keep their width, the feed-forward network grows alike",
+    )
     parser.add_argument(
         "--tokens-per-parameter", type=float, metavar="N", help="length of each run (default: training.steps)"
     )
@@ -210,45 +223,6 @@ def _check_paths(config: Config, test: str | None, task: str | None) -> int:
     return config.model.vocab_size or manifest.tokenizer.vocab_size
 
 
-def _points(grid: Sequence[str], sizes: str | None, request: Request) -> dict[str, list[str]]:
-    """Options of every point of the grid, by its name."""
-    axes: list[list[tuple[str, list[str]]]] = []
-    for text in grid:
-        field, equals, values = text.partition("=")
-        if not equals or "." not in field or not all(values.split(",")):
-            raise InputError(f"--grid is {text!r}, expected section.field=VALUE,VALUE")
-        if field in NOT_IN_A_GRID or (sizes is not None and field in OF_A_SIZE):
-            raise InputError(f"--grid names {field}, which is set by --architectures, --seeds, --output or --sizes")
-        if "/" in values:
-            raise InputError(f"--grid is {text!r}: a value is the name of a folder, and cannot have a slash")
-        axes.append([(f"{field.split('.')[1]}={value}", [f"--{field}={value}"]) for value in values.split(",")])
-    if sizes is not None:
-        axes.append([(size, _options_of_size(size, request.config)) for size in sizes.split(",")])
-    found = {}
-    for choice in itertools.product(*axes):
-        name = "-".join(name for name, _ in choice)
-        if name in found:
-            raise InputError(f"--grid and --sizes make {name} twice")
-        found[name] = [word for _, words in choice for word in words]
-    return found
-
-
-def _options_of_size(size: str, base: Config) -> list[str]:
-    layers, times, width = size.partition("x")
-    if not (times and layers.isdecimal() and width.isdecimal()):
-        raise InputError(f"--sizes names {size!r}, expected layers x width, as 4x128")
-    model = base.model
-    heads = max(1, int(width) // model.head_width)
-    shared = model.heads // (model.key_value_heads or model.heads)
-    return [
-        f"--model.layers={layers}",
-        f"--model.width={width}",
-        f"--model.heads={heads}",
-        f"--model.key_value_heads={max(1, heads // shared)}",
-        f"--model.feed_forward_width={-(-int(width) * model.feed_forward_width // model.width // 8) * 8}",
-    ]
-
-
 def _tokens(base: Config, first: str, vocabulary: int | None, ratio: float | None) -> int | None:
     """Length of the runs by the parameters of the first architecture, where a ratio is given."""
     if ratio is None:
@@ -266,7 +240,7 @@ def _cell_config(base: Config, name: str, seed: int, tokens: int | None) -> Conf
 
 def describe(plans: Sequence[Plan]) -> None:
     """Print what the architectures count, next to the first one."""
-    print(f"{'cell':36}{'parameters':>13}{'':9}{'MFLOPs/token':>13}{'tokens':>15}{'field':>8}")
+    print(f"{'cell':36}{'heads':>6}{'parameters':>13}{'':9}{'MFLOPs/token':>13}{'tokens':>15}{'field':>8}")
     first = None
     for plan in plans:
         if plan.seed != plans[0].seed:
@@ -276,6 +250,7 @@ def describe(plans: Sequence[Plan]) -> None:
         share = model.parameters / first.parameters - 1
         counts = f"{model.parameters:13,}{share:+9.2%}{model.flops_per_token / 1e6:13,.2f}"
         tokens = plan.config.tokens_after(plan.config.training.steps)
-        print(f"{plan.name.rpartition('-')[0]:36}{counts}{tokens:15,}{model.receptive_field_tokens:8}")
+        print(f"{plan.name.rpartition('-')[0]:36}{model.heads:6}{counts}{tokens:15,}{model.receptive_field_tokens:8}")
     if plans[0].config.model.vocab_size is None:
-        print(f"with a vocabulary of {plans[0].vocabulary}: model.vocab_size is null")
+        of = "of the shards" if plans[0].config.data.is_set else "for want of shards"
+        print(f"with a vocabulary of {plans[0].vocabulary}, {of}: model.vocab_size is null")

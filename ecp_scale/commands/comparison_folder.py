@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,8 +87,13 @@ def check_folder(comparison: Comparison) -> None:
     write_text(path, yaml.safe_dump(shared, sort_keys=False))
 
 
-def write_report(comparison: Comparison) -> None:
-    """Write comparison.md, .json and pictures from the finished cells, and print a table."""
+def write_report(comparison: Comparison, failed: Mapping[str, str]) -> None:
+    """Write comparison.md, .json and pictures from the finished cells, and print a table.
+
+    Args:
+        comparison: of which some cells are done.
+        failed: why others are not, by name.
+    """
     import torch
 
     cells = list(comparison.finished())
@@ -122,11 +127,13 @@ def write_report(comparison: Comparison) -> None:
             plot_ladder(cells, folder / "ladder.svg")
             pictures.append("ladder.svg")
     parts.append(_notes(comparison, cells))
+    parts += [f"Without {name}, which failed: {text}\n" for name, text in failed.items()]
     content = {
         "environment": environment,
         "protocol": cells[0].protocol,
         "base": dataclasses.asdict(comparison.base),
         "architectures": [{key: _plain(value) for key, value in record.items()} for record in records],
+        "failed": dict(failed),
         "laws": {name: dataclasses.asdict(law) for name, law in laws(cells).items()} if not comparison.task else {},
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
@@ -135,16 +142,22 @@ def write_report(comparison: Comparison) -> None:
     linked = "\n".join(f"![{name}]({name})" for name in pictures)
     write_text(folder / "comparison.md", "\n".join([*parts, described, "", linked]) + "\n")
     write_text(folder / "comparison.json", json.dumps(finite(content), indent=1) + "\n")
-    print("\n" + "\n".join([*shown, parts[-1]]) + f"written to {folder}: comparison.md, .json, {', '.join(pictures)}")
+    print(
+        "\n"
+        + "\n".join([*shown, _notes(comparison, cells)])
+        + f"written to {folder}: comparison.md, .json, {', '.join(pictures)}"
+    )
 
 
 def _notes(comparison: Comparison, cells: list[Cell]) -> str:
     seeds = sorted({cell.seed for cell in cells})
     budget = {
         "tokens": "equal tokens for all",
-        "flops": "all with the FLOPs of the first",
-        "seconds": "all with the time of the first, by the speed of a trial",
+        "flops": "all with the FLOPs of the first architecture",
+        "seconds": "all with the time of the first architecture, by the speed of a trial",
     }[comparison.budget]
+    if len({cell.point for cell in cells}) > 1:
+        budget += ", at each point"
     what = f"protocol {cells[0].protocol} on {comparison.test}"
     if comparison.task is not None:
         what = f"probes {Path(comparison.task).name}"

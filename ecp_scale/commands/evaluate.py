@@ -39,7 +39,9 @@ def read_options() -> argparse.Namespace:
     home = os.path.expanduser
     parser.add_argument("--model", required=True, type=home, metavar="DIR", help="folder of ecp-convert")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", type=home, metavar="PATH", help=".txt, .jsonl, a folder, a shard prefix")
+    what.add_argument(
+        "--data", type=home, metavar="PATH", help=".txt, .jsonl, a folder, a shard prefix (of a classifier alone)"
+    )
     what.add_argument(
         "--tasks", type=home, nargs="+", metavar="FILE", help="tasks of lm-eval, in YAML (or names of its own)"
     )

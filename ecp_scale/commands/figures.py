@@ -9,6 +9,7 @@ from typing import Any
 
 from ecp_scale.checkpoint.export import ExportedModel
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.data.manifest import manifest_path
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation import classification, context
 from ecp_scale.evaluation.perplexity import Text
@@ -45,6 +46,11 @@ def classified(exported: ExportedModel, model: LanguageModel, prefix: str) -> Fi
     Raises:
         InputError: if they have none, or other windows than the model.
     """
+    if not manifest_path(Path(prefix)).exists():
+        raise InputError(
+            f"--data {prefix}: no shards; the model is a classifier, which reads those of ecp-preprocess with a recipe "
+            "of images, by their prefix"
+        )
     corpus = Corpus(prefix, exported.config.sequence_length)
     classification.check_labels(corpus)
     found = classification.classify(model, corpus)
@@ -54,8 +60,12 @@ def classified(exported: ExportedModel, model: LanguageModel, prefix: str) -> Fi
         f"nll                          {found.nll:.4f}",
         f"windows                      {found.windows:,}",
     ]
+    names = [*found.labels, classification.NO_LABEL]
+    lines.append("true label (row) and what was said (column); none is no label at all")
+    width = max(5, *map(len, names))
+    lines.append(" ".join([" " * width, *(f"{name:>{width}}" for name in names)]))
     for name, row in zip(found.labels, found.confusion, strict=True):
-        lines.append(f"{name:14} {' '.join(f'{count:5}' for count in row)}")
+        lines.append(" ".join([f"{name:{width}}", *(f"{count:{width}}" for count in row)]))
     return Figures(lines, classification.content(found), partial(classification.draw, found))
 
 

@@ -82,6 +82,7 @@ def main() -> None:
     for sampling in samplings:
         sampling.check()
     exported = ExportedModel.open(options.model)
+    exported.config.check_predicts_tokens("nothing follows under")
     with launched(exported.config, tensor=None) as groups:
         agreed(lambda: check_precision(groups.device, options.precision))
         encoded = decided(lambda: _encoded(exported.tokenizer, prompts, options.inside_document))

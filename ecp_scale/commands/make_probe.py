@@ -3,6 +3,10 @@
     ecp-make-probe --task passkey --length 512 --distances 16,64,256 --count 20000 --output-prefix probes/train
     ecp-make-probe --task passkey --length 512 --distances 16,64,256 --count 600 --seed 2 --output-prefix probes/test
 
+copy:     .....<kdaubqylmnez>..........=kdaubqylmnez     the letters again
+recall:   ....k5s8q5t7b7l2f6z3n8o2x1p7d6w7.s8            the digit that followed the letter
+passkey:  .......#4821#................?4821             the digits
+
 Every text is one training window of LENGTH bytes, of which the answer alone has a loss. It writes PREFIX.jsonl, for
 ecp-compare --task, and shards of it, for data.prefix, with bytes as tokens.
 """
@@ -22,7 +26,10 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=("copy", "recall", "passkey"), help="what is asked")
     parser.add_argument("--length", required=True, type=int, metavar="N", help="model.sequence_length")
     parser.add_argument(
-        "--distances", required=True, metavar="D,D,...", help="tokens between a question and what answers it"
+        "--distances",
+        required=True,
+        metavar="D,D,...",
+        help="tokens between a question and what answers it: at least 13 of copy, 5 of passkey, 1 of recall",
     )
     parser.add_argument("--count", required=True, type=int, metavar="N", help="texts, over all distances in turn")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the random texts (default: 1)")

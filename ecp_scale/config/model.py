@@ -224,7 +224,8 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}, expected at least 0 and below 1")
         if self.task == "language":
-            given = (("inputs", self.inputs, "tokens"), ("learnt_positions", self.learnt_positions, False))
+            positions = str(self.learnt_positions).lower()
+            given = (("inputs", self.inputs, "tokens"), ("learnt_positions", positions, "false"))
             found += [
                 f"model.{name} is {value}, which only a classifier takes (model.task classification): use {default}"
                 for name, value, default in given

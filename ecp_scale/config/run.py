@@ -241,6 +241,15 @@ class Config:
             idle |= dict.fromkeys(("optimizer.beta1", "optimizer.beta2", "optimizer.epsilon"), "optimizer.name sgd")
         return [(field, idle[field]) for field in fields if field in idle]
 
+    def remarks(self) -> list[str]:
+        """What can be meant, but seldom is."""
+        run = self.with_length()
+        tokens = run.tokens_after(run.training.steps)
+        warmup = self.optimizer.warmup_tokens
+        if warmup <= tokens:
+            return []
+        return [f"optimizer.warmup_tokens {warmup:,} is beyond the {tokens:,} tokens of the run: the rate stays low"]
+
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""
         sections = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

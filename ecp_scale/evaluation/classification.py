@@ -13,6 +13,8 @@ from ecp_scale.errors import InputError
 from ecp_scale.models.language_model import LanguageModel
 
 BATCH_TOKENS = 16384
+NO_LABEL = "none"
+"""Name of what a classifier says that is no label."""
 Z = 1.959964
 """Standard deviations on both sides of an interval of 95 %."""
 
@@ -91,6 +93,7 @@ def content(found: Classification) -> dict[str, Any]:
         "nll": found.nll,
         "windows": found.windows,
         "labels": list(found.labels),
+        "said": [*found.labels, NO_LABEL],
         "confusion": [list(row) for row in found.confusion],
     }
 
@@ -101,7 +104,7 @@ def draw(found: Classification, file: Path) -> None:
 
     shares = [[count / max(1, sum(row)) for count in row] for row in found.confusion]
     figure, axes = pyplot().subplots(figsize=(7.5, 6.5), layout="constrained")
-    columns = [*found.labels, "none"]
+    columns = [*found.labels, NO_LABEL]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axes.set_yticks(range(len(found.labels)), found.labels)

@@ -89,14 +89,18 @@ def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
     """One record per architecture and point, in the order of their first cells.
 
-    ``bits_per_byte_difference`` and ``label_accuracy_difference`` compare with the first one seed by seed: equal seeds
-    have equal data order, so that what a seed does to both is not counted as noise.
+    ``bits_per_byte_difference`` and ``label_accuracy_difference`` compare seed by seed: equal seeds have equal data
+    order, so that what a seed does to both is not counted as noise. Several architectures are compared with the first
+    one at the same point, points of one architecture with the first point; ``compared_with`` is that label.
     """
     groups = by_label(cells)
     first = next(iter(groups.values()))
-    reference = {cell.seed: cell for cell in first}
+    is_one = len({cell.architecture for cell in cells}) == 1
     records: list[dict[str, object]] = []
     for name, group in groups.items():
+        alike = [cell for cell in cells if cell.architecture == first[0].architecture and cell.point == group[0].point]
+        others = first if is_one else alike
+        reference = {cell.seed: cell for cell in others if cell.label != name}
         figures = {figure: Summary.of([getattr(cell, figure) for cell in group]) for figure in FIGURES}
         pairs = [(cell, reference[cell.seed]) for cell in group if cell.seed in reference]
         differences = {
@@ -107,6 +111,7 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
         records.append(
             {
                 "architecture": name,
+                "compared_with": next((cell.label for cell in reference.values()), None),
                 "seeds": [cell.seed for cell in group],
                 "parameters": group[0].parameters,
                 "parameters_difference": group[0].parameters / first[0].parameters - 1,
@@ -129,7 +134,11 @@ def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
     first: dict[str, Any] = records[0]
     classified = math.isfinite(first["label_accuracy"].mean)
     figure = "label_accuracy" if classified else "bits_per_byte"
-    reference = first["architecture"] if len(str(first["architecture"])) < 16 else "the first"
+    reference = str(first["architecture"])
+    if len({record["compared_with"] for record in records} - {None}) > 1:
+        reference = f"{reference.split()[0]} there"
+    elif len(reference) > 15:
+        reference = "the first"
     of_text: dict[str, Callable[[dict[str, Any]], str]] = {
         "token ppl": lambda record: record["token_perplexity"].show(2),
         "word ppl": lambda record: record["word_perplexity"].show(1),
@@ -137,7 +146,7 @@ def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "architecture": lambda record: str(record["architecture"]),
         figure.replace("_", " "): lambda record: record[figure].show(4),
-        f"minus {reference}, paired": lambda record: _difference(record, first, figure),
+        f"minus {reference}, paired": lambda record: _difference(record, figure),
         **({} if classified else of_text),
         "parameters": lambda record: f"{record['parameters']:,} ({record['parameters_difference']:+.2%})",
         "MFLOPs per token": lambda record: f"{record['flops_per_token'] / 1e6:,.2f}",
@@ -177,9 +186,9 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
     return markdown(["architecture", "field", *map(str, distances)], rows)
 
 
-def _difference(record: dict[str, Any], first: dict[str, Any], figure: str) -> str:
+def _difference(record: dict[str, Any], figure: str) -> str:
     found: Summary | None = record.get(f"{figure}_difference")
-    return "" if record is first or found is None else found.show(4, "+")
+    return "" if found is None else found.show(4, "+")
 
 
 def _scaled(summary: Summary, factor: float) -> Summary:
@@ -236,7 +245,8 @@ def plot(cells: Sequence[Cell], file: Path) -> None:
         seeds = [[point[1] for point in cell.curve] for cell in group]
         mean = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
         is_latent = group[0].trained_positions < max(cell.trained_positions for cell in cells)
-        style = {"color": f"C{number}", "linestyle": "--" if is_latent else "-"}
+        style: dict[str, Any] = {"color": f"C{number}", "linestyle": "--" if is_latent else "-"}
+        style |= {"marker": "o", "markersize": 3} if len(tokens) < 4 else {}
         for panel, scale in zip(axes, (1e-6, group[0].flops_per_token), strict=True):
             x = [count * scale for count in tokens]
             panel.plot(x, mean, **style)

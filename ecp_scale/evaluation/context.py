@@ -252,7 +252,7 @@ def draw(positions: Sequence[AtPositions], contexts: Sequence[WithContext], fiel
         panel.set_xscale("log", base=2)
         panel.set_xticks([one.first + 1 for one in positions], [str(one.first + 1) for one in positions])
         panel.set(xlabel="position in the window, from 1", ylabel="loss (nats per token)")
-        panel.set_title("by position")
+        panel.set_title("by position; bars: two standard errors")
     if contexts:
         panel = axes.pop(0)
         *cut, uncut = contexts
@@ -264,5 +264,5 @@ def draw(positions: Sequence[AtPositions], contexts: Sequence[WithContext], fiel
         panel.set_xticks(seen, list(map(str, seen)), rotation=45)
         panel.set(xlabel="tokens that a position may see; dotted: receptive field")
         panel.set(ylabel=f"nats per token above the uncut {uncut.nll:.3f}")
-        panel.set_title("by context, the same tokens")
+        panel.set_title("by context, the same tokens; bars: two standard errors")
     save_picture(figure, file)

@@ -78,6 +78,8 @@ def _labels(files: Sequence[Path]) -> tuple[str, ...]:
 
     for file in files:
         try:
+            if not file.exists():
+                raise InputError(f"{file}: no such file")
             schema = pyarrow.parquet.read_schema(file)
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{file}: not a parquet file ({next(iter(str(error).splitlines()), '')})") from error

@@ -3,6 +3,7 @@
 import heapq
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def train_tokenizer(
         reason = str(error).strip().splitlines()[-1]
         if "required_chars" in reason:
             reason = "too small for the 256 bytes and the characters of the text"
+        elif most := re.search(r"<= (\d+)", reason):
+            reason = f"the text allows {int(most[1]):,} entries at most"
         raise InputError(f"cannot train a vocabulary of {vocab_size} on {', '.join(inputs)}: {reason}") from error
     return used
 

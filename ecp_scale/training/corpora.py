@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ecp_scale.cluster.ranks import Ranks
 from ecp_scale.config import Config
+from ecp_scale.console import say
 from ecp_scale.data.blend import Blend, check_same_tokenizer
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.manifest import Manifest
@@ -31,6 +32,8 @@ def open_data(config: Config) -> tuple[Config, Blend, dict[str, Corpus]]:
     Raises:
         InputError: if a corpus cannot be used, or does not fit the config.
     """
+    for name in dict.fromkeys(name for _, weights in config.data.phases for name in weights):
+        check_task(config, Path(name))
     blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
     validation = {name: Corpus(prefix, config.model.sequence_length) for name, prefix in config.data.set_aside.items()}
     for corpus in validation.values():
@@ -61,15 +64,24 @@ def check_view(blend: Blend, validation: Mapping[str, Corpus]) -> None:
             )
 
 
+def check_task(config: Config, prefix: Path) -> None:
+    """Refuse shards that are for another task, whatever the length of their windows.
+
+    Raises:
+        InputError: naming them.
+    """
+    labels = Manifest.read(prefix).labels
+    if bool(labels) != (config.model.task == "classification"):
+        held = "documents with labels" if labels else "text without labels"
+        raise InputError(f"model.task is {config.model.task}, but {prefix} holds {held}")
+
+
 def with_vocabulary(config: Config, corpus: Corpus) -> Config:
     """The config with the vocabulary and the end of documents of the corpus, unless it names its own.
 
     Raises:
         InputError: if its own is too small.
     """
-    if bool(corpus.manifest.labels) != (config.model.task == "classification"):
-        held = "documents with labels" if corpus.manifest.labels else "text without labels"
-        raise InputError(f"model.task is {config.model.task}, but {corpus.prefix} holds {held}")
     entries = corpus.tokenizer.vocab_size
     ignored_ids = set(config.data.loss_ignore_ids)
     beyond = sorted(token for token in ignored_ids if not 0 <= token < entries)
@@ -92,5 +104,10 @@ def with_vocabulary(config: Config, corpus: Corpus) -> Config:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {corpus.prefix} has {entries} "
             "entries; set model.vocab_size to null to take the tokenizer's"
+        )
+    if config.model.vocab_size > entries:
+        say(
+            f"note        model.vocab_size is {config.model.vocab_size:,}, but the tokenizer of {corpus.prefix} has "
+            f"{entries:,} entries; null takes the tokenizer's"
         )
     return config

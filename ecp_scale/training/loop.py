@@ -31,7 +31,7 @@ from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.probe import probe_loss
 from ecp_scale.training.profiling import profiled
-from ecp_scale.training.report import StepReport, describe_end, describe_run, describe_start
+from ecp_scale.training.report import StepReport, describe_end, describe_passed, describe_run, describe_start
 from ecp_scale.training.starting import check_backend, check_rate, initial_weights, load_weights, write_settings
 from ecp_scale.training.step import (
     DivergedError,
@@ -264,8 +264,8 @@ class _Run:
             write_stopped(self.folder, reason, done.step, self.checkpoints.newest)
             self.events.add("stopped", done.step, reason=reason)
             say(describe_end(self.folder, done, loss, reason, self.checkpoints.newest))
-        elif done.step > self.config.training.steps:
-            say(f"nothing to do: step {done.step:,} is done, and training.steps is {self.config.training.steps:,}")
+        elif (passed := describe_passed(self.config, done)) is not None:
+            say(passed)
         else:
             self.events.add("finished", done.step)
             say(describe_end(self.folder, done, loss, None, self.checkpoints.newest))

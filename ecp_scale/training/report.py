@@ -118,6 +118,18 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def describe_passed(config: Config, done: Progress) -> str | None:
+    """That nothing was to do, where a checkpoint is beyond the length that was asked for."""
+    steps, tokens = config.training.steps, config.training.tokens
+    wanted = f"training.steps is {steps:,}"
+    is_beyond = done.step > steps
+    if tokens is not None:
+        # The last step of a run may go beyond its tokens, by less than it takes.
+        last = config.sequences_after(max(0, done.tokens - 1)) * config.model.sequence_length
+        wanted, is_beyond = f"training.tokens is {tokens:,}", done.tokens - last >= tokens
+    return f"nothing to do: step {done.step:,} is done, {done.tokens:,} tokens, and {wanted}" if is_beyond else None
+
+
 def describe_end(run: Path, done: Progress, loss: float | None, reason: str | None, checkpoint: Path | None) -> str:
     """How a run ended: its loss, its checkpoint, and what to do next."""
     last = "" if loss is None else f", loss {loss:.4f}"

@@ -74,10 +74,21 @@ def check_rate(start: Start, config: Config, run_tokens: int, allow_jump: bool) 
     larger, smaller = max(before, after), min(before, after)
     if larger > LARGEST_JUMP * smaller and not allow_jump:
         raise InputError(
-            f"{text}, a jump by more than {LARGEST_JUMP:g}; pass --allow-rate-jump, or set optimizer.decay_tokens, "
-            "optimizer.learning_rate or training.steps to what keeps it"
+            f"{text}, a jump by more than {LARGEST_JUMP:g}; pass --allow-rate-jump, or set optimizer.learning_rate, "
+            f"{_ends_schedule(config)} to what keeps it"
         )
     say(f"rate        {text}")
+
+
+def _ends_schedule(config: Config) -> str:
+    """The fields that say when the rate of a schedule falls."""
+    length = "training.steps" if config.training.tokens is None else "training.tokens"
+    ends = {
+        "cosine": "optimizer.decay_tokens",
+        "wsd": "optimizer.cooldown_tokens",
+        "halving": "optimizer.halving_tokens",
+    }
+    return f"{ends[config.optimizer.schedule]} or {length}" if config.optimizer.schedule in ends else length
 
 
 def initial_weights(request: Request, start: Start, config: Config, blend: Blend) -> Path | None:

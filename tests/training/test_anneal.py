@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ecp_scale.command_line import parse
+from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
 from tests.launching import metrics, run_successfully
@@ -47,6 +48,27 @@ def test_an_anneal_goes_on_from_the_stable_part_in_another_folder(
     assert records[0]["loss"] == metrics(stable)[4]["loss"]
     assert [record["step"] for record in metrics(stable)] == [1, 2, 3, 4, 5, 6]
     assert "agrees up to step 8" in run_successfully("launch/audit_data.py", anneal)
+
+
+def test_an_anneal_that_should_have_ended_before_is_named(
+    stable: Path, sharded_text: ShardedText, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anneal = tmp_path / "anneal"
+    (anneal / "checkpoints").mkdir(parents=True)
+    shutil.copytree(stable / "checkpoints" / "step-00000004", anneal / "checkpoints" / "step-00000004")
+    for tokens, is_passed in ((3 * STEP, True), (3 * STEP + 1, False)):
+        length = (f"--training.tokens={tokens}", f"--optimizer.cooldown_tokens={STEP}", "--resume=auto")
+        train(parse(words(sharded_text, anneal, *length), ""))
+        said = capsys.readouterr().err
+        assert (
+            f"nothing to do: step 4 is done, {4 * STEP:,} tokens, and training.tokens is {tokens}" in said
+        ) == is_passed
+        assert ("finished" in said) != is_passed
+    early = (f"--training.tokens={8 * STEP}", f"--optimizer.cooldown_tokens={8 * STEP}", "--resume=auto")
+    with pytest.raises(
+        InputError, match=r"set optimizer\.learning_rate, optimizer\.cooldown_tokens or training\.tokens"
+    ):
+        train(parse(words(sharded_text, anneal, *early), ""))
 
 
 def test_an_anneal_on_other_data_begins_with_the_weights(
