@@ -176,7 +176,7 @@ def rows(
     yield "held-out bits per byte", f"{result['bits_per_byte']:.3f} ({result['protocol']})"
     yield "unigram bits per byte", f"{result['unigram_bits_per_byte']:.3f} (same tokenizer, same files)"
     yield "below unigram", f"{below:.1%}"
-    yield "report", f"{paths.report} (curves.png, evaluation.json, sample.txt, report.md)"
+    yield "report", f"{paths.report} (report.html, curves.png, evaluation.json, sample.txt, report.md)"
     yield "wall time", f"{seconds:.0f} s without installation"
     if not same:
         raise RuntimeError("the resumed run did not repeat the killed one")
@@ -217,6 +217,8 @@ def main() -> None:
     text = subprocess.run(sample, check=True, stdout=subprocess.PIPE, text=True).stdout
     (paths.report / "sample.txt").write_text(text)
     call("launch/plot.py", paths.run, "--output", paths.report / "curves.png")
+    results = ("--results", paths.report / "evaluation.json")
+    call("launch/report.py", paths.run, "--output", paths.report / "report.html", *results)
     table = list(rows(paths, documents, checkpoint, undone, time.monotonic() - began))
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table)]
     (paths.report / "report.md").write_text("# Demo\n\n" + "\n".join(lines) + "\n\n![curves](curves.png)\n")
