@@ -64,7 +64,7 @@ class RunRecord:
         """
         steps = sum(self.values("step_seconds"))
         saves = sum(event.get("waited", 0.0) for event in self.events if event["event"] == "saved")
-        starts = sum(event["time"] - event["launched"] for event in self.events if event["event"] == "started")
+        starts = sum(event["time"] - _launched(event) for event in self.events if event["event"] == "started")
         whole = sum(end - begin for begin, end, _ in self.launches())
         found = {"steps": steps, "saves": saves, "starts": starts}
         return {**found, "else": max(0.0, whole - sum(found.values()))}
@@ -73,7 +73,7 @@ class RunRecord:
         """Begin, end (Unix seconds) and end of each launch that events tell of."""
         marks = [event["time"] for event in self.events]
         marks += [record["time"] for record in self.steps if "time" in record]
-        begins = [event["launched"] for event in self.events if event["event"] == "started"]
+        begins = [_launched(event) for event in self.events if event["event"] == "started"]
         found = []
         for begin, following in zip(begins, [*begins[1:], float("inf")], strict=True):
             inside = [mark for mark in marks if begin <= mark < following]
@@ -87,6 +87,11 @@ class RunRecord:
         median = statistics.median(self.values("step_seconds"))
         found = [record for record in self.steps if record.get("step_seconds", 0) >= SLOW * median]
         return sorted(found, key=lambda record: -record["step_seconds"])
+
+
+def _launched(event: dict[str, Any]) -> float:
+    """When a launch that has started was begun."""
+    return float(event.get("launched", event["time"]))
 
 
 def read_run(folder: Path, steps: list[dict[str, Any]], results: Sequence[Path]) -> RunRecord:
