@@ -79,6 +79,11 @@ def test_points_are_compared_with_the_first_architecture_at_the_same_point() -> 
     lines = [words(line) for line in table(records, short=True).splitlines()]
     assert lines[0][2] == "minus ecp there, paired"
     assert [line[2] for line in lines[2:]] == ["", "+0.2500", "", "+0.5000"]
+    without = [one for one in found if one.label != "ecp 2x8"]  # it failed
+    assert [record["compared_with"] for record in summaries(without, ("ecp", "2x8"))] == [None, None, "ecp 4x8"]
+    assert "| minus ecp 4x8, paired |" in table(summaries(without, ("ecp", "2x8")))
+    fewer = [*found, dataclasses.replace(found[0], seed=2)]
+    assert words(table(summaries(fewer)).splitlines()[3])[0] == "longlora 2x8 (seeds: 1)"
     alone = table(summaries([one for one in found if one.architecture == "ecp"]), short=True).splitlines()
     assert [words(line)[2] for line in alone[2:]] == ["", "-1.0000"]
 
@@ -201,11 +206,11 @@ def test_a_cell_that_fails_is_told_and_the_others_are_in_the_table(sharded_text:
     done = run(SCRIPT, *words_of, "--architectures=ecp", "--seeds=1", *wild, "--training.steps=3")
     assert done.returncode == 2
     assert "1 of 2 cells failed, and are not in the table:" in done.stderr
-    assert "ecp-learning_rate=1e18-seed1: stopped: step 2: the loss is nan" in done.stderr
+    assert "ecp-learning_rate=1e18-seed1: DivergedError: step 2: the loss is nan" in done.stderr
     assert "Traceback" not in done.stderr
     report = (tmp_path / "out" / "comparison.md").read_text()
     assert "| ecp learning_rate=1e-3 |" in report
-    assert "Without ecp-learning_rate=1e18-seed1, which failed: stopped: step 2" in report
+    assert "Without ecp-learning_rate=1e18-seed1, which failed: DivergedError: step 2" in report
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert list(content["failed"]) == ["ecp-learning_rate=1e18-seed1"]
     assert [one["point"] for one in content["cells"]] == ["learning_rate=1e-3"]
@@ -248,7 +253,7 @@ def test_a_grid_and_sizes_make_a_cell_of_every_combination(sharded_text: Sharded
         ("--sizes=4by128", "names '4by128', expected layers x width"),
         ("--sizes=2x50", "heads keep their width, and 50 is no multiple of 6"),
         ("--grid=optimizer.beta1=0.9,0.90", "two values are the same"),
-        ("--grid=model.latents=8,16", "model.latents has no effect with model.architecture ecp"),
+        ("--grid=model.window=8,16", "model.window has no effect with model.architecture ecp"),
         ("--jobs=0", "--jobs is 0"),
         ("--ranks=0", "--ranks is 0"),
         ("--grid=training.seed=1,2", "--grid names training.seed"),
@@ -261,6 +266,7 @@ def test_a_grid_and_sizes_make_a_cell_of_every_combination(sharded_text: Sharded
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             plans_of(sharded_text, wrong)
+    plans_of(sharded_text, "--grid=optimizer.name=adamw,muon", "--grid=optimizer.momentum=0.9,0.95")
     with pytest.raises(InputError, match=r"--training\.steps or \.tokens are given"):
         plans_of(sharded_text, "--tokens-per-parameter=1", "--training.steps=3")
 

@@ -145,11 +145,45 @@ def test_a_launch_that_was_killed_has_no_end_on_record(tmp_path: Path) -> None:
     ]
     folder = write_run(tmp_path / "run", events, steps=2)
     found = read_run(folder, read_metrics(folder), [])
-    ends = [(round(end - BEGAN), ended) for _, end, ended in found.launches()]
-    assert ends == [(12, "no end on record"), (110, "failed")]
+    ends = [(round(launch.end - BEGAN), launch.ended) for launch in found.launches]
+    assert ends == [(12, ""), (110, "failed")]
     assert found.state == "failed"
     assert found.seconds() == pytest.approx({"steps": 1.0, "saves": 0.0, "starts": 16.0, "else": 5.0})
     assert differences({"a": found, "b": found}) == {}
+
+
+def test_what_comes_after_the_end_of_a_launch_is_not_of_it(tmp_path: Path) -> None:
+    refused = event("refused", 200_000.0, 6, error="InputError: no")
+    folder = write_run(tmp_path / "_odd $a$ name_$^", [*WHOLE, refused])
+    found = read_run(folder, read_metrics(folder), [])
+    assert found.state == "finished"
+    assert [round(launch.end - BEGAN) for launch in found.launches] == [17]
+    assert found.seconds()["else"] < 10
+    run_successfully("launch/report.py", folder)
+    assert any(row[1:3] == ["refused", "6"] for row in Tables((folder / "report.html").read_text()).rows)
+
+
+def test_clocks_may_disagree_and_a_fresh_start_begins_anew(tmp_path: Path) -> None:
+    other = event("started", -500.0, 6, ranks=1, hosts=["b"], launched=BEGAN - 400.0)
+    found = read_run(folder := write_run(tmp_path / "run", [*WHOLE, other]), read_metrics(folder), [])
+    assert [launch.ended for launch in found.launches] == ["finished", ""]
+    assert all(launch.end >= launch.begin for launch in found.launches)
+    assert min(found.seconds().values()) >= 0
+    run_successfully("launch/report.py", folder)
+    (folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*WHOLE, *WHOLE[:2]]))
+    assert len(read_run(folder, read_metrics(folder), []).launches) == 1
+
+
+def test_a_run_of_an_earlier_version_has_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [], steps=2)
+    (folder / "events.jsonl").unlink()
+    (folder / "notes.json").write_text("[1]")
+    (folder / "metrics.jsonl").write_text('{"step": 3, "tokens": 9, "ledger": "0"}\n')
+    run_successfully("launch/report.py", folder)
+    page = Tables((folder / "report.html").read_text())
+    assert page.row("state") == ["running, or ended without a word"]
+    assert page.row("steps") == ["3 of 6"]
+    assert not any(row and row[0] == "tokens per second (median)" for row in page.rows)
 
 
 def test_a_run_writes_its_events(sharded_text: ShardedText, tmp_path: Path) -> None:
@@ -164,7 +198,7 @@ def test_a_run_writes_its_events(sharded_text: ShardedText, tmp_path: Path) -> N
     told = [(found["event"], found["step"]) for found in read_events(folder)]
     first = [("started", 0), ("saved", 2), ("saved", 4), ("finished", 4)]
     assert told[:7] == [*first, ("started", 4), ("saved", 6), ("finished", 6)]
-    assert told[7][0] == "failed"
+    assert told[7] == ("refused", 6)
     assert "rate" in read_events(folder)[7]["error"]
     assert told[8] == ("started", 6)
     times = [record["time"] for record in metrics(folder)]
@@ -183,7 +217,14 @@ def test_events_that_cannot_be_written_or_read_are_left_out(tmp_path: Path) -> N
         print(1 / 0)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('[1]\n{"event": 3}\nno json\n{"event": "sa')
-    assert [(found["event"], found["step"]) for found in read_events(tmp_path)] == [("started", 3), ("failed", 0)]
+    told = [("started", 3), ("refused", 0)]
+    assert [(found["event"], found["step"]) for found in read_events(tmp_path)] == told
+    log = EventLog(tmp_path, 7)
+    log.add("started", 7)
+    with pytest.raises(ZeroDivisionError), log:
+        print(1 / 0)
+    found = [(found["event"], found["step"]) for found in read_events(tmp_path)]
+    assert found == [*told, ("started", 7), ("failed", 7)]  # though the line before them is half a one
     EventLog(None).add("started", 0)
 
 
@@ -198,7 +239,7 @@ def test_other_folders_and_files_are_named(tmp_path: Path) -> None:
         ((tmp_path / "empty",), "empty: expected a run with metrics.jsonl, found no record of a step"),
         ((tmp_path / "none",), "none: expected a run with metrics.jsonl"),
         ((whole, whole), "whole is named twice"),
-        ((other,), "config.yaml: found list, expected the config of a run"),
+        ((other,), "config.yaml: not the config of a run, which has sections of fields"),
         ((whole, "--results", tmp_path / "list.json"), "list.json: found a list, expected an object"),
         ((whole, "--results", tmp_path / "text.json"), "text.json: not valid JSON"),
         ((whole, "--results", tmp_path / "gone.json"), "gone.json: No such file"),

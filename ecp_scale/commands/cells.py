@@ -20,6 +20,7 @@ from ecp_scale.console import say
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Cell, Protocol
 from ecp_scale.files import write_text
+from ecp_scale.training.events import read_events
 from ecp_scale.training.metrics import read_metrics
 
 Budget: TypeAlias = Literal["tokens", "flops", "seconds"]
@@ -171,7 +172,17 @@ def _trial_seconds(plan: Plan, launch: Launch, folder: Path) -> float:
 
 
 class FailedCellError(InputError):
-    """The training of a cell failed, as one with too high a rate does; the others may go on."""
+    """The training of a cell failed, as one with too high a rate does; the others may go on. ``why`` in a line."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a run, but for those of its launcher."""
+    lines = [line for line in log.read_text().splitlines() if line.strip() and "exits with return code" not in line]
+    return lines[-1] if lines else "it said nothing"
 
 
 def train(
@@ -220,9 +231,13 @@ def train(
             process.wait()
             raise
     if process.returncode:
+        newest = read_events(run)[-1:]
+        why = newest[0]["error"] if newest and newest[0]["event"] == "failed" else _last_words(run / "output.log")
         tail = "".join((run / "output.log").read_text().splitlines(True)[-20:])
         said = f"{run / 'output.log'} ends with\n{tail}"
-        raise FailedCellError(f"{run.name}: training ended with {process.returncode}; {said}")
+        text = f"{run.name}: training ended with {process.returncode}; {said}"
+        # Input that is refused is so for other cells, too.
+        raise InputError(text) if process.returncode == 2 else FailedCellError(text, why)
     if plan.share_done < 1:  # a signal, or a file `stop`
         raise InputError(f"{run.name}: was stopped before its end; the same command goes on there")
 

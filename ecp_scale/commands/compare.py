@@ -26,7 +26,7 @@ from typing import get_args
 from ecp_scale.command_line import parse
 from ecp_scale.commands.cells import Budget, FailedCellError, Launch, Plan, Watch, budgeted, evaluate, train
 from ecp_scale.commands.comparison_folder import Comparison, check_folder, write_report
-from ecp_scale.commands.grid import points_of
+from ecp_scale.commands.grid import check_effect, points_of
 from ecp_scale.config import Config
 from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.data.manifest import Manifest, manifest_path
@@ -57,7 +57,7 @@ def main() -> None:
         try:
             train(plan, comparison.launch, lambda record: watch.tell(plan, record), stop)
         except FailedCellError as error:
-            failed[plan.name] = str(error).strip().splitlines()[-1]
+            failed[plan.name] = error.why
             watch.finished(plan, f"FAILED: {failed[plan.name]}")
             return
         cell = evaluate(plan, comparison.folder, comparison.test, comparison.task)
@@ -132,7 +132,7 @@ def read_command_line(argv: list[str]) -> Comparison:
     request = parse(rest, "", required, world_size=options.ranks)
     points = {
         point: parse([*rest, *words], "", required, world_size=options.ranks).config
-        for point, words in points_of(options.grid, options.sizes, request, architectures).items()
+        for point, words in points_of(options.grid, options.sizes, request).items()
     }
     vocabulary = request.config.model.vocab_size
     for base in points.values() if not request.dry_run or request.config.data.is_set else ():
@@ -148,6 +148,7 @@ def read_command_line(argv: list[str]) -> Comparison:
                 plans.append(Plan(name, point, seed, config, vocabulary or 257))
     if problems:
         raise InputError("the base config does not fit every architecture:\n" + "\n".join(f"  - {x}" for x in problems))
+    check_effect(options.grid, [plan.config for plan in plans])
     folder = Path(options.output).resolve()
     return Comparison(
         base=request.config,

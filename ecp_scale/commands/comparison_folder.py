@@ -107,7 +107,7 @@ def write_report(comparison: Comparison, failed: Mapping[str, str]) -> None:
         "threads_per_rank": comparison.launch.threads_per_rank,
     }
     folder = comparison.folder
-    records = summaries(cells)
+    records = summaries(cells, (comparison.plans[0].architecture, comparison.plans[0].point))
     parts, shown, pictures = [], [], ["comparison.svg"]
     if comparison.task is not None:
         from ecp_scale.preparation.probes import chance

@@ -2,8 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from ecp_scale.command_line import Request
 from ecp_scale.config import Config
@@ -13,16 +11,13 @@ NOT_IN_A_GRID = ("model.architecture", "training.seed", "training.output_dir")
 OF_A_SIZE = ("model.layers", "model.width", "model.heads", "model.key_value_heads", "model.feed_forward_width")
 
 
-def points_of(
-    grid: Sequence[str], sizes: str | None, request: Request, architectures: Sequence[Any]
-) -> dict[str, list[str]]:
+def points_of(grid: Sequence[str], sizes: str | None, request: Request) -> dict[str, list[str]]:
     """Options of every point of the grid, by its name.
 
     Args:
         grid: FIELD=VALUE,VALUE for each axis.
         sizes: layers x width, separated by commas.
         request: of the base.
-        architectures: that are compared.
 
     Raises:
         InputError: naming what cannot be tried.
@@ -39,12 +34,6 @@ def points_of(
         words = values.split(",")
         if len({number_of(word) for word in words}) < len(words):
             raise InputError(f"--grid is {text!r}: two values are the same")
-        bases = [
-            replace(request.config, model=replace(request.config.model, architecture=name)) for name in architectures
-        ]
-        idle = [base.without_effect([field]) for base in bases]
-        if all(idle) and len(words) > 1:
-            raise InputError(f"--grid is {text!r}: {field} has no effect with {idle[0][0][1]}")
         axes.append([(f"{field.split('.')[1]}={value}", [f"--{field}={value}"]) for value in words])
     if sizes is not None:
         axes.append([(size, options_of_size(size, request.config)) for size in sizes.split(",")])
@@ -55,6 +44,19 @@ def points_of(
             raise InputError(f"--grid and --sizes make {name} twice")
         found[name] = [word for _, words in choice for word in words]
     return found
+
+
+def check_effect(grid: Sequence[str], cells: Sequence[Config]) -> None:
+    """Refuse an axis that changes nothing in any cell.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for text in grid:
+        field, _, values = text.partition("=")
+        idle = [cell.without_effect([field]) for cell in cells]
+        if all(idle) and "," in values:
+            raise InputError(f"--grid is {text!r}: {field} has no effect with {idle[0][0][1]}")
 
 
 def number_of(word: str) -> float | str:

@@ -50,10 +50,17 @@ def records_of(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         if unreadable := unreadable_metrics(folder):
             print(f"{folder}: {unreadable} lines of metrics.jsonl cannot be read")
         name = name if names.count(name) == 1 else str(folder)
+        name = f" {name}" if name.startswith("_") else name  # which legends leave out
         if name in found:
             raise InputError(f"{folder} is named twice")
         found[name] = records
     return found
+
+
+def legend(axes: Any) -> None:
+    """A legend of names as they are: a dollar sign begins no formula."""
+    for text in axes.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)
 
 
 def draw_panel(axes: Any, key: str, runs: dict[str, list[dict[str, Any]]], weight: float) -> None:
@@ -81,9 +88,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> 
     for axes, (key, label) in zip(grid, PANELS.items(), strict=True):
         draw_panel(axes, key, runs, weight)
         axes.set(ylabel=label)
-    grid[0].legend()
+    legend(grid[0])
     grid[-1].set(xlabel="tokens (millions)")
-    figure.suptitle(", ".join(runs) if len(runs) < 4 else f"{len(runs)} runs")
+    figure.suptitle(", ".join(runs) if len(runs) < 4 else f"{len(runs)} runs", parse_math=False)
     save_picture(figure, output)
 
 

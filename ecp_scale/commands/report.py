@@ -7,19 +7,35 @@ The page is one file of HTML with its pictures inside; it needs no network and r
 
 import argparse
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.training.events import ENDS, STARTED, read_events
 
 SLOW = 3.0
 """A step is slow that takes so many times the median of its run."""
-NOT_RESULTS = ("deepspeed.json", "stopped.json")
-"""Files of a run folder, ending in .json, that hold no evaluation."""
+EVALUATION = {"protocol", "accuracy"}
+"""Keys of which an evaluation in JSON has one."""
+
+
+class Launch(NamedTuple):
+    """When a launch began and ended (Unix seconds), and how: an event of ``ENDS``, or empty if no end is on record."""
+
+    begin: float
+    end: float
+    ended: str
+
+    def until(self, time: float, ended: str = "") -> "Launch":
+        """The same, known to have gone on until then."""
+        return self._replace(end=max(self.end, time), ended=ended)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,10 @@ class RunRecord:
         """A number of all steps that have it."""
         return [record[key] for record in self.steps if record.get(key) is not None]
 
+    def median(self, key: str) -> float:
+        """Of a number of all steps that have it; NaN where none has."""
+        return statistics.median(self.values(key) or [math.nan])
+
     @property
     def planned_steps(self) -> int:
         """Of the whole run."""
@@ -49,49 +69,51 @@ class RunRecord:
     @property
     def state(self) -> str:
         """How the newest launch stands."""
-        last = self.events[-1]["event"] if self.events else None
-        if last in ("finished", "stopped", "failed"):
-            return str(last)
-        if self.last["step"] >= self.planned_steps:
-            return "finished"
-        return "running, or ended without a word"
+        if self.launches and self.launches[-1].ended:
+            return self.launches[-1].ended
+        return "finished" if self.last["step"] >= self.planned_steps else "running, or ended without a word"
+
+    @cached_property
+    def launches(self) -> list[Launch]:
+        """Launches that events tell of, in their order: clocks of several hosts need not agree."""
+        found: list[Launch] = []
+        is_open = False
+        for event in self.events:
+            if event["event"] == STARTED:
+                begin = float(event.get("launched", event["time"]))
+                found.append(Launch(begin, max(begin, event["time"]), ""))
+                is_open = True
+            elif is_open:
+                ended = event["event"] if event["event"] in ENDS else ""
+                found[-1] = found[-1].until(event["time"], ended)
+                is_open = not ended
+        for number, launch in enumerate(found):
+            if not launch.ended:  # the record knows how far it came
+                following = found[number + 1].begin if number + 1 < len(found) else math.inf
+                times = [time for time in self.values("time") if launch.begin <= time < following]
+                found[number] = launch.until(max(times, default=launch.end))
+        return found
 
     def seconds(self) -> dict[str, float]:
         """Where the time of the launches went: ``steps``, ``saves``, ``starts`` and ``else`` (validation, waits).
 
-        Steps that were done again after a crash count once, since the record has them once; of a launch that was
-        killed the time up to its last event or record is known.
+        A start is counted from when the libraries are loaded. Steps that were done again after a crash count once,
+        since the record has them once.
         """
-        steps = sum(self.values("step_seconds"))
-        saves = sum(event.get("waited", 0.0) for event in self.events if event["event"] == "saved")
-        starts = sum(event["time"] - _launched(event) for event in self.events if event["event"] == "started")
-        whole = sum(end - begin for begin, end, _ in self.launches())
-        found = {"steps": steps, "saves": saves, "starts": starts}
+        starts = [event for event in self.events if event["event"] == STARTED]
+        found = {
+            "steps": sum(record.get("step_seconds") or 0.0 for record in self.steps if "time" in record),
+            "saves": sum(event.get("waited", 0.0) for event in self.events if event["event"] == "saved"),
+            "starts": sum(max(0.0, event["time"] - event.get("launched", event["time"])) for event in starts),
+        }
+        whole = sum(launch.end - launch.begin for launch in self.launches)
         return {**found, "else": max(0.0, whole - sum(found.values()))}
-
-    def launches(self) -> list[tuple[float, float, str]]:
-        """Begin, end (Unix seconds) and end of each launch that events tell of."""
-        marks = [event["time"] for event in self.events]
-        marks += [record["time"] for record in self.steps if "time" in record]
-        begins = [_launched(event) for event in self.events if event["event"] == "started"]
-        found = []
-        for begin, following in zip(begins, [*begins[1:], float("inf")], strict=True):
-            inside = [mark for mark in marks if begin <= mark < following]
-            named = [event["event"] for event in self.events if begin <= event["time"] < following]
-            ended = named[-1] if named[-1] in ("finished", "stopped", "failed") else "no end on record"
-            found.append((begin, max(inside), ended))
-        return found
 
     def slow_steps(self) -> list[dict[str, Any]]:
         """Steps that took ``SLOW`` times the median and more, slowest first."""
-        median = statistics.median(self.values("step_seconds"))
-        found = [record for record in self.steps if record.get("step_seconds", 0) >= SLOW * median]
+        median = self.median("step_seconds")
+        found = [record for record in self.steps if (record.get("step_seconds") or 0) >= SLOW * median]
         return sorted(found, key=lambda record: -record["step_seconds"])
-
-
-def _launched(event: dict[str, Any]) -> float:
-    """When a launch that has started was begun."""
-    return float(event.get("launched", event["time"]))
 
 
 def read_run(folder: Path, steps: list[dict[str, Any]], results: Sequence[Path]) -> RunRecord:
@@ -107,8 +129,6 @@ def read_run(folder: Path, steps: list[dict[str, Any]], results: Sequence[Path])
     """
     import yaml
 
-    from ecp_scale.training.events import read_events
-
     path = folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text())
@@ -116,11 +136,19 @@ def read_run(folder: Path, steps: list[dict[str, Any]], results: Sequence[Path])
         raise InputError(f"{path}: {error.strerror}; expected the folder of a run") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not the config of a run ({type(error).__name__})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: found {type(config).__name__}, expected the config of a run")
-    found = {file.name: file for file in sorted(folder.glob("*.json")) if file.name not in NOT_RESULTS}
-    found |= {str(file): file for file in results}
-    return RunRecord(folder, steps, read_events(folder), config, {name: _object(file) for name, file in found.items()})
+    if not isinstance(config, dict) or not all(isinstance(fields, dict) for fields in config.values()):
+        raise InputError(f"{path}: not the config of a run, which has sections of fields")
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.json")):
+        with suppress(InputError):  # whose it is, who knows
+            content = _object(file)
+            if EVALUATION & set(content):
+                found[file.name] = content
+    found |= {str(file): _object(file) for file in results}
+    events = read_events(folder)
+    # A fresh start has put the record of what was before aside, too.
+    fresh = [n for n, event in enumerate(events) if (event["event"], event["step"]) == (STARTED, 0)]
+    return RunRecord(folder, steps, events[fresh[-1] if fresh else 0 :], config, found)
 
 
 def _object(path: Path) -> dict[str, Any]:

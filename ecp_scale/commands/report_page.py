@@ -5,17 +5,18 @@ import io
 import itertools
 import math
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ecp_scale.commands.plot import PANELS, draw_panel
+from ecp_scale.commands.plot import PANELS, draw_panel, legend
 from ecp_scale.commands.report import RunRecord, differences
 from ecp_scale.evaluation.comparison import pyplot
 
 SMOOTHING = 0.9
+FOLDED = 30
+"""Events beyond which their table is folded."""
 NUMBERS = itertools.count()
 """Of pictures."""
 MORE_PANELS = {
@@ -105,7 +106,7 @@ def _span(seconds: float) -> str:
 
 
 def _time(run: RunRecord, name: str) -> str | None:
-    return _span(run.seconds()[name]) if run.launches() else None
+    return _span(run.seconds()[name]) if run.launches else None
 
 
 def _summary(runs: dict[str, RunRecord]) -> str:
@@ -118,11 +119,11 @@ def _summary(runs: dict[str, RunRecord]) -> str:
         "validation loss (last)": lambda run: next(iter(run.values("validation_loss")[-1:]), None),
         "validation loss (best)": lambda run: min(run.values("validation_loss"), default=None),
         "bits per byte (last)": lambda run: next(iter(run.values("validation_bits_per_byte")[-1:]), None),
-        "tokens per second (median)": lambda run: statistics.median(run.values("tokens_per_second")),
-        "MFU (median)": lambda run: statistics.median(run.values("mfu") or [math.nan]),
+        "tokens per second (median)": lambda run: run.median("tokens_per_second"),
+        "MFU (median)": lambda run: run.median("mfu"),
         "peak memory of rank 0 (GB)": lambda run: max(run.values("peak_memory_bytes"), default=math.nan) / 1e9,
         "skipped updates": lambda run: run.last.get("skipped_steps"),
-        "launches": lambda run: len(run.launches()) or None,
+        "launches": lambda run: len(run.launches) or None,
         **{f"time in {name}": partial(_time, name=name) for name in ("steps", "saves", "starts", "else")},
         "slow steps": lambda run: len(run.slow_steps()),
         "data digest": lambda run: run.last.get("data_digest"),
@@ -152,7 +153,7 @@ def _curves(runs: dict[str, RunRecord]) -> str:
         draw_panel(axes, key, steps, SMOOTHING)
         axes.set(title=label, xlabel="tokens (millions)")
         if len(runs) > 1:
-            axes.legend(fontsize=8)
+            legend(axes)
 
     panels = {**PANELS, **MORE_PANELS}.items()
     shown = [(key, label) for key, label in panels if any(run.values(key) for run in runs.values())]
@@ -171,7 +172,7 @@ def _by_position(runs: dict[str, RunRecord]) -> str:
             axes.plot([first + 1 for first, _, _ in buckets], [loss for _, _, loss in buckets], "o-", label=name)
         axes.set(title="validation loss", xlabel="first position of a bucket, from 1 on", xscale="log")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        legend(axes)
 
     return f'<div class="pictures">{_picture(draw)}</div>'
 
@@ -196,13 +197,16 @@ def _differences(runs: dict[str, RunRecord]) -> str:
 def _events(name: str, run: RunRecord) -> str:
     """The time line of a run, its events in words, and its slow steps."""
     parts = [f"<h3>{html.escape(name)}</h3>\n"]
-    if run.launches():
+    if run.launches:
         parts.append(f'<div class="wide">{_picture(lambda axes: _draw_launches(axes, run), (8, 1.9))}</div>')
     rows = [[_clock(event["time"]), event["event"], event["step"], _details(event)] for event in run.events]
-    parts.append(_table(["time", "event", "after step", ""], rows) if rows else "<p>no events on record</p>")
+    table = _table(["time", "event", "after step", ""], rows) if rows else "<p>no events on record</p>"
+    if len(rows) > FOLDED:
+        table = f"<details><summary>{len(rows)} events</summary>{table}</details>"
+    parts.append(table)
     slow = run.slow_steps()
     if slow:
-        median = statistics.median(run.values("step_seconds"))
+        median = run.median("step_seconds")
         rows = [[record["step"], record["step_seconds"], record["step_seconds"] / median] for record in slow[:10]]
         parts.append(f"<p>{len(slow)} steps took three times the median of {median:.3g} s and more, the slowest:</p>")
         parts.append(_table(["step", "seconds", "times the median"], rows))
@@ -219,12 +223,11 @@ def _details(event: dict[str, Any]) -> str:
 
 def _draw_launches(axes: Any, run: RunRecord) -> None:
     """Launches as bars from left to right, saves and failures as marks."""
-    first = run.launches()[0][0]
+    first = min(launch.begin for launch in run.launches)
     colors = {"finished": "C2", "stopped": "C0", "failed": "C3"}
-    for begin, end, ended in run.launches():
-        axes.barh(
-            0, (end - begin) / 60, left=(begin - first) / 60, height=0.5, color=colors.get(ended, "0.6"), alpha=0.5
-        )
+    for launch in run.launches:
+        begin, end = ((time - first) / 60 for time in (launch.begin, launch.end))
+        axes.barh(0, end - begin, left=begin, height=0.5, color=colors.get(launch.ended, "0.6"), alpha=0.5)
     for kind, mark, color in (("saved", "|", "k"), ("not saved", "x", "C3")):
         times = [(event["time"] - first) / 60 for event in run.events if event["event"] == kind]
         axes.plot(times, [0.0] * len(times), mark, color=color, markersize=12, label=kind)

@@ -86,8 +86,12 @@ def by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
+def summaries(cells: Sequence[Cell], reference: tuple[str, str] | None = None) -> list[dict[str, object]]:
     """One record per architecture and point, in the order of their first cells.
+
+    Args:
+        cells: that are done.
+        reference: architecture and point that were named first; those of the first cell where it is None.
 
     ``bits_per_byte_difference`` and ``label_accuracy_difference`` compare seed by seed: equal seeds have equal data
     order, so that what a seed does to both is not counted as noise. Several architectures are compared with the first
@@ -95,14 +99,15 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
     """
     groups = by_label(cells)
     first = next(iter(groups.values()))
-    is_one = len({cell.architecture for cell in cells}) == 1
+    architecture, point = reference or (cells[0].architecture, cells[0].point)
+    is_one = {cell.architecture for cell in cells} == {architecture}
     records: list[dict[str, object]] = []
     for name, group in groups.items():
-        alike = [cell for cell in cells if cell.architecture == first[0].architecture and cell.point == group[0].point]
-        others = first if is_one else alike
-        reference = {cell.seed: cell for cell in others if cell.label != name}
+        at = point if is_one else group[0].point
+        others = [cell for cell in cells if (cell.architecture, cell.point) == (architecture, at)]
+        paired = {cell.seed: cell for cell in others if cell.label != name}
         figures = {figure: Summary.of([getattr(cell, figure) for cell in group]) for figure in FIGURES}
-        pairs = [(cell, reference[cell.seed]) for cell in group if cell.seed in reference]
+        pairs = [(cell, paired[cell.seed]) for cell in group if cell.seed in paired]
         differences = {
             f"{name}_difference": Summary.of([getattr(one, name) - getattr(other, name) for one, other in pairs])
             for name in ("bits_per_byte", "label_accuracy")
@@ -111,7 +116,7 @@ def summaries(cells: Sequence[Cell]) -> list[dict[str, object]]:
         records.append(
             {
                 "architecture": name,
-                "compared_with": next((cell.label for cell in reference.values()), None),
+                "compared_with": next((cell.label for cell in paired.values()), None),
                 "seeds": [cell.seed for cell in group],
                 "parameters": group[0].parameters,
                 "parameters_difference": group[0].parameters / first[0].parameters - 1,
@@ -134,17 +139,21 @@ def table(records: Sequence[dict[str, object]], short: bool = False) -> str:
     first: dict[str, Any] = records[0]
     classified = math.isfinite(first["label_accuracy"].mean)
     figure = "label_accuracy" if classified else "bits_per_byte"
-    reference = str(first["architecture"])
-    if len({record["compared_with"] for record in records} - {None}) > 1:
+    compared = {str(record["compared_with"]) for record in records if record["compared_with"]}
+    reference = next(iter(compared), "the first")
+    if len(compared) > 1:
         reference = f"{reference.split()[0]} there"
     elif len(reference) > 15:
         reference = "the first"
+    most = max(len(record["seeds"]) for record in records)  # type: ignore[arg-type]
     of_text: dict[str, Callable[[dict[str, Any]], str]] = {
         "token ppl": lambda record: record["token_perplexity"].show(2),
         "word ppl": lambda record: record["word_perplexity"].show(1),
     }
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "architecture": lambda record: str(record["architecture"]),
+        "architecture": lambda record: (
+            record["architecture"] + (f" (seeds: {len(record['seeds'])})" if len(record["seeds"]) < most else "")
+        ),
         figure.replace("_", " "): lambda record: record[figure].show(4),
         f"minus {reference}, paired": lambda record: _difference(record, figure),
         **({} if classified else of_text),

@@ -92,7 +92,7 @@ class Checkpoints:
         """
         if not self._saves.in_progress:
             return
-        step = self._saves.done.step
+        step, waiting = self._saves.done.step, time.perf_counter()
         try:
             self.newest = self._saves.finish()
         except SaveFailedError as error:
@@ -102,7 +102,7 @@ class Checkpoints:
                 self._failed(step, error, is_last)
             return
         seconds = time.perf_counter() - self._began
-        self._events.add("saved", step, seconds=seconds, waited=self._copied if self._config.asynchronous else seconds)
+        self._events.add("saved", step, seconds=seconds, waited=self._copied + time.perf_counter() - waiting)
         text = f"saved in {seconds:.1f} s: {self.newest}"
         if self._config.asynchronous and not is_last:
             text = f"saved {seconds:.1f} s later, copied in {self._copied:.1f} s: {self.newest}"

@@ -32,7 +32,8 @@ def open_data(config: Config) -> tuple[Config, Blend, dict[str, Corpus]]:
     Raises:
         InputError: if a corpus cannot be used, or does not fit the config.
     """
-    for name in dict.fromkeys(name for _, weights in config.data.phases for name in weights):
+    names = [name for _, weights in config.data.phases for name in weights]
+    for name in dict.fromkeys([*names, *config.data.set_aside.values()]):
         check_task(config, Path(name))
     blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
     validation = {name: Corpus(prefix, config.model.sequence_length) for name, prefix in config.data.set_aside.items()}

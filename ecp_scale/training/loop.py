@@ -92,7 +92,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         done = start.progress
         config = config.with_length(done.step, done.tokens)
         run_tokens = config.tokens_after(config.training.steps, done.step, done.tokens)
-        events = stack.enter_context(EventLog(run if dist.get_rank() == 0 else None))
+        events = stack.enter_context(EventLog(run if dist.get_rank() == 0 else None, done.step))
         if dist.get_rank() == 0:
             for line in describe_start(start, run):
                 say(line)
