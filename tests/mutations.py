@@ -20,6 +20,8 @@ ATTENTION = "tests/attention/test_segment.py tests/attention/test_sdpa.py tests/
 KERNELS = "tests/attention/test_kernels.py"
 SEQUENCES = "tests/parallel/test_sequences.py -k 2"
 RANDOMNESS = "tests/models/test_randomness.py"
+MUON = "tests/zero/test_muon.py"
+AVERAGE = "tests/zero/test_averaging.py"
 STEP = "tests/training/test_step.py"
 RESUME = "tests/training/test_resume_table.py"
 ORDER = "tests/data/test_order.py tests/data/test_blend.py"
@@ -126,8 +128,16 @@ BUGS = (
         STEP,
     ),
     Bug("training/step.py", "if not math.isfinite(loss_value):", "if False:", STEP),
-    Bug("models/parameter_groups.py", '"weight_decay": 0.0}', '"weight_decay": weight_decay}', STEP),
-    Bug("zero/engine.py", 'group["weight_decay"] = weight_decay', "pass", RESUME),
+    Bug("models/parameter_groups.py", "not in chosen}, decays=False)", "not in chosen}, decays=True)", STEP),
+    Bug(
+        "zero/engine.py",
+        'group["weight_decay"] = config.weight_decay if of_ours.decays else 0.0',
+        "pass",
+        RESUME,
+    ),
+    Bug("zero/muon.py", "for other in range(group.size())]\n    shared[rank] = []", "for other in []]", MUON),
+    Bug("zero/muon.py", "return orthogonal(whole).mul_", "return orthogonal(share).mul_", MUON),
+    Bug("training/loop.py", "is not None and not result.skipped:", "is not None:", AVERAGE),
     Bug("zero/engine.py", "engine.optimizer.clip_grad = config.gradient_clipping", "pass", RESUME),
     Bug(
         "training/loop.py",

@@ -1,14 +1,18 @@
 """The moving average of the weights, a state of the optimizer like any other: kept in parts, resumed in any layout."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
+
+if TYPE_CHECKING:  # a model that is exported or loaded needs no DeepSpeed, only the name of this state
+    from deepspeed import DeepSpeedEngine
 
 AVERAGE = "average"
 """Key of it among the states of a parameter."""
 
 
-def stored_weights(engine: DeepSpeedEngine) -> list[Tensor]:
+def stored_weights(engine: "DeepSpeedEngine") -> list[Tensor]:
     """What the optimizer holds of this rank's fp32 weights: flat tensors under ZeRO, else the parameters."""
     of_zero_1_and_2 = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups")  # bf16 under ZeRO-1 has its own
     for name in ("fp32_partitioned_groups_flat", *of_zero_1_and_2):
@@ -18,7 +22,7 @@ def stored_weights(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 @torch.no_grad()
-def update_average(engine: DeepSpeedEngine, decay: float, step: int) -> None:
+def update_average(engine: "DeepSpeedEngine", decay: float, step: int) -> None:
     """Let the average follow the weights after a step.
 
     Args:
@@ -36,7 +40,7 @@ def update_average(engine: DeepSpeedEngine, decay: float, step: int) -> None:
             average.lerp_(weights, 1 - kept)
 
 
-def drop_average(engine: DeepSpeedEngine) -> None:
+def drop_average(engine: "DeepSpeedEngine") -> None:
     """Forget the average that a checkpoint has brought."""
     for state in engine.basic_optimizer.state.values():
         state.pop(AVERAGE, None)
