@@ -7,7 +7,7 @@ from ecp_scale.config import Config
 from ecp_scale.planning.tracing import Trace, trace
 from ecp_scale.precision import weight_type
 from ecp_scale.zero import json_config
-from ecp_scale.zero.memory import ALIGNMENT, FP32, EngineStates, ZeroConfig, persistent, states
+from ecp_scale.zero.memory import FP32, EngineStates, ZeroConfig, partition_elements, persistent, states
 from ecp_scale.zero.muon import busiest
 
 GIB = 1 << 30
@@ -161,7 +161,7 @@ def muon_messages(traced: Trace, zero: ZeroConfig, data_ranks: int, tensor_ranks
     if not traced.matrices:
         return {}
     parts = data_ranks if zero.stage else 1
-    length = -(-sum(traced.groups[0]) // (ALIGNMENT * parts)) * ALIGNMENT  # Muon's group is the first
+    length = partition_elements(traced.groups[0], parts)  # Muon's group is the first
     to_data, to_tensor = busiest(traced.matrices, length, parts)
     found = {
         "data: momentum of cut matrices": FP32 * to_data,

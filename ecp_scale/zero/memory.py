@@ -77,7 +77,7 @@ def states(
         buffers = weight * (bucket + (alive if data_ranks > 1 else 0))
         gradients = weight * part if not bf16 else FP32 * part
     else:
-        parts = [-(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT for group in groups]
+        parts = [partition_elements(group, data_ranks) for group in groups]
         part = sum(parts)
         weights, buffers = weight * whole, weight * bucket
         # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
@@ -100,6 +100,11 @@ def states(
     return EngineStates(weights, master, moments, gradients, buffers, on_host)
 
 
+def partition_elements(group: Sequence[int], data_ranks: int) -> int:
+    """Elements of a rank's flat partition of a group of parameters under ZeRO-1 and -2, with its padding."""
+    return -(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT
+
+
 def persistent(parameters: Sequence[int], zero: ZeroConfig) -> int:
     """Elements of the parameters that ZeRO-3 keeps whole on every rank, since they are small."""
     return sum(elements for elements in parameters if elements <= zero.param_persistence_threshold)
@@ -117,7 +122,7 @@ def _most_whole_elements(groups: Sequence[Sequence[int]], data_ranks: int) -> in
     """
     held = [0] * data_ranks
     for group in groups:
-        part = -(-sum(group) // (ALIGNMENT * data_ranks)) * ALIGNMENT
+        part = partition_elements(group, data_ranks)
         start = 0
         for elements in group:
             for rank in range(start // part, (start + elements - 1) // part + 1):

@@ -72,7 +72,7 @@ def measured(request: Request, with_states: bool) -> dict[str, Any]:
 
 
 def _states(request: Request, groups: Groups) -> dict[str, Any]:
-    from ecp_scale.zero.averaging import update_average
+    from ecp_scale.zero.averaging import stored_weights, update_average
     from ecp_scale.zero.engine import build_engine
 
     config = request.config
@@ -92,18 +92,7 @@ def _states(request: Request, groups: Groups) -> dict[str, Any]:
         update_average(engine, config.optimizer.average_decay, 1)
     parameters, optimizer = list(engine.module.parameters()), engine.optimizer
     stage = engine.zero_optimization_stage()
-    flats = next(
-        (
-            getattr(optimizer, name)
-            for name in (
-                "fp32_partitioned_groups_flat",
-                "fp32_groups_flat_partition",
-                "single_partition_of_fp32_groups",
-            )
-            if hasattr(optimizer, name)
-        ),
-        [],
-    )
+    flats = stored_weights(engine) if stage else []
     base = optimizer if stage == 0 else optimizer.optimizer
     moments = [value for state in base.state.values() for key, value in state.items() if key != "step"]
     found = {
