@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, synced, then renamed."""
 
 import hashlib
+import json
 import math
 import os
 import resource
@@ -24,6 +25,30 @@ def raised_limit_of_files() -> int:
         soft = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return min(soft, WANTED_FILES)
+
+
+def read_object(path: Path, name: str, expected: str = "an object") -> dict[str, Any]:
+    """Read a JSON object that a user has named.
+
+    Args:
+        path: of the file.
+        name: of it in an error.
+        expected: what it should hold.
+
+    Raises:
+        InputError: if it cannot be read, or holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not valid UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one too
+        raise InputError(f"{name}: not valid JSON, {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{name}: found a {type(content).__name__}, expected {expected}")
+    return content
 
 
 @contextmanager

@@ -6,7 +6,6 @@ The page is one file of HTML with its pictures inside; it needs no network and r
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.files import read_object, write_text
 from ecp_scale.training.events import ENDS, STARTED, read_events
 
 SLOW = 3.0
@@ -152,17 +152,7 @@ def read_run(folder: Path, steps: list[dict[str, Any]], results: Sequence[Path])
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON, {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: found a {type(content).__name__}, expected an object as ecp-evaluate --json writes it"
-        )
-    return content
+    return read_object(path, str(path), "an object as ecp-evaluate --json writes it")
 
 
 def differences(runs: dict[str, RunRecord]) -> dict[str, list[Any]]:
@@ -212,8 +202,6 @@ def main() -> None:
         content = page(runs)
     except ImportError as error:
         raise InputError("matplotlib is missing: pip install 'ecp-scale[export]'") from error
-
-    from ecp_scale.files import write_text
 
     try:
         write_text(output, content)

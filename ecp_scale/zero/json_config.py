@@ -14,6 +14,7 @@ from typing import Any
 
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError
+from ecp_scale.files import read_object
 
 MOST_BUCKET_ELEMENTS = 500_000_000
 OWNED_BY_RUN_CONFIG = {
@@ -113,17 +114,7 @@ def read(path: str) -> dict[str, Any]:
         if path not in ready_made():
             raise InputError(f"DeepSpeed JSON {path}: no such file, and none of {', '.join(ready_made())}")
         file = ready_made()[path]
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise InputError(f"DeepSpeed JSON {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"DeepSpeed JSON {path}: not valid UTF-8 at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is one too
-        raise InputError(f"DeepSpeed JSON {path}: not valid JSON, {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"DeepSpeed JSON {path}: found a {type(content).__name__}, expected an object")
-    return content
+    return read_object(file, f"DeepSpeed JSON {path}")
 
 
 def _decided(config: Config, world_size: int) -> dict[str, tuple[Any, str]]:
