@@ -21,7 +21,8 @@ from ecp_scale.config import AttentionBackend
 from ecp_scale.precision import product_type
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Kernels whose dropout is what was asked for. Trap: cuDNN, which torch prefers on Hopper, rounds it to sixteenths."""
+"""Kernels for dropout and masks. Trap: cuDNN's, which torch prefers on Hopper, rounds dropout to sixteenths, and with a
+mask has given wrong gradients without a word (torch 2.11 on an H100, after calls of other shapes)."""
 
 
 def attend(
@@ -72,7 +73,10 @@ def attend(
             mask = visible(n_query, n_key, True, None, None, q.device)
         return reference_attention(q, keys, values, mask, dropout)
     wide = product_type(q)
-    with sdpa_kernel(WITHOUT_CUDNN) if dropout and q.is_cuda else nullcontext():
+    if mask is not None and q.is_cuda:
+        # Trap: of the kernels that are left for masks, only the one that makes all scores takes grouped heads.
+        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+    with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda and (dropout or mask is not None) else nullcontext():
         attended = scaled_dot_product_attention(
             q.to(wide),
             keys.to(wide),

@@ -4,8 +4,11 @@ Shapes: B batch, T tokens that come in, C positions that a cache holds, H query 
 D width of the residual stream, V vocabulary.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import adaptive_avg_pool1d, scaled_dot_product_attention
 
 from .cache_ecp import EcpCache, Places
@@ -14,6 +17,9 @@ from .configuration_ecp import EcpConfig
 EPSILON = 1e-5
 BLOCK = 512
 """Queries that are computed at a time where no segment says so."""
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Trap: cuDNN's kernel, which torch prefers on Hopper, rounds dropout to sixteenths, and with a mask has given wrong
+gradients without a word (torch 2.11 on an H100)."""
 
 
 class EcpAttention(nn.Module):
@@ -193,7 +199,11 @@ class EcpAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropped: bool = True) -> Tensor:
         rate = self.config.dropout if self.training and dropped else 0.0
-        return scaled_dot_product_attention(q, k, v, seen, dropout_p=rate, enable_gqa=q.shape[1] != k.shape[1])
+        on_gpu = q.is_cuda and (rate > 0 or seen is not None)
+        if on_gpu:  # without cuDNN, no kernel for masks takes grouped heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        with sdpa_kernel(WITHOUT_CUDNN) if on_gpu else nullcontext():
+            return scaled_dot_product_attention(q, k, v, seen, dropout_p=rate, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:

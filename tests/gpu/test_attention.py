@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ecp_scale.attention import segment_attention
+from ecp_scale.attention import KeyValue, attend, segment_attention
 from ecp_scale.config import AttentionBackend
 from tests.attention.oracle import random_documents
 from tests.attention.test_devices import CASES, Case, attended_and_gradients, check_near_float64
@@ -46,6 +46,22 @@ def test_flash_takes_a_million_positions_in_memory_linear_in_their_number() -> N
         peaks.append(torch.cuda.max_memory_allocated())
         del q, k, v, leaves, out
     assert peaks[1] < 16.5 * peaks[0]
+
+
+def test_masks_of_many_shapes_in_one_process_give_right_gradients() -> None:
+    # cuDNN keeps plans by shape, and took one for another.
+    for number, (batch, queries, keys) in enumerate([(2, 256, 512), (1, 256, 512), (2, 100, 356), (2, 256, 512)] * 2):
+        generator = torch.Generator().manual_seed(number)
+        shapes = [(batch, 4, queries, 32), *[(batch, 2, keys, 32)] * 2]
+        leaves = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+        documents = random_documents(batch, keys, seed=number)
+        found = {}
+        for device, kind in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+            q, k, v = (x.to(device, kind) for x in leaves)
+            out = attend(q, KeyValue(k, v, documents.to(device)), causal=number % 2 == 0)
+            found[device] = torch.autograd.grad(out.double().square().sum(), leaves)
+        for got, wanted in zip(found["cuda"], found["cpu"], strict=True):
+            assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.3])
