@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ecp_scale.commands import cells
+from ecp_scale.commands import cells, compare
 from ecp_scale.commands.cells import TRIAL_STEPS, Launch, Plan, Watch, budgeted
 from ecp_scale.commands.compare import read_command_line
 from ecp_scale.commands.comparison_folder import Comparison
@@ -362,6 +362,36 @@ def options(text: ShardedText, output: Path) -> list[str]:
         "data.validation_prefix": text.prefix,
     }
     return ["--output", str(output), "--seeds=1", *(f"--{key}={value}" for key, value in values.items())]
+
+
+def test_cells_that_train_together_are_evaluated_one_at_a_time(
+    sharded_text: ShardedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most = [], []
+
+    def evaluate(plan: Plan, *_: object) -> Cell:
+        running.append(plan)
+        time.sleep(0.2)
+        most.append(len(running))
+        running.pop()
+        return cell(plan.architecture, plan.seed, 2.0)
+
+    monkeypatch.setattr(compare, "train", lambda *_: None)
+    monkeypatch.setattr(compare, "evaluate", evaluate)
+    words = (SCRIPT, *options(sharded_text, tmp_path / "out"), "--architectures=ecp", "--seeds=1,2,3", "--jobs=3")
+    monkeypatch.setattr(sys, "argv", list(words))
+    compare.main()
+    assert most == [1, 1, 1]
+
+
+def test_cells_of_one_rank_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    compare._check_devices(Launch(ranks=1, jobs=4, deepspeed_path=None), "tokens")
+    compare._check_devices(Launch(ranks=2, jobs=1, deepspeed_path=None), "seconds")
+    with pytest.raises(InputError, match=r"--jobs is 4: .* leave it out with --ranks 2"):
+        compare._check_devices(Launch(ranks=2, jobs=4, deepspeed_path=None), "tokens")
+    with pytest.raises(InputError, match="leave it out with --budget seconds"):
+        compare._check_devices(Launch(ranks=1, jobs=4, deepspeed_path=None), "seconds")
 
 
 def test_finished_cells_are_not_done_again(sharded_text: ShardedText, tmp_path: Path) -> None:

@@ -49,9 +49,10 @@ def main() -> None:
     for plan in plans:
         if plan not in missing:
             print(f"{plan.name}: done already", flush=True)
-    _check_devices(comparison.launch)
+    _check_devices(comparison.launch, comparison.budget)
     watch, stop = Watch(missing, len(plans)), threading.Event()
     failed: dict[str, str] = {}
+    evaluating = threading.Lock()  # torch's compiler serves one thread of a process at a time
 
     def work(plan: Plan) -> None:
         try:
@@ -60,7 +61,8 @@ def main() -> None:
             failed[plan.name] = error.why
             watch.finished(plan, f"FAILED: {failed[plan.name]}")
             return
-        cell = evaluate(plan, comparison.folder, comparison.test, comparison.task)
+        with evaluating:
+            cell = evaluate(plan, comparison.folder, comparison.test, comparison.task)
         write_text(comparison.cell_file(plan), json.dumps(dataclasses.asdict(cell)) + "\n")
         shares = [share for _, share in cell.accuracy] or [cell.label_accuracy]
         right = sum(shares) / len(shares)
@@ -85,17 +87,18 @@ def main() -> None:
         raise InputError(f"{len(failed)} of {len(plans)} cells failed, and are not in the table:\n{texts}")
 
 
-def _check_devices(launch: Launch) -> None:
-    """Refuse several cells at a time where they would share GPUs.
+def _check_devices(launch: Launch, budget: Budget) -> None:
+    """Let cells of one rank share a GPU, which small ones leave idle, unless it is their speed that counts.
 
     Raises:
-        InputError: if there is a GPU.
+        InputError: if there is a GPU, and cells of several ranks or with a budget of seconds would share it.
     """
-    if launch.jobs > 1:
+    if launch.jobs > 1 and (launch.ranks > 1 or budget == "seconds"):
         import torch
 
         if torch.cuda.is_available():
-            raise InputError(f"--jobs is {launch.jobs}: cells would share this machine's GPUs; leave it out")
+            why = f"--ranks {launch.ranks}" if launch.ranks > 1 else "--budget seconds"
+            raise InputError(f"--jobs is {launch.jobs}: cells would share this machine's GPUs; leave it out with {why}")
 
 
 def read_command_line(argv: list[str]) -> Comparison:
@@ -197,7 +200,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens-per-parameter", type=float, metavar="N", help="length of each run (default: training.steps)"
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of each training run (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that train at a time (default: 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells that train at a time, on a GPU of one rank each (default: 1)",
+    )
     return parser
 
 
