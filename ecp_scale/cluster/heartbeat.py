@@ -11,15 +11,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from ecp_scale.cluster.meeting import Meeting
 from ecp_scale.cluster.progress import Progress, progress
-from ecp_scale.cluster.ranks import Process, Ranks, expected_hosts
+from ecp_scale.cluster.ranks import Process, Ranks
 from ecp_scale.console import say
 from ecp_scale.errors import AgreedError, InputError, LostRankError
 
@@ -43,18 +43,23 @@ class FailureDetector:
         LostRankError: if the first rank, which serves the store, does not answer in that time.
     """
 
-    def __init__(self, ranks: Ranks, timeout_seconds: int) -> None:
+    def __init__(self, ranks: Ranks, timeout_seconds: int, process: Process | None = None) -> None:
         self.ranks = ranks
         self.timeout_seconds = timeout_seconds
-        self.store = self._connect()
-        """For the process group."""
-        # Trap: a store serves one call at a time, and those of a process group may wait in it for long.
-        self._store = dist.PrefixStore("failure_detector", self._connect())
-        self._processes: dict[int, Process] = {}
+        self.meeting = Meeting(self._connect(), ranks.rank, ranks.world_size, process or Process.this())
         self._local_processes: dict[int, Process] = {}
         self._ended = threading.Event()
         self._beats = 0
         self._noticed_at: int | None = None
+        self._looked = 0.0
+
+    @property
+    def store(self) -> dist.Store:
+        """For the process group, once all have come; a connection of its own.
+
+        Trap: a connection serves one call at a time, and those of a process group may wait in it for long.
+        """
+        return dist.PrefixStore(f"group {self.meeting.attempt}", self._connect())
 
     def wait_for_all(self) -> None:
         """Wait until all ranks have come.
@@ -63,15 +68,17 @@ class FailureDetector:
             LostRankError: on all that have, naming those that have not.
         """
         try:
-            self._processes = self._arrived()
+            if not self.meeting.come(self.timeout_seconds, self._notice_who_is_missing(), heartbeat=self._heartbeat()):
+                raise LostRankError(self._who_did_not_come(), self._reports())
         except dist.DistNetworkError as error:
             text = f"rank 0 on host {os.environ['MASTER_ADDR']} has gone before all ranks had come"
             raise LostRankError(text, reports=self.ranks.local_rank == 0) from error
-        here = self._processes[self.ranks.rank].host
+        except dist.DistError as error:
+            where = f"(host {os.environ['MASTER_ADDR']}, which serves the store)"
+            text = f"rank 0 {where} did not come within parallel.timeout_seconds = {self.timeout_seconds}"
+            raise LostRankError(text, reports=self.ranks.local_rank == 0) from error
         # A process that cannot be seen now runs in another container under the same name.
-        self._local_processes = {
-            rank: process for rank, process in self._processes.items() if process.host == here and process.is_seen()
-        }
+        self._local_processes = {rank: process for rank, process in self.meeting.local.items() if process.is_seen()}
 
     def check_one_rank_per_gpu(self, gpu: str) -> None:
         """Refuse ranks that share a GPU; all ranks take part, each with what tells its GPU from others.
@@ -79,27 +86,24 @@ class FailureDetector:
         Raises:
             AgreedError: on all ranks, naming those that share.
         """
-        users: dict[str, list[int]] = {}
-        try:
-            for rank, other in enumerate(self._told("gpu", gpu)):
+
+        def shared(gpus: list[str]) -> str:
+            users: dict[str, list[int]] = {}
+            for rank, other in enumerate(gpus):
                 users.setdefault(other, []).append(rank)
-            self._store.set(f"gpu_read/{self.ranks.rank}", "")
-            if self.ranks.rank == 0:  # which takes the store with it when it ends
-                readers = [f"gpu_read/{rank}" for rank in range(self.ranks.world_size)]
-                self._store.wait(readers, timedelta(seconds=self.timeout_seconds))
+            lines = [
+                f"  - {', '.join(map(self.meeting.name, ranks))}: {other}"
+                for other, ranks in users.items()
+                if other and len(ranks) > 1
+            ]
+            return "\n".join(lines)
+
+        try:
+            lines = self.meeting.decided("gpu", gpu, shared, self.timeout_seconds)
         except dist.DistError as error:
             raise LostRankError("a rank was lost before the launch began", self._reports()) from error
-        shared = {other: ranks for other, ranks in users.items() if other and len(ranks) > 1}
-        if shared:
-            lines = [f"  - {', '.join(map(self._name, ranks))}: {other}" for other, ranks in shared.items()]
-            raise AgreedError("ranks share a GPU, expected one each:\n" + "\n".join(lines))
-
-    def _told(self, what: str, mine: str) -> list[str]:
-        """What every rank tells of itself; all ranks take part."""
-        self._store.set(f"{what}/{self.ranks.rank}", mine)
-        keys = [f"{what}/{rank}" for rank in range(self.ranks.world_size)]
-        self._store.wait(keys, timedelta(seconds=self.timeout_seconds))
-        return [value.decode() for value in self._store.multi_get(keys)]
+        if lines:
+            raise AgreedError(f"ranks share a GPU, expected one each:\n{lines}")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -108,7 +112,9 @@ class FailureDetector:
         Raises:
             LostRankError: in place of the error of a collective, if another rank is lost.
         """
-        threading.Thread(target=self._watch, daemon=True, name="failure detector").start()
+        self._looked = time.monotonic()
+        for target in (self._watch, self._watch_the_store):
+            threading.Thread(target=target, daemon=True, name="failure detector").start()
         try:
             yield
         except Exception as error:
@@ -145,51 +151,40 @@ class FailureDetector:
                 reports=self.ranks.local_rank == 0 or self.ranks.rank == 1,
             ) from error
 
-    def _arrived(self) -> dict[int, Process]:
-        self._store.set(f"heartbeat/{self.ranks.rank}", self._heartbeat())
-        self._store.set(f"process/{self.ranks.rank}", json.dumps(asdict(Process.this())))
-        keys = [f"process/{rank}" for rank in range(self.ranks.world_size)]
-        deadline = time.monotonic() + self.timeout_seconds
-        while (left := deadline - time.monotonic()) > 0:
-            with suppress(dist.DistStoreError):  # so it says that time is over
-                self._store.wait(keys, timedelta(seconds=min(left, NOTICE_SECONDS)))
-                break
-            if self.ranks.rank == 0 and left > NOTICE_SECONDS:
-                waited = self.timeout_seconds - left + NOTICE_SECONDS
-                say(f"after {waited:.0f} s the launch waits for {self._missing(keys)}")
-        missing = self._missing(keys)
-        if missing:
-            text = f"{missing} did not come within parallel.timeout_seconds = {self.timeout_seconds}"
-            raise LostRankError(text, self._reports())
-        return {rank: self._process(key) for rank, key in enumerate(keys)}
+    def _notice_who_is_missing(self) -> Callable[[float], None]:
+        """On the first rank, says now and then for whom the launch waits."""
+        noticed = float(self.timeout_seconds)
 
-    def _process(self, key: str) -> Process:
-        return Process(**json.loads(self._store.get(key)))
+        def waiting(left: float) -> None:
+            nonlocal noticed
+            if self.ranks.rank == 0 and noticed - left >= NOTICE_SECONDS:
+                noticed = left
+                say(f"after {self.timeout_seconds - left:.0f} s the launch waits for {self.meeting.missing()}")
 
-    def _missing(self, keys: list[str]) -> str:
-        """Ranks that have not come with the hosts where they should be, as text."""
-        came = {rank: self._process(key).host for rank, key in enumerate(keys) if self._store.check([key])}
-        hosts = expected_hosts(came)
-        absent: dict[str, list[str]] = {}
-        for rank in range(len(keys)):
-            if rank not in came:
-                absent.setdefault(hosts.get(rank, "not known"), []).append(str(rank))
-        return "; ".join(f"rank {', '.join(ranks)} of {len(keys)} (host {host})" for host, ranks in absent.items())
+        return waiting
 
-    def _reports(self) -> bool:
-        """Whether this rank reports for its host: the first one there that is alive."""
-        alive = [rank for rank, process in self._local_processes.items() if process.is_seen()]
+    def _who_did_not_come(self) -> str:
+        """Ranks that have not come, which the first one knows."""
+        if self.ranks.rank == 0:
+            limit = f"parallel.timeout_seconds = {self.timeout_seconds}"
+            return self._announce(f"{self.meeting.missing()} did not come within {limit}")
+        store = self.meeting.store
+        with suppress(dist.DistError):
+            store.wait(["lost"], timedelta(seconds=GRACE_SECONDS))
+            return store.get("lost").decode()
+        return f"not all ranks came within parallel.timeout_seconds = {self.timeout_seconds}"
+
+    def _reports(self, silent: int | None = None) -> bool:
+        """Whether this rank reports for its host: the first one there that is alive, and not ``silent``."""
+        alive = [rank for rank, process in self._local_processes.items() if rank != silent and process.is_seen()]
         return self.ranks.rank == min(alive) if alive else self.ranks.local_rank == 0
-
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} of {self.ranks.world_size} on host {self._processes[rank].host}"
 
     def _announce(self, text: str) -> str:
         """Tell all ranks of a failure; the first one that is announced stands."""
-        return self._store.compare_set("lost", "", text).decode()
+        return self.meeting.store.compare_set("lost", "", text).decode()
 
     def _watch(self) -> None:
-        heartbeats: dict[int, tuple[bytes, float]] = {}
+        heartbeats: dict[int, tuple[str, float]] = {}
         while not self._ended.wait(HEARTBEAT_SECONDS):
             failure = self._look(heartbeats)
             # The body may be about to stop by itself, with a better place to say so.
@@ -198,7 +193,20 @@ class FailureDetector:
                     say(f"stopped: {failure}")
                 os._exit(1)
 
-    def _look(self, heartbeats: dict[int, tuple[bytes, float]]) -> str | None:
+    def _watch_the_store(self) -> None:
+        """End this rank where the store, and so the host of the first one, answers no more.
+
+        Trap: what is asked of a store on a host that goes dark is waited for as long as TCP repeats it, a quarter of an
+        hour; nothing raises.
+        """
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            silent = time.monotonic() - self._looked
+            if silent >= self.timeout_seconds / 2 + GRACE_SECONDS:
+                if self._reports(silent=0):
+                    say(f"stopped: {self.meeting.name(0)}: its store has not answered for {silent:.0f} s")
+                os._exit(1)
+
+    def _look(self, heartbeats: dict[int, tuple[str, float]]) -> str | None:
         """Send a heartbeat; return the failure of a rank, if there is one.
 
         ``heartbeats`` holds the last one of every rank and when it was new. Only the first rank reads those of all.
@@ -209,34 +217,35 @@ class FailureDetector:
                 return self._announce(dead)
             return dead
         try:
-            self._store.set(f"heartbeat/{self.ranks.rank}", self._heartbeat())
-            if self._store.check(["lost"]):
-                return self._store.get("lost").decode()
+            self.meeting.tell("heartbeat", self._heartbeat())
+            if self.meeting.store.check(["lost"]):
+                return self.meeting.store.get("lost").decode()
             if self.ranks.rank == 0:
                 silent = self._silent(heartbeats, self.timeout_seconds / 2)
                 if silent:
                     return self._announce(silent)
                 self._notice_who_is_behind(heartbeats)
+            self._looked = time.monotonic()
         except dist.DistError:
             time.sleep(HEARTBEAT_SECONDS / 4)  # a connection ends before the process is seen to
-            return self._dead_process() or f"{self._name(0)} is gone: its store does not answer"
+            return self._dead_process() or f"{self.meeting.name(0)} is gone: its store does not answer"
         return None
 
     def _dead_process(self) -> str | None:
         """A rank of this host that has died, as text."""
         for rank, process in self._local_processes.items():
             if not process.is_seen():
-                return f"{self._name(rank)} (process {process.pid}) has died"
+                return f"{self.meeting.name(rank)} (process {process.pid}) has died"
         return None
 
-    def _silent(self, heartbeats: dict[int, tuple[bytes, float]], patience: float) -> str | None:
+    def _silent(self, heartbeats: dict[int, tuple[str, float]], patience: float) -> str | None:
         """Who has sent no heartbeat for ``patience`` seconds, as text."""
         now = time.monotonic()
-        for rank, heartbeat in enumerate(self._store.multi_get([f"heartbeat/{rank}" for rank in self._processes])):
+        for rank, heartbeat in enumerate(self.meeting.told("heartbeat")):
             if heartbeats.setdefault(rank, (heartbeat, now))[0] != heartbeat:
                 heartbeats[rank] = (heartbeat, now)
         lost = [rank for rank, (_, since) in heartbeats.items() if now - since >= patience]
-        return f"{'; '.join(map(self._name, lost))} sent no heartbeat for {patience:.0f} s" if lost else None
+        return f"{'; '.join(map(self.meeting.name, lost))} sent no heartbeat for {patience:.0f} s" if lost else None
 
     def _heartbeat(self) -> str:
         """A number that grows, and what this rank is at."""
@@ -245,15 +254,14 @@ class FailureDetector:
 
     def _behind(self) -> str | None:
         """Which ranks are behind the others, as text; None where none is."""
-        keys = [f"heartbeat/{rank}" for rank in self._processes]
-        found = [Progress(*json.loads(heartbeat)[1:]) for heartbeat in self._store.multi_get(keys)]
+        found = [Progress(*json.loads(heartbeat)[1:]) for heartbeat in self.meeting.told("heartbeat")]
         least, most = min(found, key=lambda one: one.place), max(found, key=lambda one: one.place)
         if least.place == most.place:
             return None
-        names = [self._name(rank) for rank, one in enumerate(found) if one.place == least.place]
+        names = [self.meeting.name(rank) for rank, one in enumerate(found) if one.place == least.place]
         return f"{'; '.join(names)} {least}, where another {most}"
 
-    def _notice_who_is_behind(self, heartbeats: dict[int, tuple[bytes, float]]) -> None:
+    def _notice_who_is_behind(self, heartbeats: dict[int, tuple[str, float]]) -> None:
         """Say once for each step who keeps the others waiting."""
         stuck = min(Progress(*json.loads(heartbeat)[1:]).seconds for heartbeat, _ in heartbeats.values())
         step = progress().step
@@ -267,7 +275,7 @@ class FailureDetector:
         """Who was lost before ``error``; None where it is this rank's own, which is announced to the others."""
         # gloo raises a plain RuntimeError, NCCL one of torch's classes.
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            heartbeats: dict[int, tuple[bytes, float]] = {}
+            heartbeats: dict[int, tuple[str, float]] = {}
             deadline = time.monotonic() + GRACE_SECONDS
             while time.monotonic() < deadline:
                 failure = self._look(heartbeats)
@@ -284,5 +292,5 @@ class FailureDetector:
                     return self._announce(f"{behind}; {str(error).partition(chr(10))[0]}")
         with suppress(dist.DistError):
             first_line = str(error).partition("\n")[0]
-            self._announce(f"{self._name(self.ranks.rank)} stopped with {type(error).__name__}: {first_line}")
+            self._announce(f"{self.meeting.name(self.ranks.rank)} stopped with {type(error).__name__}: {first_line}")
         return None

@@ -104,6 +104,17 @@ def test_a_rank_that_hangs_is_named_before_the_collectives_give_up() -> None:
     assert stopped(errors) == [f"stopped: rank 1 of 2 on host {HOST} sent no heartbeat for 5 s"]
 
 
+def test_the_first_rank_that_hangs_is_named_though_its_store_hangs_with_it() -> None:
+    processes = start((0, 1), 2, 10, 0, "stopped")
+    try:
+        _, errors = processes[1].communicate(timeout=60)
+    finally:
+        processes[0].kill()
+    assert processes[1].returncode == 1
+    (line,) = stopped(errors)
+    assert line.startswith(f"stopped: rank 0 of 2 on host {HOST}: its store has not answered for 1")
+
+
 def test_a_rank_that_hangs_in_a_kernel_is_named_by_where_it_is() -> None:
     processes = start((0, 1, 2), 3, 12, 1, "busy")
     first, _, third = processes

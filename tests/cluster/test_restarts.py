@@ -1,0 +1,161 @@
+"""A launch whose launcher starts ranks again goes on by itself, also on the hosts that are left; failures are named."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ecp_scale.cluster.meeting import Meeting
+from ecp_scale.cluster.ranks import Process
+from ecp_scale.command_line import parse
+from ecp_scale.training.loop import train
+from tests.cluster.nodes import Node, nodes, why_not
+from tests.cluster.rehearsal import DISTURBANCES, FAILURES, STRUCK_AT, Launch, disturb, script, strike
+from tests.corpus import ShardedText
+from tests.launching import ROOT, environment, free_port, metrics
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of the run in one process that nothing befalls."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(parse([str(word) for word in script(sharded_text.prefix, run, STEPS)[1:]], ""))
+    return losses(run)
+
+
+def losses(run: Path) -> list[float]:
+    """Of every step."""
+    return [record["loss"] for record in metrics(run)]
+
+
+@pytest.fixture
+def hosts(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
+    """Pretended hosts, as many as a test asks for."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with nodes(request.param) as found:
+        yield found
+
+
+def test_ranks_that_are_started_again_go_on_with_the_run(
+    undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    path, *rest = map(str, script(sharded_text.prefix, run, STEPS))
+    with out.open("w") as log:
+        launch = subprocess.Popen([*words, str(ROOT / path), *rest], env=environment(), stdout=log, stderr=log)
+    here = Launch([], tmp_path, "")
+    here.wait_until(lambda: here.steps_done() >= STRUCK_AT)
+    victims = subprocess.run(["pgrep", "-P", str(launch.pid)], capture_output=True, text=True).stdout.split()
+    subprocess.run(["kill", "-KILL", victims[-1]], check=True)
+    assert launch.wait(timeout=240) == 0, out.read_text()[-3000:]
+    text = out.read_text()
+    assert "stopped: rank " in text
+    assert "resumed from" in text
+    assert losses(run) == pytest.approx(undisturbed, abs=1e-5)
+
+
+@pytest.mark.parametrize("hosts", [3], indirect=True)
+def test_a_launch_goes_on_with_the_hosts_that_are_left(
+    hosts: list[Node], undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    launch = Launch(hosts, tmp_path, sharded_text.prefix, nnodes="2:3", restarts=1)
+    launch.start(ranks=1, steps=STEPS)
+    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
+    launch.hosts[2].kill()
+    launch.wait_until(lambda: launch.agents[0].poll() is not None, seconds=300)
+    first = launch.log(hosts[0]).read_text()
+    assert launch.agents[0].returncode == 0, first[-3000:]
+    assert "stopped: rank 2 of 3 on host ecp-node2 sent no heartbeat for 20 s" in first
+    assert "layout      2 ranks on 2 hosts (ecp-node0, ecp-node1)" in first
+    assert losses(launch.run) == pytest.approx(undisturbed, abs=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+@pytest.mark.parametrize("failure", FAILURES)
+def test_all_ranks_stop_and_say_why(failure: str, hosts: list[Node], sharded_text: ShardedText, tmp_path: Path) -> None:
+    launch = Launch(hosts, tmp_path, sharded_text.prefix)
+    seconds, lost = strike(launch, FAILURES[failure])
+    assert seconds < 90
+    assert lost <= 6
+    assert any(line.startswith("stopped") and "ecp-node" in line for line in launch.said())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+def test_what_passes_is_waited_for(
+    disturbance: str, hosts: list[Node], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    disturb(Launch(hosts, tmp_path, sharded_text.prefix), DISTURBANCES[disturbance])
+
+
+def meeting(port: int, rank: int, size: int, serves: bool = False) -> Meeting:
+    """One rank's, on a store that a launcher or the first rank serves."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=serves, wait_for_workers=False, multi_tenant=True)
+    here = Process.this()
+    return Meeting(store, rank, size, Process(f"host{rank // 2}", here.pid, here.started))
+
+
+def come(ranks: list[Meeting], seconds: float = 30) -> list[bool]:
+    """Whether each of some ranks, which come at once, has met the others."""
+    found = [False] * len(ranks)
+
+    def one(number: int) -> None:
+        found[number] = ranks[number].come(seconds, lambda left: None, heartbeat="1")
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_every_attempt_of_a_launch_meets_by_itself() -> None:
+    port = free_port()
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    first = [meeting(port, rank, 4) for rank in range(4)]
+    assert come(first) == [True] * 4
+    assert [sorted(one.local) for one in first] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    first[0].store.set("lost", "rank 3")
+    # One that is early for the next attempt finds the last one, and must wait for the first rank.
+    early, late = [meeting(port, rank, 3) for rank in (1, 2)], meeting(port, 0, 3)
+    threads = [threading.Thread(target=come, args=([one],)) for one in early]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert come([late]) == [True]
+    for thread in threads:
+        thread.join()
+    assert [one.attempt for one in (*early, late)] == [2, 2, 2]
+    assert not late.store.check(["lost"])
+    assert late.name(2) == "rank 2 of 3 on host host1"
+    del agent
+
+
+def test_an_attempt_that_never_met_is_not_completed_by_the_next_one() -> None:
+    port = free_port()
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    assert come([meeting(port, rank, 2) for rank in (0,)], seconds=1) == [False]
+    early = meeting(port, 1, 2)
+    thread = threading.Thread(target=come, args=([early],))
+    thread.start()
+    time.sleep(1)
+    late = meeting(port, 0, 2)
+    assert come([late]) == [True]
+    thread.join()
+    assert (early.attempt, late.attempt) == (2, 2)
+    early.store.wait(["met"], timedelta(seconds=1))
+    del agent
