@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -20,7 +19,7 @@ from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.models.parameter_groups import optimizer_order
 from ecp_scale.parallel.digests import difference, summed
-from ecp_scale.parallel.groups import agreed, decided
+from ecp_scale.parallel.groups import agreed, decided, gathered
 from ecp_scale.zero.digests import held_digests
 from ecp_scale.zero.engine import Engine
 from ecp_scale.zero.filling import fill, share_weights
@@ -150,8 +149,7 @@ def check_digests(engine: Engine, expected: Mapping[str, str], source: str) -> N
     Raises:
         InputError: on all ranks, naming the first parameter that differs.
     """
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, held_digests(engine))
+    parts = gathered(held_digests(engine))
     decided(lambda: refuse_difference(summed(list(expected), parts), expected, source))
 
 

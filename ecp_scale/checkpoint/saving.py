@@ -22,7 +22,7 @@ from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
 from ecp_scale.parallel.digests import summed
-from ecp_scale.parallel.groups import agreed, decided
+from ecp_scale.parallel.groups import agreed, decided, gathered
 from ecp_scale.parallel.partition import partitions
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.digests import held_digests
@@ -117,8 +117,7 @@ class Saves:
         assert partial is not None
         self._partial = None
         written = agreed(lambda: self._written(partial), takes_long=True)
-        reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, (written, socket.gethostname(), self._digests))
+        reports = gathered((written, socket.gethostname(), self._digests))
         failure = decided(lambda: _attempt(lambda: self._publish(partial, reports), partial))
         if failure is not None:
             raise SaveFailedError(failure)

@@ -70,7 +70,11 @@ def as_text(number: int) -> str:
 
 def summed(names: Sequence[str], parts: Sequence[Mapping[str, int]]) -> dict[str, str]:
     """Digests of parameters as text, in the order of ``names``, from what each rank has of them."""
-    return {name: as_text(sum(part.get(name, 0) for part in parts)) for name in names}
+    totals = dict.fromkeys(names, 0)
+    for part in parts:  # each of which has few of them
+        for name in part.keys() & totals.keys():
+            totals[name] += part[name]
+    return {name: as_text(total) for name, total in totals.items()}
 
 
 def difference(found: Mapping[str, str], expected: Mapping[str, str]) -> str | None:

@@ -130,6 +130,13 @@ def decided_slowly(action: Callable[[], T]) -> T:
     return decided(lambda: result)  # type: ignore[return-value]
 
 
+def gathered(value: T) -> list[T]:
+    """What every rank has, in their order, on the first one; nothing on the others, or every rank would hold all."""
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, found)
+    return found or []
+
+
 def _keep_in_touch(action: Callable[[], T]) -> T:
     """Run ``action`` in a thread, and tell the other ranks again and again whether it is done, until all are."""
     with ThreadPoolExecutor(1) as pool:
