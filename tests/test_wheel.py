@@ -42,7 +42,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(folder / "site")
     (data,) = (folder / "site").glob("*.data/data")  # pip puts it below its prefix
     shared = {path.name for path in (data / "share" / "ecp-scale").rglob("*") if path.is_file()}
-    assert shared == {"pretrain_ecp.slurm", *(path.name for path in (ROOT / "ds_configs").glob("*.json"))}
+    assert shared == {
+        "pretrain_ecp.slurm",
+        "kubernetes.yaml",
+        *(path.name for path in (ROOT / "ds_configs").glob("*.json")),
+    }
     return folder / "site"
 
 
