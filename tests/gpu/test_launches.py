@@ -71,8 +71,8 @@ def test_muon_and_an_average_do_what_they_do_on_the_cpu(
 def test_a_classifier_trains_and_is_scored(tmp_path: Path) -> None:
     rng, shades = np.random.default_rng(1), [number % 4 for number in range(64)]
     source = write_parquet(tmp_path / "images.parquet", [png(image_of(shade, rng)) for shade in shades], shades)
-    words = ("--recipe", "scifar10", "--input", source, "--output-prefix", tmp_path / "images")
-    run_successfully("data_tools/preprocess.py", *words)
+    made = ("--recipe", "scifar10", "--input", source, "--output-prefix", tmp_path / "images")
+    run_successfully("data_tools/preprocess.py", *made)
     data = (f"--data.prefix={tmp_path / 'images'}", f"--data.validation_prefix={tmp_path / 'images'}")
     steps = ("--training.steps=4", "--optimizer.warmup_tokens=1024", "--training.global_batch_size=16")
     for name, gpu in (("cpu", False), ("gpu", True)):
