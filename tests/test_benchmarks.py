@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import size
+from benchmarks import control_plane, size
 from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.run import main
 from benchmarks.timing import alternate, peak_bytes, ratio, workers
@@ -132,3 +132,10 @@ def test_what_the_table_of_sizes_computes_is_what_a_rank_saves() -> None:
     assert found["save, s"] == pytest.approx(measured["save_seconds"], rel=0.02)
     assert found["start, s"] == pytest.approx(measured["start_seconds"], rel=0.02)
     assert size.as_table([found]).count("\n") == 3
+
+
+def test_a_rank_sends_as_many_messages_however_many_ranks_there_are() -> None:
+    few, many = (control_plane.simulate(size) for size in (8, 64))
+    for stage in ("meet", "agree on GPUs", "heartbeat"):
+        # Beside those of a rank there are a few of the first one.
+        assert few[stage]["messages_per_rank"] - 1 < many[stage]["messages_per_rank"] <= few[stage]["messages_per_rank"]

@@ -55,11 +55,8 @@ class Meeting:
             torch.distributed.DistError: if the store does not answer, or the first rank does not come.
         """
         deadline = time.monotonic() + seconds
-        if self.rank == 0:
-            newest = self._launch.add("attempt", 1)
-        else:
-            self._launch.wait(["attempt"], timedelta(seconds=seconds))
-            newest = self._newest()
+        # Without the first rank its number is waited for as long as the store's own timeout says.
+        newest = self._launch.add("attempt", 1) if self.rank == 0 else self._newest()
         belongs = self._join(newest, told)
         while (left := deadline - time.monotonic()) > 0:
             with suppress(dist.DistStoreError):  # so it says that time is over
@@ -124,10 +121,10 @@ class Meeting:
     def _join(self, attempt: int, told: dict[str, str]) -> bool:
         """Whether this rank belongs to an attempt: one more than all comes too late for one that has failed."""
         self.attempt, self.store = attempt, dist.PrefixStore(f"attempt {attempt}", self._launch)
-        for what, value in told.items():
-            self.tell(what, value)
         line = json.dumps([self.rank, asdict(self.process)]) + "\n"
-        self.tell("process", line)
+        told = {**told, "process": line}
+        keys = [f"{what}/{self.rank}" for what in told]
+        self.store.multi_set(keys, list(told.values()))  # type: ignore[attr-defined]  # the stubs lack it
         self.store.append(f"host/{self.process.host}", line)  # type: ignore[attr-defined]  # the stubs lack it
         number = self.store.add("came", 1)
         if number == self.size:

@@ -98,8 +98,15 @@ class Node:
         _ip("link", "set", self.cable, "up")
 
     def slow_down(self, *how: object) -> None:
-        """Let its link delay or lose packets, in the words of ``tc netem``."""
-        subprocess.run(["tc", "qdisc", "add", "dev", self.cable, "root", "netem", *map(str, how)], check=True)
+        """Let its link delay or lose packets, in the words of ``tc netem``.
+
+        Raises:
+            NotImplementedError: where this kernel cannot.
+        """
+        words = ["tc", "qdisc", "add", "dev", self.cable, "root", "netem", *map(str, how)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise NotImplementedError(f"tc netem: {done.stderr.strip()}")
 
 
 @contextmanager

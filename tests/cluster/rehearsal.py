@@ -137,6 +137,13 @@ def cut(seconds: float | None) -> Callable[[Launch], None]:
     return strike
 
 
+def come_and_go(launch: Launch) -> None:
+    """Pull the cable of the last host for a second, five times."""
+    for _ in range(5):
+        cut(1)(launch)
+        time.sleep(1)
+
+
 FAILURES: dict[str, Callable[[Launch], None]] = {
     "a rank is killed": lambda launch: launch.rank(3).kill(),
     "the first rank is killed": lambda launch: launch.rank(0).kill(),
@@ -149,6 +156,7 @@ FAILURES: dict[str, Callable[[Launch], None]] = {
 DISTURBANCES: dict[str, Callable[[Launch], None]] = {
     "a launcher is killed": lambda launch: launch.agents[1].kill(),
     "a link is cut for 5 s": cut(5),
+    "a link comes and goes": come_and_go,
     "a link takes 100 ms": lambda launch: launch.hosts[1].slow_down("delay", "100ms"),
     "a link loses 5 % of its packets": lambda launch: launch.hosts[1].slow_down("loss", "5%"),
 }
@@ -200,6 +208,9 @@ def main() -> None:
                     else:
                         seconds, lost = disturb(launch, DISTURBANCES[what]), 0
                     said = "; ".join(launch.said()) or "goes on"
+                except NotImplementedError as error:
+                    print(f"{what}: not on this machine: {error}", flush=True)
+                    continue
                 except AssertionError:
                     seconds, lost, said = float(LONGEST_SECONDS), -1, "NOT WITHIN TIME: " + "; ".join(launch.said())
             rows.append({"what": what, "seconds": round(seconds, 1), "steps_lost": lost, "said": said})
