@@ -137,5 +137,5 @@ def test_what_the_table_of_sizes_computes_is_what_a_rank_saves() -> None:
 def test_a_rank_sends_as_many_messages_however_many_ranks_there_are() -> None:
     few, many = (control_plane.simulate(size) for size in (8, 64))
     for stage in ("meet", "agree on GPUs", "heartbeat"):
-        # Beside those of a rank there are a few of the first one.
-        assert few[stage]["messages_per_rank"] - 1 < many[stage]["messages_per_rank"] <= few[stage]["messages_per_rank"]
+        # The first one sends a few more, or fewer.
+        assert abs(few[stage]["messages_per_rank"] - many[stage]["messages_per_rank"]) < 1
