@@ -17,11 +17,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ecp_scale.cluster.meeting import Meeting
+from ecp_scale.cluster.meeting import POLL_SECONDS, Meeting
 from ecp_scale.cluster.progress import Progress, progress
 from ecp_scale.cluster.ranks import Process, Ranks
 from ecp_scale.console import say
-from ecp_scale.errors import AgreedError, InputError, LostRankError
+from ecp_scale.errors import InputError, LostRankError
 
 HEARTBEAT_SECONDS = 1.0
 """Between two heartbeats."""
@@ -46,12 +46,14 @@ class FailureDetector:
     def __init__(self, ranks: Ranks, timeout_seconds: int, process: Process | None = None) -> None:
         self.ranks = ranks
         self.timeout_seconds = timeout_seconds
-        self.meeting = Meeting(self._connect(), ranks.rank, ranks.world_size, process or Process.this())
+        self._answered = time.monotonic()
+        self.meeting = Meeting(
+            self._connect(), ranks.rank, ranks.world_size, process or Process.this(), self._store_answered
+        )
         self._local_processes: dict[int, Process] = {}
         self._ended = threading.Event()
         self._beats = 0
         self._noticed_at: int | None = None
-        self._looked = 0.0
 
     @property
     def store(self) -> dist.Store:
@@ -67,43 +69,17 @@ class FailureDetector:
         Raises:
             LostRankError: on all that have, naming those that have not.
         """
+        threading.Thread(target=self._watch_the_store, daemon=True, name="store watch").start()
+        deadline = time.monotonic() + self.timeout_seconds
         try:
-            if not self.meeting.come(self.timeout_seconds, self._notice_who_is_missing(), heartbeat=self._heartbeat()):
+            if not self.meeting.come(deadline, self._notice_who_is_missing(), heartbeat=self._heartbeat()):
                 raise LostRankError(self._who_did_not_come(), self._reports())
-        except dist.DistNetworkError as error:
-            text = f"rank 0 on host {os.environ['MASTER_ADDR']} has gone before all ranks had come"
-            raise LostRankError(text, reports=self.ranks.local_rank == 0) from error
         except dist.DistError as error:
-            where = f"(host {os.environ['MASTER_ADDR']}, which serves the store)"
-            text = f"rank 0 {where} did not come within parallel.timeout_seconds = {self.timeout_seconds}"
+            text = f"rank 0 on host {os.environ['MASTER_ADDR']} has gone before all ranks had come"
             raise LostRankError(text, reports=self.ranks.local_rank == 0) from error
         # A process that cannot be seen now runs in another container under the same name.
         self._local_processes = {rank: process for rank, process in self.meeting.local.items() if process.is_seen()}
-
-    def check_one_rank_per_gpu(self, gpu: str) -> None:
-        """Refuse ranks that share a GPU; all ranks take part, each with what tells its GPU from others.
-
-        Raises:
-            AgreedError: on all ranks, naming those that share.
-        """
-
-        def shared(gpus: list[str]) -> str:
-            users: dict[str, list[int]] = {}
-            for rank, other in enumerate(gpus):
-                users.setdefault(other, []).append(rank)
-            lines = [
-                f"  - {', '.join(map(self.meeting.name, ranks))}: {other}"
-                for other, ranks in users.items()
-                if other and len(ranks) > 1
-            ]
-            return "\n".join(lines)
-
-        try:
-            lines = self.meeting.decided("gpu", gpu, shared, self.timeout_seconds)
-        except dist.DistError as error:
-            raise LostRankError("a rank was lost before the launch began", self._reports()) from error
-        if lines:
-            raise AgreedError(f"ranks share a GPU, expected one each:\n{lines}")
+        threading.Thread(target=self._watch, daemon=True, name="failure detector").start()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -112,9 +88,6 @@ class FailureDetector:
         Raises:
             LostRankError: in place of the error of a collective, if another rank is lost.
         """
-        self._looked = time.monotonic()
-        for target in (self._watch, self._watch_the_store):
-            threading.Thread(target=target, daemon=True, name="failure detector").start()
         try:
             yield
         except Exception as error:
@@ -157,22 +130,28 @@ class FailureDetector:
 
         def waiting(left: float) -> None:
             nonlocal noticed
-            if self.ranks.rank == 0 and noticed - left >= NOTICE_SECONDS:
+            if self.ranks.rank == 0 and noticed - left >= NOTICE_SECONDS and (missing := self.meeting.missing()):
                 noticed = left
-                say(f"after {self.timeout_seconds - left:.0f} s the launch waits for {self.meeting.missing()}")
+                say(f"after {self.timeout_seconds - left:.0f} s the launch waits for {missing}")
 
         return waiting
 
     def _who_did_not_come(self) -> str:
         """Ranks that have not come, which the first one knows."""
-        if self.ranks.rank == 0:
-            limit = f"parallel.timeout_seconds = {self.timeout_seconds}"
-            return self._announce(f"{self.meeting.missing()} did not come within {limit}")
+        limit = f"within parallel.timeout_seconds = {self.timeout_seconds}"
         store = self.meeting.store
+        if self.ranks.rank == 0:
+            text = self._announce(
+                f"{self.meeting.missing() or 'too many ranks came, and so not all'} did not come {limit}"
+            )
+            time.sleep(POLL_SECONDS + 1)  # until the others have looked: the store may go with this rank
+            return text
+        if not self.meeting.belongs:
+            return f"rank 0 of {self.ranks.world_size} (host {os.environ['MASTER_ADDR']}) did not come {limit}"
         with suppress(dist.DistError):
             store.wait(["lost"], timedelta(seconds=GRACE_SECONDS))
             return store.get("lost").decode()
-        return f"not all ranks came within parallel.timeout_seconds = {self.timeout_seconds}"
+        return f"not all ranks came {limit}"
 
     def _reports(self, silent: int | None = None) -> bool:
         """Whether this rank reports for its host: the first one there that is alive, and not ``silent``."""
@@ -200,11 +179,18 @@ class FailureDetector:
         hour; nothing raises.
         """
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            silent = time.monotonic() - self._looked
-            if silent >= self.timeout_seconds / 2 + GRACE_SECONDS:
+            silent = time.monotonic() - self._answered
+            if silent >= max(self.timeout_seconds / 2, POLL_SECONDS) + GRACE_SECONDS:
                 if self._reports(silent=0):
-                    say(f"stopped: {self.meeting.name(0)}: its store has not answered for {silent:.0f} s")
+                    # Before all have met the store would be asked for the name.
+                    first = (
+                        self.meeting.name(0) if self.meeting.local else f"rank 0 on host {os.environ['MASTER_ADDR']}"
+                    )
+                    say(f"stopped: {first}: its store has not answered for {silent:.0f} s")
                 os._exit(1)
+
+    def _store_answered(self) -> None:
+        self._answered = time.monotonic()
 
     def _look(self, heartbeats: dict[int, tuple[str, float]]) -> str | None:
         """Send a heartbeat; return the failure of a rank, if there is one.
@@ -225,7 +211,7 @@ class FailureDetector:
                 if silent:
                     return self._announce(silent)
                 self._notice_who_is_behind(heartbeats)
-            self._looked = time.monotonic()
+            self._store_answered()
         except dist.DistError:
             time.sleep(HEARTBEAT_SECONDS / 4)  # a connection ends before the process is seen to
             return self._dead_process() or f"{self.meeting.name(0)} is gone: its store does not answer"

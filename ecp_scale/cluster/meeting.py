@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ecp_scale.cluster.ranks import Process, expected_hosts
 
 POLL_SECONDS = 5.0
-"""Between two looks for a newer attempt, by a rank that waits. torch warns of every wait that ends so."""
+"""The longest wait at a time. torch warns of every one that ends so."""
 
 
 class Meeting:
@@ -27,24 +27,29 @@ class Meeting:
         rank: of this process.
         size: how many ranks there are.
         process: where this rank runs.
+        alive: called whenever the store has answered.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, process: Process) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, process: Process, alive: Callable[[], None] = lambda: None
+    ) -> None:
         self.rank, self.size, self.process = rank, size, process
         self.attempt = 0
-        """Number of the attempt, from 1 on."""
+        """Number of the attempt, from 1 on; 0 before the first rank has begun one."""
+        self.belongs = False
+        """Whether this rank is one of the attempt, and not too late for one that has failed."""
         self.store = store
         """For what ranks of this attempt tell each other; usable once ``come`` has been called."""
-        self.local: dict[int, Process] = {rank: process}
+        self.local: dict[int, Process] = {}
         """Ranks of this host, once all have come."""
-        self._launch = store
+        self._launch, self._alive = store, alive
         self._known: dict[int, Process] = {rank: process}
 
-    def come(self, seconds: float, waiting: Callable[[float], None], **told: str) -> bool:
+    def come(self, deadline: float, waiting: Callable[[float], None], **told: str) -> bool:
         """Join the newest attempt, and wait for the other ranks of it.
 
         Args:
-            seconds: how long to wait.
+            deadline: of ``time.monotonic()``, until which to wait.
             waiting: called every few seconds with the seconds that are left.
             told: what to ``tell`` before.
 
@@ -52,24 +57,25 @@ class Meeting:
             Whether all have come in that time.
 
         Raises:
-            torch.distributed.DistError: if the store does not answer, or the first rank does not come.
+            torch.distributed.DistError: if the store has gone.
         """
-        deadline = time.monotonic() + seconds
-        # Without the first rank its number is waited for as long as the store's own timeout says.
-        newest = self._launch.add("attempt", 1) if self.rank == 0 else self._newest()
-        belongs = self._join(newest, told)
+        if self.rank == 0:
+            self._join(self._launch.add("attempt", 1), told)
         while (left := deadline - time.monotonic()) > 0:
-            with suppress(dist.DistStoreError):  # so it says that time is over
-                # Only the first rank may say that all are there: of an attempt that has failed it is gone.
-                wanted = ("complete" if self.rank == 0 else "met") if belongs else "never"
-                self.store.wait([wanted], timedelta(seconds=min(left, POLL_SECONDS)))
-                if self.rank == 0:
-                    self.store.set("met", "")
+            # Only the first rank may say that all are there: of an attempt that has failed it is gone.
+            wanted = "complete" if self.rank == 0 else "met"
+            place, key = (
+                (self.store, wanted) if self.belongs else (self._launch, "never" if self.attempt else "attempt")
+            )
+            if self._wait(place, [key], min(left, POLL_SECONDS)) and self.belongs:
                 self._meet()
                 return True
-            if self._newest() != self.attempt:
-                belongs = self._join(self._newest(), told)
-            waiting(left)
+            newest = int(self._launch.get("attempt")) if self._launch.check(["attempt"]) else 0
+            if newest != self.attempt:
+                self._join(newest, told)
+            elif self.belongs and self.store.check(["lost"]):
+                return False
+            waiting(deadline - time.monotonic())
         return False
 
     def tell(self, what: str, value: str) -> None:
@@ -86,25 +92,26 @@ class Meeting:
         Raises:
             torch.distributed.DistError: if a rank does not take part.
         """
+        deadline = time.monotonic() + seconds
         self.tell(what, mine)
-        wait = timedelta(seconds=seconds)
         if self.rank == 0:
-            self.store.wait([f"{what}/{rank}" for rank in range(self.size)], wait)
+            self._wait_until([f"{what}/{rank}" for rank in range(self.size)], deadline)
             self.store.set(what, decide(self.told(what)))
-        self.store.wait([what], wait)
+        self._wait_until([what], deadline)
         verdict = self.store.get(what).decode()
         if self.store.add(f"{what} read", 1) == self.size:
             self.store.set(f"{what} read by all", "")
         if self.rank == 0:  # which takes the store with it when it ends
-            self.store.wait([f"{what} read by all"], wait)
+            self._wait_until([f"{what} read by all"], deadline)
         return verdict
 
     def missing(self) -> str:
-        """Ranks that have not come with the hosts where they should be, as text."""
-        there = [rank for rank in range(self.size) if self.store.check([f"process/{rank}"])]
-        hosts = expected_hosts({rank: self._process(rank).host for rank in there})
+        """Ranks that have not come with the hosts where they should be, as text; empty where all have."""
+        lines = self.store.get("there").decode().splitlines()
+        there = {rank: Process(**process) for rank, process in map(json.loads, lines)}
+        hosts = expected_hosts({rank: process.host for rank, process in there.items()})
         absent: dict[str, list[str]] = {}
-        for rank in sorted(set(range(self.size)) - set(there)):
+        for rank in sorted(set(range(self.size)) - there.keys()):
             absent.setdefault(hosts.get(rank, "not known"), []).append(str(rank))
         return "; ".join(f"rank {', '.join(ranks)} of {self.size} (host {host})" for host, ranks in absent.items())
 
@@ -115,23 +122,39 @@ class Meeting:
             host = self._process(rank).host
         return f"rank {rank} of {self.size} on host {host}"
 
-    def _newest(self) -> int:
-        return int(self._launch.get("attempt"))
+    def _wait(self, store: dist.Store, keys: list[str], seconds: float) -> bool:
+        """Whether keys are there within some seconds."""
+        try:
+            store.wait(keys, timedelta(seconds=seconds))
+        except dist.DistStoreError:  # so it says that time is over
+            return False
+        finally:
+            self._alive()
+        return True
 
-    def _join(self, attempt: int, told: dict[str, str]) -> bool:
-        """Whether this rank belongs to an attempt: one more than all comes too late for one that has failed."""
-        self.attempt, self.store = attempt, dist.PrefixStore(f"attempt {attempt}", self._launch)
+    def _wait_until(self, keys: list[str], deadline: float) -> None:
+        while not self._wait(self.store, keys, POLL_SECONDS):
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError(f"{keys[0]} was not told in time")
+
+    def _join(self, attempt: int, told: dict[str, str]) -> None:
+        # With the size: ranks of an attempt with others may still come, or come to it too late.
+        self.attempt, self.store = attempt, dist.PrefixStore(f"attempt {attempt} of {self.size}", self._launch)
+        self.belongs = not self.store.check(["lost"])
         line = json.dumps([self.rank, asdict(self.process)]) + "\n"
         told = {**told, "process": line}
         keys = [f"{what}/{self.rank}" for what in told]
         self.store.multi_set(keys, list(told.values()))  # type: ignore[attr-defined]  # the stubs lack it
-        self.store.append(f"host/{self.process.host}", line)  # type: ignore[attr-defined]  # the stubs lack it
+        for key in ("there", f"host/{self.process.host}"):
+            self.store.append(key, line)  # type: ignore[attr-defined]
         number = self.store.add("came", 1)
+        self.belongs = self.belongs and number <= self.size
         if number == self.size:
             self.store.set("complete", "")
-        return bool(number <= self.size)
 
     def _meet(self) -> None:
+        if self.rank == 0:
+            self.store.set("met", "")
         lines = self.store.get(f"host/{self.process.host}").decode().splitlines()
         self.local = {rank: Process(**process) for rank, process in map(json.loads, lines)}
         self._known |= self.local

@@ -9,7 +9,31 @@ import torch
 import torch.distributed as dist
 
 from ecp_scale.cluster.heartbeat import FailureDetector
+from ecp_scale.cluster.meeting import Meeting
 from ecp_scale.cluster.ranks import Ranks
+from ecp_scale.errors import AgreedError
+
+
+def _check_one_rank_per_gpu(meeting: Meeting, gpu: str, seconds: int) -> None:
+    """Refuse ranks that share a GPU; all ranks take part, each with what tells its GPU from others.
+
+    Raises:
+        AgreedError: on all ranks, naming those that share.
+    """
+
+    def shared(gpus: list[str]) -> str:
+        users: dict[str, list[int]] = {}
+        for rank, other in enumerate(gpus):
+            users.setdefault(other, []).append(rank)
+        return "\n".join(
+            f"  - {', '.join(map(meeting.name, ranks))}: {other}"
+            for other, ranks in users.items()
+            if other and len(ranks) > 1
+        )
+
+    lines = meeting.decided("gpu", gpu, shared, seconds)
+    if lines:
+        raise AgreedError(f"ranks share a GPU, expected one each:\n{lines}")
 
 
 @contextmanager
@@ -38,10 +62,10 @@ def rendezvous(backend: str, timeout_seconds: int, gpu: str = "", device: torch.
         return
     ranks = Ranks.from_environment()
     detector = FailureDetector(ranks, timeout_seconds)
-    detector.wait_for_all()
-    detector.check_one_rank_per_gpu(gpu)
     try:
+        detector.wait_for_all()
         with detector.watched():
+            _check_one_rank_per_gpu(detector.meeting, gpu, timeout_seconds)
             dist.init_process_group(
                 backend,
                 timeout=timeout,

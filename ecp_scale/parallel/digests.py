@@ -71,7 +71,7 @@ def as_text(number: int) -> str:
 def summed(names: Sequence[str], parts: Sequence[Mapping[str, int]]) -> dict[str, str]:
     """Digests of parameters as text, in the order of ``names``, from what each rank has of them."""
     totals = dict.fromkeys(names, 0)
-    for part in parts:  # each of which has few of them
+    for part in parts:
         for name in part.keys() & totals.keys():
             totals[name] += part[name]
     return {name: as_text(total) for name, total in totals.items()}

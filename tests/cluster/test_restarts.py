@@ -1,5 +1,6 @@
 """A launch whose launcher starts ranks again goes on by itself, also on the hosts that are left; failures are named."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -116,7 +117,7 @@ def come(ranks: list[Meeting], seconds: float = 30) -> list[bool]:
     found = [False] * len(ranks)
 
     def one(number: int) -> None:
-        found[number] = ranks[number].come(seconds, lambda left: None, heartbeat="1")
+        found[number] = ranks[number].come(time.monotonic() + seconds, lambda left: None, heartbeat="1")
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(len(ranks))]
     for thread in threads:
@@ -146,6 +147,57 @@ def test_every_attempt_of_a_launch_meets_by_itself() -> None:
     assert not late.store.check(["lost"])
     assert late.name(2) == "rank 2 of 3 on host host1"
     del agent
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_that_is_early_for_more_or_fewer_ranks_does_not_join_those_before(size: int) -> None:
+    port = free_port()
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+    assert come([meeting(port, rank, 3) for rank in range(3)]) == [True] * 3
+    straggler = meeting(port, 2, 3)  # of those before, which has not been told to end yet
+    early = meeting(port, size - 1, size)
+    threads = [threading.Thread(target=come, args=([one], 12)) for one in (straggler, early)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    assert come([meeting(port, rank, size) for rank in range(size - 1)]) == [True] * (size - 1)
+    for thread in threads:
+        thread.join()
+    assert sorted(early.local) == [rank for rank in range(size) if rank // 2 == (size - 1) // 2]
+    assert not straggler.local
+    del agent
+
+
+SERVE = """
+import sys, time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("serves", flush=True)
+time.sleep(99)
+"""
+MEET = """
+from ecp_scale.cluster.heartbeat import FailureDetector
+from ecp_scale.cluster.ranks import Ranks
+FailureDetector(Ranks(1, 0, 2), 10).wait_for_all()
+"""
+
+
+def test_a_store_that_goes_dark_while_ranks_meet_is_named() -> None:
+    port = str(free_port())
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with subprocess.Popen([sys.executable, "-c", SERVE, port], stdout=subprocess.PIPE, env=environment()) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        words = [sys.executable, "-c", MEET]
+        rank = subprocess.Popen(words, env=environment() | where, stderr=subprocess.PIPE, text=True)
+        time.sleep(8)  # it waits for the first rank
+        server.send_signal(signal.SIGSTOP)
+        try:
+            _, errors = rank.communicate(timeout=60)
+        finally:
+            server.kill()
+            rank.kill()
+    assert rank.returncode == 1
+    assert "stopped: rank 0 on host 127.0.0.1: its store has not answered for 1" in errors
 
 
 def test_an_attempt_that_never_met_is_not_completed_by_the_next_one() -> None:
