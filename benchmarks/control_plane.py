@@ -58,6 +58,16 @@ def _counting(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     return counted
 
 
+class Rank(FailureDetector):
+    """One that looks for failures when it is asked to: threads that look by themselves want a host."""
+
+    def _watch(self) -> None:
+        pass
+
+    def _watch_the_store(self) -> None:
+        pass
+
+
 class Crowd:
     """Some ranks of the launch as threads, which pass the stages together with those of other processes."""
 
@@ -98,9 +108,7 @@ class Crowd:
         place = Ranks(rank, rank % RANKS_OF_HOST, self.size)
         process = Process.this()
         self.here.wait()
-        detector = FailureDetector(
-            place, TIMEOUT_SECONDS, Process(f"host{rank // RANKS_OF_HOST}", process.pid, process.started)
-        )
+        detector = Rank(place, TIMEOUT_SECONDS, Process(f"host{rank // RANKS_OF_HOST}", process.pid, process.started))
         self.kept.append(detector)  # the first one's serves the store
         self._pass()
         detector.wait_for_all()

@@ -34,7 +34,8 @@ def test_the_recipe_for_kubernetes_holds_together(tmp_path: Path) -> None:
     launch = get_args_parser().parse_args(words)
     assert (launcher, launch.training_script, launch.module) == ("torchrun", "ecp_scale.commands.pretrain", True)
     assert int(launch.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
-    assert launch.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     request = options_of(words[place + 2 :], tmp_path)
     assert (request.resume, request.config.parallel.timeout_seconds) == (True, 300)
     with pytest.raises(InputError, match="timeout_second"):

@@ -73,7 +73,7 @@ def attend(
             mask = visible(n_query, n_key, True, None, None, q.device)
         return reference_attention(q, keys, values, mask, dropout)
     wide = product_type(q)
-    if mask is not None and q.is_cuda:
+    if mask is not None and q.is_cuda and q.shape[1] != keys.shape[1]:
         # Trap: of the kernels that are left for masks, only the one that makes all scores takes grouped heads.
         keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (keys, values))
     with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda and (dropout or mask is not None) else nullcontext():

@@ -107,13 +107,23 @@ class Meeting:
 
     def missing(self) -> str:
         """Ranks that have not come with the hosts where they should be, as text; empty where all have."""
-        lines = self.store.get("there").decode().splitlines()
-        there = {rank: Process(**process) for rank, process in map(json.loads, lines)}
-        hosts = expected_hosts({rank: process.host for rank, process in there.items()})
+        lacking = self._absent(range(self.size))
+        there = sorted(set(range(self.size)) - lacking)
+        lines = self.store.multi_get([f"process/{rank}" for rank in there])
+        hosts = expected_hosts({rank: process["host"] for rank, process in map(json.loads, lines)})
         absent: dict[str, list[str]] = {}
-        for rank in sorted(set(range(self.size)) - there.keys()):
+        for rank in sorted(lacking):
             absent.setdefault(hosts.get(rank, "not known"), []).append(str(rank))
         return "; ".join(f"rank {', '.join(ranks)} of {self.size} (host {host})" for host, ranks in absent.items())
+
+    def _absent(self, ranks: range) -> set[int]:
+        """Those that have not come, by halves: a few messages for each."""
+        if self.store.check([f"process/{rank}" for rank in ranks]):
+            return set()
+        if len(ranks) == 1:
+            return {ranks[0]}
+        middle = len(ranks) // 2
+        return self._absent(ranks[:middle]) | self._absent(ranks[middle:])
 
     def name(self, rank: int) -> str:
         """A rank with its host, as text."""
@@ -145,8 +155,7 @@ class Meeting:
         told = {**told, "process": line}
         keys = [f"{what}/{self.rank}" for what in told]
         self.store.multi_set(keys, list(told.values()))  # type: ignore[attr-defined]  # the stubs lack it
-        for key in ("there", f"host/{self.process.host}"):
-            self.store.append(key, line)  # type: ignore[attr-defined]
+        self.store.append(f"host/{self.process.host}", line)  # type: ignore[attr-defined]
         number = self.store.add("came", 1)
         self.belongs = self.belongs and number <= self.size
         if number == self.size:

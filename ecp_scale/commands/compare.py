@@ -42,6 +42,7 @@ def main() -> None:
         describe(comparison.plans)
         return
     check_folder(comparison)
+    _check_devices(comparison.launch, comparison.budget)
     plans = budgeted(comparison.plans, comparison.budget, comparison.launch, comparison.folder)
     # Seeds outside: what the machine does over time then falls on all architectures alike.
     plans.sort(key=lambda plan: [other.seed for other in comparison.plans].index(plan.seed))
@@ -49,7 +50,6 @@ def main() -> None:
     for plan in plans:
         if plan not in missing:
             print(f"{plan.name}: done already", flush=True)
-    _check_devices(comparison.launch, comparison.budget)
     watch, stop = Watch(missing, len(plans)), threading.Event()
     failed: dict[str, str] = {}
     evaluating = threading.Lock()  # torch's compiler serves one thread of a process at a time
