@@ -46,10 +46,10 @@ class FailureDetector:
     def __init__(self, ranks: Ranks, timeout_seconds: int, process: Process | None = None) -> None:
         self.ranks = ranks
         self.timeout_seconds = timeout_seconds
-        self._answered = time.monotonic()
         self.meeting = Meeting(
             self._connect(), ranks.rank, ranks.world_size, process or Process.this(), self._store_answered
         )
+        self._answered = time.monotonic()
         self._local_processes: dict[int, Process] = {}
         self._ended = threading.Event()
         self._beats = 0
@@ -69,6 +69,7 @@ class FailureDetector:
         Raises:
             LostRankError: on all that have, naming those that have not.
         """
+        self._store_answered()  # what came before, as the wait for the store itself, does not count
         threading.Thread(target=self._watch_the_store, daemon=True, name="store watch").start()
         deadline = time.monotonic() + self.timeout_seconds
         try:
