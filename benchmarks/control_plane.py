@@ -33,7 +33,7 @@ PROCESSES = 4
 TIMEOUT_SECONDS = 300
 STACK_BYTES = 1 << 19
 STAGES = ("meet", "agree on GPUs", "heartbeat", "hear of a loss")
-MESSAGES = ("set", "get", "add", "append", "wait", "check", "multi_get", "compare_set")
+MESSAGES = ("set", "get", "add", "append", "wait", "check", "multi_get", "multi_set", "compare_set")
 PARAMETERS, PARTS = 300, 3
 """Of the model whose save is recorded, and of those how many a rank holds parts of."""
 
@@ -191,11 +191,12 @@ def main() -> None:
     for stage in next(iter(found.values())):
         cells = [f"{one[stage]['seconds']:.2f} s, {one[stage]['messages_per_rank']:.1f}" for one in found.values()]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    where = ", ".join(f"{key} {value}" for key, value in environment().items())
+    machine = environment()
+    where = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = f"Seconds until the last rank is done, and messages of a rank; {where}\n\n" + "\n".join(lines) + "\n"
     (options.output / "control_plane.md").write_text(text)
     (options.output / "control_plane.json").write_text(
-        json.dumps({"environment": environment(), "ranks": found}, indent=1) + "\n"
+        json.dumps({"environment": machine, "ranks": found}, indent=1) + "\n"
     )
     print(text)
 

@@ -199,12 +199,10 @@ class EcpAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropped: bool = True) -> Tensor:
         rate = self.config.dropout if self.training and dropped else 0.0
-        on_gpu = q.is_cuda and (rate > 0 or seen is not None)
-        if (
-            on_gpu and seen is not None and q.shape[1] != k.shape[1]
-        ):  # without cuDNN, no kernel for masks takes grouped heads
+        if q.is_cuda and seen is not None and q.shape[1] != k.shape[1]:
+            # Without cuDNN, no kernel for masks takes grouped heads.
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        with sdpa_kernel(WITHOUT_CUDNN) if on_gpu else nullcontext():
+        with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda and (rate or seen is not None) else nullcontext():
             return scaled_dot_product_attention(q, k, v, seen, dropout_p=rate, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -105,9 +105,9 @@ def test_what_passes_is_waited_for(
         pytest.skip(str(error))
 
 
-def meeting(port: int, rank: int, size: int, serves: bool = False) -> Meeting:
-    """One rank's, on a store that a launcher or the first rank serves."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=serves, wait_for_workers=False, multi_tenant=True)
+def meeting(port: int, rank: int, size: int) -> Meeting:
+    """One rank's, on a store that a launcher serves."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, multi_tenant=True)
     here = Process.this()
     return Meeting(store, rank, size, Process(f"host{rank // 2}", here.pid, here.started))
 
