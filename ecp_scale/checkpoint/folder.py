@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,18 +192,22 @@ def saved_folders(run: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if TAG.fullmatch(path.name) and path.is_dir())
 
 
-def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, and what of newer ones is passed by, with the reason."""
+def newest_complete(
+    run: Path, objection: Callable[[CheckpointRecord], str | None] = lambda record: None
+) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint without ``objection``, and what of newer ones is passed by, with the reason."""
     found = None
     passed: dict[str, str] = {}
     for folder in reversed(saved_folders(run)):
         try:
-            CheckpointRecord.read(folder)
+            reason = objection(CheckpointRecord.read(folder))
         except InputError as error:
             passed[folder.name] = str(error)
-        else:
+            continue
+        if reason is None:
             found = folder
             break
+        passed[folder.name] = f"{folder}: {reason}"
     for path in checkpoints_folder(run).glob(f"step-*{PARTIAL}"):
         if TAG.fullmatch(path.name.removesuffix(PARTIAL)) and (found is None or path.name > found.name):
             passed[path.name] = f"{path}: its save was cut short"
@@ -258,6 +263,16 @@ def begin(folder: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that its run has left behind, so that it is none of the run's any more; return its new path.
+
+    Raises:
+        OSError: if it cannot be renamed.
+    """
+    names = (folder.with_name(f"{folder.name}.rolled-back-{number}") for number in itertools.count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def publish(partial: Path) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 from ecp_scale.checkpoint.folder import CheckpointRecord
 from ecp_scale.config import Config, ModelConfig
 from ecp_scale.config.resume import FIXED, rule
-from ecp_scale.data.blend import Blend
+from ecp_scale.data.blend import SKIPPED, Blend
 from ecp_scale.errors import InputError
 
-NEWER_FIELDS: dict[str, Any] = {"task": "language", "pooling": "mean", "inputs": "tokens", "learnt_positions": False}
-"""Fields of the model that checkpoints of earlier versions do not have, and what those were."""
+NEWER_FIELDS: dict[str, dict[str, Any]] = {
+    "model": {"task": "language", "pooling": "mean", "inputs": "tokens", "learnt_positions": False},
+    "data": {SKIPPED: []},
+}
+"""What checkpoints of earlier versions do not have, by section, and what it was."""
 
 
 def identity(config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
@@ -39,13 +42,17 @@ def check_continues(record: CheckpointRecord, folder: object, now: dict[str, Any
         InputError: listing what differs and must not.
     """
     differences = []
+    length = now["model"]["sequence_length"]
+    if record.model.get("sequence_length", length) != length:
+        # The order of windows of another length is another one: what was skipped in the first has no place in it.
+        record = dataclasses.replace(record, data=record.data | {SKIPPED: []})
     for section, values in now.items():
         saved = getattr(record, section)
         for name, value in values.items():
             field = f"{section}.{name}"
             # What earlier versions did not write is not compared, but for newer fields that change what weights there
-            # are; all entries of ``data`` are content.
-            known = saved if section != "model" else NEWER_FIELDS | saved
+            # are, or which samples were read; all entries of ``data`` are content.
+            known = NEWER_FIELDS.get(section, {}) | saved
             may_differ = name not in known or (section != "data" and rule(field) != FIXED)
             if not may_differ and known[name] != value:
                 differences.append(f"{field} was {known[name]!r} and is now {value!r}")

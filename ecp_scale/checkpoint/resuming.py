@@ -3,19 +3,30 @@
 The first rank chooses the checkpoint: a shared file system may show another host an older state.
 """
 
+import dataclasses
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+import yaml
 
-from ecp_scale.checkpoint.folder import RECORD, CheckpointRecord, check_writable, newest_complete, saved_folders
+from ecp_scale.checkpoint.folder import (
+    RECORD,
+    CheckpointRecord,
+    check_writable,
+    newest_complete,
+    saved_folders,
+    set_aside,
+)
 from ecp_scale.checkpoint.identity import check_continues, identity
 from ecp_scale.checkpoint.saving import Progress, layout_of
 from ecp_scale.config import Config
-from ecp_scale.data.blend import Blend
+from ecp_scale.data.blend import SKIPPED, Blend
+from ecp_scale.data.passed_over import PassedOver
 from ecp_scale.errors import InputError
 from ecp_scale.models.parameter_groups import optimizer_order
 from ecp_scale.parallel.digests import difference, summed
@@ -36,6 +47,8 @@ class Start:
     passed_by: tuple[str, ...] = ()
     elsewhere: Path | None = None
     """The same checkpoint in the mirror."""
+    skip_samples: Mapping[int, int] | None = None
+    """What the run passes over from then on: of its config, else of its folder, else of the checkpoint."""
 
     @property
     def progress(self) -> Progress:
@@ -45,41 +58,104 @@ class Start:
         return Progress(self.record.step, self.record.tokens, int(self.record.data_digest, 16))
 
 
-def find_start(run: Path, resuming: bool, mirror: Path | None = None) -> Start:
+def find_start(run: Path, resuming: bool, config: Config) -> Start:
     """Where a run begins that finds ``run`` as it is; for one rank to ask.
+
+    Checkpoints of samples that training.skip_samples passes over are passed by. Where it is null, what the run itself
+    has chosen to pass over, when it went back from a spike, stays so.
 
     Args:
         run: its folder.
         resuming: whether it is to go on from a checkpoint that is there.
-        mirror: a second folder with checkpoints of the run, taken where its newest one is newer.
+        config: of the run; its mirror is a second folder with checkpoints, taken where its newest one is newer.
 
     Raises:
         InputError: if there is a checkpoint, and the run is not to go on from it, or none can be read.
     """
-    places = [("training.output_dir", run), *([("checkpoint.mirror", mirror)] if mirror is not None else [])]
+    if config.training.skip_samples is None and resuming:
+        config = with_ranges(config, _ranges_of(run))
+    places = {"training.output_dir": run}
+    if config.checkpoint.mirror is not None:
+        places["checkpoint.mirror"] = Path(config.checkpoint.mirror)
     found: list[tuple[str, str, Path]] = []
     passed: list[str] = []
-    for field, folder in places:
-        newest, incomplete = newest_complete(folder)
+    for field, folder in places.items():
+        newest, incomplete = newest_complete(folder, partial(skipped_by, config))
         passed += incomplete
         if newest is not None:
             found.append((newest.name, field, newest))
     if not found:
         # A folder without a record is of a save that an earlier version was cut short in.
-        if any((path / RECORD).exists() for _, folder in places for path in saved_folders(folder)):
+        if any((path / RECORD).exists() for folder in places.values() for path in saved_folders(folder)):
             # Not the first save that was cut short: work that something else has damaged, or that cannot be seen now.
             raise InputError(
-                "none of the run's checkpoints can be read; restore them, move them away to start over, or choose "
+                "the run can go on from none of its checkpoints; restore them, move them away to start over, or choose "
                 "another folder:\n" + "\n".join(f"  - {text}" for text in passed)
             )
-        return Start(passed_by=tuple(passed))
+        return Start(passed_by=tuple(passed), skip_samples=config.training.skip_samples)
     _, field, chosen = max(found, key=lambda item: item[0])  # the first, where both have it
     if not resuming:
         raise InputError(
             f"{field} {chosen.parent.parent} holds checkpoints; pass --resume auto or choose another folder"
         )
     others = [path for _, _, path in found if path != chosen and path.name == chosen.name]
-    return Start(chosen, CheckpointRecord.read(chosen), tuple(passed), others[0] if others else None)
+    record = CheckpointRecord.read(chosen)
+    if config.training.skip_samples is None and _same_windows(config, record):
+        config = with_ranges(config, dict(record.data.get(SKIPPED, [])) or None)
+    elsewhere = others[0] if others else None
+    return Start(chosen, record, tuple(passed), elsewhere, config.training.skip_samples)
+
+
+def _ranges_of(run: Path) -> dict[int, int] | None:
+    """What the config in a run folder passes over; None where nothing, or where it cannot be read."""
+    try:
+        ranges = yaml.safe_load((run / "config.yaml").read_text())["training"]["skip_samples"]
+        return {int(first): int(last) for first, last in ranges.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+
+
+def with_ranges(config: Config, ranges: Mapping[int, int] | None) -> Config:
+    """The config that passes over some ranges of samples."""
+    training = dataclasses.replace(config.training, skip_samples=None if ranges is None else dict(ranges))
+    return dataclasses.replace(config, training=training)
+
+
+def skipped_by(config: Config, record: CheckpointRecord) -> str | None:
+    """Why a run does not go on from a checkpoint whose samples it is to pass over; None where it has read none."""
+    if not _same_windows(config, record):
+        return None
+    before = PassedOver(dict(record.data.get(SKIPPED, [])))
+    reached = before.reached(record.tokens // config.model.sequence_length)
+    for first, last in PassedOver(config.training.skip_samples).ranges.items():
+        if first < reached and not any(start <= first and last <= end for start, end in before.ranges.items()):
+            return f"has read samples from {first} to {last}, which training.skip_samples passes over"
+    return None
+
+
+def _same_windows(config: Config, record: CheckpointRecord) -> bool:
+    """Whether the samples of a checkpoint are those of the run, and not windows of another length."""
+    return bool(record.model.get("sequence_length", config.model.sequence_length) == config.model.sequence_length)
+
+
+def leave_behind(run: Path, start: Start, config: Config) -> list[Path]:
+    """Set newer checkpoints aside that the run passes by for their samples; for one rank, when nothing is refused.
+
+    They are renamed: else their names would be in the way of those that the run is to save.
+
+    Returns:
+        Where they are now.
+
+    Raises:
+        OSError: if one cannot be renamed.
+    """
+    folders = [run, *([Path(config.checkpoint.mirror)] if config.checkpoint.mirror is not None else [])]
+    found = []
+    for folder in [path for place in folders for path in saved_folders(place)]:
+        with suppress(InputError):
+            if skipped_by(config, CheckpointRecord.read(folder)) is not None:
+                found.append(set_aside(folder))
+    return found
 
 
 def check_sight(run: Path, start: Start) -> None:

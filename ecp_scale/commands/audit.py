@@ -35,11 +35,12 @@ def main() -> int:
     if unreadable:
         print(f"{run}: {unreadable} lines of metrics.jsonl cannot be read; the steps after them are held to all before")
     n = config.model.sequence_length
-    blend = Blend(config.data.phases, n, config.training.seed)
+    blend = Blend(config.data.phases, n, config.training.seed, config.training.skip_samples)
     digest = unhashed = done = 0
     for record in records:
-        windows = [(sample, *blend.locate(sample)) for sample in range(done, record["tokens"] // n)]
-        done = record["tokens"] // n
+        samples = blend.samples(done, (record["tokens"] - done) // n)
+        windows = [(sample, *blend.locate(sample)) for sample in samples]
+        done = record["tokens"]
         before, digest = digest, (digest + sum(blend.digest(*window) for window in windows)) % 2**64
         # Runs of earlier versions hold windows to their numbers alone, up to the step where this version went on.
         older = (before + sum(sample_digest(*window) for window in windows)) % 2**64

@@ -37,8 +37,7 @@ def describe(request: Request) -> str:
     if config.training.output_dir is not None and Path(config.training.output_dir).exists():
         from ecp_scale.checkpoint.resuming import find_start  # Megatron-core and torch, which take seconds
 
-        mirror = Path(config.checkpoint.mirror) if config.checkpoint.mirror else None
-        start = find_start(Path(config.training.output_dir), request.resume, mirror)
+        start = find_start(Path(config.training.output_dir), request.resume, config)
         folder += f", goes on from {start.folder.name}" if start.folder else ", which has no checkpoint"
     model, parallel, training = config.model, config.parallel, config.training
     if model.vocab_size is None:

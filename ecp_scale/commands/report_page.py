@@ -19,6 +19,8 @@ FOLDED = 30
 """Events beyond which their table is folded."""
 NUMBERS = itertools.count()
 """Of pictures."""
+MARKS = (("saved", "|", "k"), ("not saved", "x", "C3"), ("spike", "^", "C1"), ("rolled back", "<", "C4"))
+"""Events on the time line, with their mark and colour."""
 MORE_PANELS = {
     "validation_bits_per_byte": "validation bits per byte",
     "validation_accuracy": "validation accuracy",
@@ -228,9 +230,11 @@ def _draw_launches(axes: Any, run: RunRecord) -> None:
     for launch in run.launches:
         begin, end = ((time - first) / 60 for time in (launch.begin, launch.end))
         axes.barh(0, end - begin, left=begin, height=0.5, color=colors.get(launch.ended, "0.6"), alpha=0.5)
-    for kind, mark, color in (("saved", "|", "k"), ("not saved", "x", "C3")):
+    for kind, mark, color in MARKS:
         times = [(event["time"] - first) / 60 for event in run.events if event["event"] == kind]
+        if not times and kind not in ("saved", "not saved"):
+            continue
         axes.plot(times, [0.0] * len(times), mark, color=color, markersize=12, label=kind)
     axes.set(yticks=[], xlabel="minutes since the first launch", ylim=(-0.6, 0.9))
     axes.set_title("launches: green finished, blue stopped, red failed, grey without an end on record", fontsize=9)
-    axes.legend(fontsize=8, ncol=2, loc="upper right")
+    axes.legend(fontsize=8, ncol=4, loc="upper right")

@@ -10,8 +10,8 @@ from ecp_scale.config.run import (
     CheckpointConfig,
     Config,
     LoggingConfig,
-    TrainingConfig,
 )
+from ecp_scale.config.training import TrainingConfig
 
 __all__ = [
     "AttentionBackend",

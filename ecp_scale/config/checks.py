@@ -1,7 +1,9 @@
 """Checks that hold for the fields of every section."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 LARGEST = 2**62
@@ -26,4 +28,19 @@ def unusable(section: str, config: Any) -> list[str]:
         f"{section}.{name} is {value}, expected a number of at most 2^62"
         for name, value in values
         if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= LARGEST)
+    ]
+
+
+def range_problems(ranges: Mapping[int, int], field: str) -> list[str]:
+    """What is wrong with ranges that should each be a first and a last sample, one after another."""
+    found = [
+        f"{field} from {first} to {last}, expected a first sample of at least 0 and a last one that is not before it"
+        for first, last in ranges.items()
+        if not 0 <= first <= last
+    ]
+    pairs = itertools.pairwise(sorted(ranges.items()))
+    return found or [
+        f"{field}: {first} to {last} and {after} to {end} have samples in common, expected ranges apart"
+        for (first, last), (after, end) in pairs
+        if after <= last
     ]

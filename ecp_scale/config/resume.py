@@ -38,6 +38,9 @@ FIELD_RULES: dict[str, Rule] = {
     "training.validation_every_steps": NEVER_MATTERS,
     "training.validation_windows": NEVER_MATTERS,
     "training.max_skipped_steps": NEVER_MATTERS,
+    "training.spike_score": NEVER_MATTERS,
+    "training.on_spike": NEVER_MATTERS,
+    "training.spike_skip_steps": NEVER_MATTERS,
 }
 """Where a field differs from its section."""
 

@@ -37,11 +37,11 @@ class TrainingBatches:
     def after(self, tokens: int, sequences: int) -> StepBatches:
         """The step of ``sequences`` samples that follows ``tokens`` tokens."""
         stride = self.micro * self.ranks
-        first = tokens // self.blend.sequence_length + self.rank * self.micro
+        samples = list(self.blend.samples(tokens, sequences))
         micro_batches, digest = [], [0] * PARTS
-        for start in range(first, first + sequences, stride):
+        for start in range(self.rank * self.micro, sequences, stride):
             rows = []
-            for sample in range(start, start + self.micro):
+            for sample in samples[start : start + self.micro]:
                 corpus, window = self.blend.locate(sample)
                 rows.append(self.blend.read(corpus, window))
                 parts = to_parts(self.blend.digest(sample, corpus, window))

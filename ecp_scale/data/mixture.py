@@ -42,9 +42,13 @@ class Mixture:
         for phase, end in enumerate(self._starts[1:]):
             self._before.append(self._before[phase] + self._phases[phase].counts(end - self._starts[phase]))
 
+    def phase(self, sample: int) -> int:
+        """Which set of weights a sample is of."""
+        return bisect_right(self._starts, sample) - 1
+
     def locate(self, sample: int) -> tuple[int, int]:
         """Corpus, and how many samples of it came before."""
-        phase = bisect_right(self._starts, sample) - 1
+        phase = self.phase(sample)
         corpus, earlier = self._phases[phase].locate(sample - self._starts[phase])
         return corpus, int(self._before[phase][corpus]) + earlier
 

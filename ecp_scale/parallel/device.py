@@ -5,7 +5,9 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,6 +82,36 @@ def done_so_far(device: torch.device) -> Callable[[], bool]:
     event = torch.cuda.Event()
     event.record()
     return event.query
+
+
+class Stopwatch:
+    """Seconds that a device spends in what is run under it, without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is run inside, as often as it is entered."""
+        if not self._on_gpu:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+            return
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        yield
+        pair[1].record()
+        self._pairs.append(pair)
+
+    @property
+    def seconds(self) -> float:
+        """The sum; on a GPU it is known when the device has done all of it, and zero before."""
+        if not all(end.query() for _, end in self._pairs):
+            return 0.0
+        return self._seconds + sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1000
 
 
 def set_tf32(allowed: bool) -> None:

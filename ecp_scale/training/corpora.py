@@ -35,7 +35,8 @@ def open_data(config: Config) -> tuple[Config, Blend, dict[str, Corpus]]:
     names = [name for _, weights in config.data.phases for name in weights]
     for name in dict.fromkeys([*names, *config.data.set_aside.values()]):
         check_task(config, Path(name))
-    blend = Blend(config.data.phases, config.model.sequence_length, config.training.seed)
+    training = config.training
+    blend = Blend(config.data.phases, config.model.sequence_length, training.seed, training.skip_samples)
     validation = {name: Corpus(prefix, config.model.sequence_length) for name, prefix in config.data.set_aside.items()}
     for corpus in validation.values():
         check_same_tokenizer(corpus, blend.corpora[0])

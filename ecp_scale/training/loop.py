@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -10,28 +11,29 @@ from typing import Any
 import torch.distributed as dist
 
 from ecp_scale.checkpoint.mirror import held_mirror
-from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start
+from ecp_scale.checkpoint.resuming import check_sight, check_start, find_start, leave_behind, with_ranges
 from ecp_scale.checkpoint.saving import Progress, Saves
 from ecp_scale.cluster.signals import StopRequest, write_stopped
 from ecp_scale.command_line import Request, to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say, waiting
-from ecp_scale.data.batches import ReadAhead, StepBatches, TrainingBatches
+from ecp_scale.data.batches import ReadAhead, TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.digest import from_parts
-from ecp_scale.parallel.device import check_precision, known_peak_teraflops, peak_memory_bytes, set_tf32
+from ecp_scale.parallel.device import check_precision, set_tf32
 from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.checkpoints import Checkpoints
 from ecp_scale.training.corpora import check_view, loss_mask, open_data
 from ecp_scale.training.events import EventLog
-from ecp_scale.training.metrics import MetricsFile
 from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.probe import probe_loss
 from ecp_scale.training.profiling import profiled
-from ecp_scale.training.report import StepReport, describe_end, describe_passed, describe_run, describe_start
+from ecp_scale.training.rank_times import RankTimes, SlowRanks, summary
+from ecp_scale.training.recorder import Recorder, step_numbers
+from ecp_scale.training.report import describe_end, describe_passed, describe_run, describe_start
+from ecp_scale.training.rolling_back import Spikes
 from ecp_scale.training.starting import check_backend, check_rate, initial_weights, load_weights, write_settings
 from ecp_scale.training.step import (
     DivergedError,
@@ -41,7 +43,8 @@ from ecp_scale.training.step import (
     optimizer_step,
     reporter,
 )
-from ecp_scale.training.trackers import check_trackers, start_trackers
+from ecp_scale.training.step_news import StepNews, to_numbers
+from ecp_scale.training.trackers import check_trackers
 from ecp_scale.training.validation import validation_numbers
 from ecp_scale.zero import json_config
 from ecp_scale.zero.averaging import update_average
@@ -83,11 +86,11 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         mirror = Path(request.config.checkpoint.mirror) if request.config.checkpoint.mirror else None
         if mirror is not None:
             decided(lambda: stack.enter_context(held_mirror(mirror, run)))
-        start = decided(lambda: find_start(run, request.resume, mirror))
+        start = decided(lambda: find_start(run, request.resume, request.config))
         agreed(lambda: check_sight(run, start))
         if dist.get_rank() == 0:
             stop.watch(run)
-        config, blend, validation = decided(lambda: open_data(request.config))
+        config, blend, validation = decided(lambda: open_data(with_ranges(request.config, start.skip_samples)))
         agreed(lambda: check_view(blend, validation))
         done = start.progress
         config = config.with_length(done.step, done.tokens)
@@ -104,22 +107,22 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, json_config.zero_stage(settings), run_tokens))
-        here = hosts.count(socket.gethostname())
-        agreed(lambda: check_host_memory(config, settings, groups, here))
+        agreed(lambda: check_host_memory(config, settings, groups, hosts.count(socket.gethostname())))
         set_tf32(config.training.tf32)
         agreed(lambda: check_overlap(config, request.deepspeed, groups, request.world_size))
         with waiting("building    the model and its optimizer", dist.get_rank() == 0):
             engine = build_engine(config, settings, groups, draw=start.record is None and initial is None)
         load_weights(engine, config, groups, start, initial)
         apply_optimizer_config(engine, config.optimizer)
-        decided(lambda: write_settings(run, to_yaml(config), settings))
+        write = partial(write_settings, run, settings)
+        decided(lambda: write(to_yaml(config)))
+        decided(lambda: leave_behind(run, start, config))
         saves = Saves(engine, config, blend, run, run_tokens)
         probe = partial(probe_loss, engine, config, groups)
         checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder, events, probe)
         events.add("started", done.step, ranks=len(hosts), hosts=list(dict.fromkeys(hosts)), launched=launched)
-        _Run(config, groups, engine, blend, validation, run, run_tokens, stop, checkpoints, events).steps(
-            start.progress
-        )
+        loop = _Run(config, groups, engine, blend, validation, hosts, run, run_tokens, stop, checkpoints, events, write)
+        loop.run(start.progress)
         engine.destroy()
 
 
@@ -133,58 +136,72 @@ class _Run:
         engine: Engine,
         blend: Blend,
         validation: dict[str, Corpus],
+        hosts: list[str],
         folder: Path,
         run_tokens: int,
         stop: StopRequest,
         checkpoints: Checkpoints,
         events: EventLog,
+        write: Callable[[str], None],
     ) -> None:
         self.config = config
         self.groups = groups
         self.engine = engine
         self.blend = blend
         self.validation = validation
+        self.slow_ranks = SlowRanks(hosts)
         self.folder = folder
         self.run_tokens = run_tokens
         self.stop = stop
         self.checkpoints = checkpoints
         self.events = events
+        self.write = write
+        self.spikes = Spikes(config, self.blend, events)
+        self.times: RankTimes | None = None
         self.is_first = dist.get_rank() == 0
-        self.mask = loss_mask(config, [*blend.corpora, *validation.values()])
+        self.mask = loss_mask(config, [*self.blend.corpora, *self.validation.values()])
 
-    def steps(self, done: Progress) -> None:
-        """Train from after what is done to the end, or until any rank is asked to stop."""
+    def run(self, done: Progress) -> None:
+        """Train from after what is done to the end."""
+        place: Progress | None = done
+        while place is not None:
+            place = self.steps(place)
+
+    def steps(self, done: Progress) -> Progress | None:
+        """Train from after what is done to the end, or until any rank is asked to stop, or the run goes back.
+
+        Returns:
+            Where it has gone back to; None at its end.
+        """
         config, replicas = self.config, self.groups.replicas
         loss: float | None = None
         reader = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
-        readers = config.parallel.tensor * config.parallel.context  # ranks that read the same samples
         skipped_in_a_row, reason = 0, self._reason()
         with ExitStack() as stack:
-            record = self._recorder(stack, done.step)
+            recorder = stack.enter_context(Recorder(config, self.folder, done.step)) if self.is_first else None
+            self.spikes.begin(recorder.records if recorder else [], done.step)
             batches = stack.enter_context(ReadAhead(reader))
             profiled_steps = config.logging.profile_steps if self.is_first else None
             begin_step = stack.enter_context(profiled(self.folder, profiled_steps, self.groups.device))
             collect_garbage = stack.enter_context(garbage_by_hand())
             while reason is None and done.step < config.training.steps:
-                began = time.perf_counter()
                 begin_step(done.step + 1)
-                sequences = config.sequences_after(done.tokens)
-                tokens = done.tokens + sequences * config.model.sequence_length
-                rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)
-                then = (tokens, config.sequences_after(tokens)) if done.step + 1 < config.training.steps else None
-                result = self._step(done.step + 1, rate, batches.after(done.tokens, sequences, then), sequences)
-                *digests, written, failed = result.sums
-                digest = from_parts([total // readers for total in digests])
-                done, loss = Progress(done.step + 1, tokens, (done.data_digest + digest) % 2**64), result.loss
-                numbers = self._numbers(done, result, rate, time.perf_counter() - began, sequences)
+                before = done
+                done, result, told, numbers = self._step(before, batches)
+                loss = result.loss
                 if self._is_due(done.step, config.training.validation_every_steps):
                     what = (self.validation, config.training, self.groups, self.mask)
                     numbers |= validation_numbers(self.engine, *what)
-                record(numbers)
+                if recorder is not None:
+                    recorder.record(numbers)
+                    self.spikes.look(before, done, loss, result.gradient_norm)
+                    self._name_slow_ranks(done.step, told.times, numbers["step_seconds"])
                 collect_garbage()
                 skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                 self._check_skipped(done.step, skipped_in_a_row, result)
-                self.checkpoints.heard(written, failed)
+                self.checkpoints.heard(told.written, told.failed)
+                if told.spiked and (back := self._go_back(done)) is not None:
+                    return back
                 if result.stop_requested:
                     reason = self._reason()
                 if reason is not None or self._is_due(done.step, config.checkpoint.every_steps):
@@ -195,49 +212,55 @@ class _Run:
             self.checkpoints.finish(is_last=True)
             self._end(done, loss, reason)
             self.checkpoints.settle(reason is None)
+            return None
 
-    def _recorder(self, stack: ExitStack, first_step: int) -> Any:
-        """What takes the numbers of each step, on the first rank."""
-        if not self.is_first:
-            return lambda numbers: None
-        file = stack.enter_context(MetricsFile(self.folder, first_step))
-        trackers = start_trackers(self.config, self.folder)
-        report = StepReport(self.config, self.folder.name, first_step)
-        stack.callback(report.close)
+    def _go_back(self, done: Progress) -> Progress | None:
+        found = self.spikes.go_back(self.folder, self.config, self.engine, self.checkpoints, done)
+        if found is None:
+            return None
+        self.config, start = found
+        decided(lambda: self.write(to_yaml(self.config)))
+        return start.progress
 
-        def finish(kind: Any, error: BaseException | None, traceback: Any) -> None:
-            for tracker in trackers:
-                tracker.finish(failed=error is not None)
-
-        stack.push(finish)
-
-        def record(numbers: dict[str, Any]) -> None:
-            file.write(numbers)
-            report.step(numbers)
-            for tracker in trackers:
-                tracker.log(numbers)
-
-        return record
-
-    def _step(self, step: int, rate: float, batches: StepBatches, sequences: int) -> StepResult:
+    def _step(self, before: Progress, batches: ReadAhead) -> tuple[Progress, StepResult, StepNews, dict[str, Any]]:
+        """Do the step that follows; return how far the run is then, and the record of the step."""
+        config, step = self.config, before.step + 1
+        began = time.perf_counter()
+        sequences = config.sequences_after(before.tokens)
+        tokens = before.tokens + sequences * config.model.sequence_length
+        rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)
+        then = (tokens, config.sequences_after(tokens)) if step < config.training.steps else None
+        batch = batches.after(before.tokens, sequences, then)
+        waited = time.perf_counter() - began
         set_learning_rate(self.engine, rate)
-        seed_step(self.config.training.seed, step, self.groups)
-        set_batch(self.engine, sequences * self.config.parallel.context)
+        seed_step(config.training.seed, step, self.groups)
+        set_batch(self.engine, sequences * config.parallel.context)
+        at = (dist.get_rank(), dist.get_world_size())
         try:
             result = optimizer_step(
                 self.engine,
-                batches.micro_batches,
+                batch.micro_batches,
                 self.groups,
                 self.stop.reason is not None,
                 self.mask,
                 reporter(step, self.groups.device),
-                [*batches.digest_parts, *self.checkpoints.news()],
+                to_numbers(batch.digest_parts, self.checkpoints.news(), self.spikes.news, self.times, *at),
             )
         except DivergedError as error:
             raise self._diverged(step, str(error)) from None
-        if self.config.optimizer.average_decay is not None and not result.skipped:
-            update_average(self.engine, self.config.optimizer.average_decay, step)
-        return result
+        if config.optimizer.average_decay is not None and not result.skipped:
+            update_average(self.engine, config.optimizer.average_decay, step)
+        self.times = RankTimes(waited, result.forward_seconds, result.wait_seconds)
+        # Ranks of a tensor and context group read the same samples.
+        told = StepNews.of(result.sums, config.parallel.tensor * config.parallel.context)
+        done = Progress(step, tokens, (before.data_digest + told.digest) % 2**64)
+        numbers = step_numbers(config, self.groups, done, result, rate, time.perf_counter() - began, sequences)
+        return done, result, told, numbers | summary(told.times)
+
+    def _name_slow_ranks(self, step: int, times: list[RankTimes], seconds: float) -> None:
+        for rank, text in self.slow_ranks.look(times, seconds):
+            say(f"step {step:,}  {text}")
+            self.events.add("slow rank", step, rank=rank, what=text)
 
     def _check_skipped(self, step: int, in_a_row: int, result: StepResult) -> None:
         if result.skipped and self.is_first:
@@ -272,27 +295,3 @@ class _Run:
 
     def _is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.config.training.steps
-
-    def _numbers(
-        self, done: Progress, result: StepResult, rate: float, seconds: float, sequences: int
-    ) -> dict[str, Any]:
-        config = self.config
-        speed = sequences * config.model.sequence_length / seconds
-        peak = config.logging.peak_teraflops or known_peak_teraflops(self.groups.device, config.training.precision)
-        utilisation = None
-        if peak is not None:
-            utilisation = speed * config.model.flops_per_token / (peak * 1e12 * dist.get_world_size())
-        return {
-            "step": done.step,
-            "time": time.time(),
-            "tokens": done.tokens,
-            "loss": result.loss,
-            "grad_norm": result.gradient_norm,
-            "lr": rate,
-            "step_seconds": seconds,
-            "tokens_per_second": speed,
-            "mfu": utilisation,
-            "peak_memory_bytes": peak_memory_bytes(self.groups.device),
-            "skipped_steps": self.engine.skipped_steps,
-            "data_digest": f"{done.data_digest:016x}",
-        }

@@ -54,6 +54,10 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The end of the file."""
         if self._file is not None:
             self._file.close()
 

@@ -27,7 +27,7 @@ LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
 
 
-def write_settings(run: Path, config: str, deepspeed: dict[str, Any]) -> None:
+def write_settings(run: Path, deepspeed: dict[str, Any], config: str) -> None:
     """Leave the resolved config and DeepSpeed JSON in the run folder; for one rank, when nothing is refused any more.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
 from ecp_scale.data.marks import NO_MASK, LossMask, plain
-from ecp_scale.parallel.device import done_so_far
+from ecp_scale.parallel.device import Stopwatch, done_so_far
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.profiling import named
 from ecp_scale.zero.engine import Engine, plain_gradient_norm
@@ -37,6 +37,12 @@ class StepResult:
     stop_requested: bool
     sums: tuple[int, ...] = ()
     """Sums over all ranks of the whole numbers that each has added to the message."""
+    skipped_steps: int = 0
+    """Of the run so far: updates that were not applied."""
+    forward_seconds: float = 0.0
+    """That this rank's device took for its forward passes."""
+    wait_seconds: float = 0.0
+    """That it took for the message about the loss, in which it waits for ranks that are behind."""
 
 
 def optimizer_step(
@@ -60,6 +66,7 @@ def optimizer_step(
             gradients not finite and has not skipped the update.
     """
     losses = []
+    forward, message = Stopwatch(groups.device), Stopwatch(groups.device)
     report(0, COMPUTES)
     targets = [engine.module.trained_targets(ids[:, 1:]) for ids in micro_batches]
     trained = [mask.of(some) if mask else None for some in targets]
@@ -72,7 +79,7 @@ def optimizer_step(
         on_host = plain(batch) if mask.marks else batch
         ids = to_device(on_host, groups.device)
         counted = None if some is None else to_device(some, groups.device)
-        with named("forward"):
+        with named("forward"), forward.running():
             total, each = engine(ids[:, :-1], ids[:, 1:], counted, on_host=on_host[:, :-1])
         report(number, f"has done forward pass {number} of")
         loss = total * scale
@@ -85,7 +92,7 @@ def optimizer_step(
             engine.step()
 
     report(len(micro_batches) + 1, WAITS)
-    loss_value, stops, sums = _shared(losses, stop_requested, to_sum, groups.device)
+    loss_value, stops, sums = _shared(losses, stop_requested, to_sum, groups.device, message)
     if not math.isfinite(loss_value):
         raise DivergedError(f"the loss is {loss_value}; the weights have not been updated with it")
 
@@ -101,11 +108,12 @@ def optimizer_step(
         if not math.isfinite(gradient_norm) and not skipped:
             raise DivergedError(f"the gradient norm is {gradient_norm} and the weights have been updated with it")
     report(len(micro_batches) + 2, HAS_FINISHED)
-    return StepResult(loss_value, gradient_norm, skipped, stops, sums)
+    times = forward.seconds, message.seconds
+    return StepResult(loss_value, gradient_norm, skipped, stops, sums, engine.skipped_steps, *times)
 
 
 def _shared(
-    losses: list[Tensor], stop_requested: bool, to_sum: Sequence[int], device: torch.device
+    losses: list[Tensor], stop_requested: bool, to_sum: Sequence[int], device: torch.device, message: Stopwatch
 ) -> tuple[float, bool, tuple[int, ...]]:
     """One message for all: the mean loss, whether any rank was asked to stop, and sums of whole numbers.
 
@@ -114,7 +122,8 @@ def _shared(
     """
     told = to_device(torch.tensor([0.0, float(stop_requested), *to_sum], dtype=torch.float64), device)
     told[0] = torch.stack(losses).double().mean()
-    dist.all_reduce(told)
+    with message.running():
+        dist.all_reduce(told)
     loss_sum, stops, *sums = told.tolist()  # where the host waits for the device
     return loss_sum / dist.get_world_size(), stops > 0, tuple(map(int, sums))
 

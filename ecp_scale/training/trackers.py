@@ -116,7 +116,7 @@ class TensorBoard:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, Any]:
-    """What of the numbers of a step is one value; of a list each, the loss by position under its first position.
+    """What of the numbers of a step is one value; of several each, the loss by position under its first position.
 
     Trackers have clocks of their own.
     """
@@ -124,7 +124,9 @@ def scalars(record: dict[str, Any]) -> dict[str, Any]:
     for key, value in record.items():
         if key == "time":
             continue
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            found |= {f"{key}/{name}": number for name, number in value.items()}
+        elif isinstance(value, list):
             found |= {f"{key}/from_{first:06}": number for first, _, number in value}
         else:
             found[key] = value

@@ -20,6 +20,7 @@ from ecp_scale.checkpoint.folder import (
 )
 from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.checkpoint.retention import Retention, remove_old
+from ecp_scale.config import Config
 from ecp_scale.data.manifest import TokenizerRecord
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.partition import Partition
@@ -140,22 +141,22 @@ def test_nothing_is_written_over_a_checkpoint(tmp_path: Path) -> None:
 def test_a_cut_first_save_is_passed_by_and_the_run_starts_over(tmp_path: Path) -> None:
     (checkpoints_folder(tmp_path) / "step-00000002.partial").mkdir(parents=True)
     for resuming in (True, False):
-        start = find_start(tmp_path, resuming)
+        start = find_start(tmp_path, resuming, Config())
         assert start.folder is None
         assert start.progress.step == 0
         assert start.passed_by == (f"{checkpoints_folder(tmp_path)}/step-00000002.partial: its save was cut short",)
     write_checkpoint(tmp_path, 1, complete=False)
-    assert find_start(tmp_path, resuming=True).folder is None
+    assert find_start(tmp_path, True, Config()).folder is None
     damaged = write_checkpoint(tmp_path, 3) / "checkpoint.json"
     before = damaged.read_text()
     damaged.write_text(before.replace('"tokens": 30', '"tokens": 90'))
     for resuming in (True, False):
         with pytest.raises(
-            InputError, match=r"none of the run's checkpoints can be read(.|\n)*step-00000003(.|\n)*is damaged"
+            InputError, match=r"the run can go on from none of its checkpoints(.|\n)*step-00000003(.|\n)*is damaged"
         ):
-            find_start(tmp_path, resuming)
+            find_start(tmp_path, resuming, Config())
     damaged.write_text(before)
     write_checkpoint(tmp_path, 4)
     with pytest.raises(InputError, match="holds checkpoints; pass --resume auto"):
-        find_start(tmp_path, resuming=False)
-    assert find_start(tmp_path, resuming=True).progress.step == 4
+        find_start(tmp_path, False, Config())
+    assert find_start(tmp_path, True, Config()).progress.step == 4

@@ -13,6 +13,7 @@ from ecp_scale.checkpoint.mirror import OWNER, Mirror, copy_checkpoint, held_mir
 from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.checkpoint.retention import Retention, remove_old
 from ecp_scale.command_line import parse
+from ecp_scale.config import CheckpointConfig, Config
 from ecp_scale.errors import InputError
 from ecp_scale.training.loop import train
 from ecp_scale.zero.state_files import FileRecord, damages
@@ -192,14 +193,15 @@ def test_a_run_goes_on_from_its_mirror_where_that_has_more(tmp_path: Path) -> No
     run_folder, mirror = tmp_path / "run", tmp_path / "mirror"
     for step in (1, 2, 3):
         hashed_checkpoint(mirror, step)
-    start = find_start(run_folder, True, mirror)
+    config = Config(checkpoint=CheckpointConfig(mirror=str(mirror)))
+    start = find_start(run_folder, True, config)
     assert start.folder == checkpoints_folder(mirror) / "step-00000003"
     with pytest.raises(InputError, match=r"checkpoint\.mirror .*mirror holds checkpoints; pass --resume auto"):
-        find_start(run_folder, False, mirror)
+        find_start(run_folder, False, config)
     ours = hashed_checkpoint(run_folder, 3)
-    assert find_start(run_folder, True, mirror).folder == ours
+    assert find_start(run_folder, True, config).folder == ours
     (ours / "checkpoint.json").write_text("damaged")
-    assert find_start(run_folder, True, mirror).folder == checkpoints_folder(mirror) / "step-00000003"
+    assert find_start(run_folder, True, config).folder == checkpoints_folder(mirror) / "step-00000003"
 
 
 def test_a_mirror_belongs_to_one_run(tmp_path: Path) -> None:

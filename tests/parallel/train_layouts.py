@@ -39,7 +39,7 @@ def write_logits(request: Request) -> None:
         config = with_vocabulary(request.config, blend.corpora[0])
         settings = json_config.resolve(request.deepspeed, config, request.world_size)
         engine = build_engine(config, settings, groups)
-        start = decided(lambda: find_start(Path(output), resuming=True))
+        start = decided(lambda: find_start(Path(output), True, config))
         load(engine, config, start)
         assert start.progress.step == config.training.steps
         engine.eval()
