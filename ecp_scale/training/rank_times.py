@@ -85,7 +85,7 @@ class SlowRanks:
             self._data[rank].append(one.data / step_seconds)
             if len(self._data[rank]) < WINDOW:
                 continue
-            slow, starved = statistics.median(self._forward[rank]), statistics.median(self._data[rank])
+            slow, starved = (statistics.median_high(of[rank]) for of in (self._forward, self._data))
             if slow >= SLOW:
                 found.append((rank, f"takes {slow:.1f} times as long for its forward passes as the median rank"))
             if starved >= STARVED:

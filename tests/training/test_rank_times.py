@@ -43,7 +43,7 @@ def test_a_rank_is_named_once_that_is_slow_step_after_step() -> None:
         usual[drawn.randrange(4)] *= 5 if step % 10 == 0 else 1  # a hiccup is no slow rank
         assert ranks.look(times(usual), 4.0) == []
     named = [found for _ in range(3 * WINDOW) for found in ranks.look(times([1.0, 1.0, 1.0, 2.0]), 4.0)]
-    assert named == [(3, "rank 3 on host b takes 1.6 times as long for its forward passes as the median rank")]
+    assert named == [(3, "rank 3 on host b takes 2.0 times as long for its forward passes as the median rank")]
     named = [found for _ in range(2 * WINDOW) for found in ranks.look(times([1.0] * 4, [0.0, 2.0, 0.0, 0.0]), 4.0)]
     assert named == [(1, "rank 1 on host a waits for its data for 50 % of a step")]
     two = SlowRanks(("a", "b"))
