@@ -18,6 +18,7 @@ LAYERS = [
     {"command_line"},
     {"checkpoint", "evaluation", "planning"},
     {"training", "api"},
+    {"doctor"},
     {"__init__"},
     {"commands"},
     {"launch", "data_tools"},

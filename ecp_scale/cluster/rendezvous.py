@@ -1,7 +1,7 @@
 """The default process group of a launch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -37,7 +37,13 @@ def _check_one_rank_per_gpu(meeting: Meeting, gpu: str, seconds: int) -> None:
 
 
 @contextmanager
-def rendezvous(backend: str, timeout_seconds: int, gpu: str = "", device: torch.device | None = None) -> Iterator[None]:
+def rendezvous(
+    backend: str,
+    timeout_seconds: int,
+    gpu: str = "",
+    device: torch.device | None = None,
+    met: Callable[[Meeting], None] = lambda meeting: None,
+) -> Iterator[None]:
     """The default process group of the launch: all ranks come, are watched, and leave together.
 
     Without a launcher it is a group of one on a store in memory.
@@ -47,6 +53,7 @@ def rendezvous(backend: str, timeout_seconds: int, gpu: str = "", device: torch.
         timeout_seconds: how long a rank is waited for.
         gpu: what tells this rank's GPU from every other one; empty on a CPU.
         device: that GPU, which NCCL then connects at once, and for which it knows where a barrier waits.
+        met: called when all ranks have come, before they connect to each other.
 
     Raises:
         AgreedError: on all ranks, if several have one GPU, which NCCL refuses in a message of its own.
@@ -65,6 +72,7 @@ def rendezvous(backend: str, timeout_seconds: int, gpu: str = "", device: torch.
     try:
         detector.wait_for_all()
         with detector.watched():
+            met(detector.meeting)
             _check_one_rank_per_gpu(detector.meeting, gpu, timeout_seconds)
             dist.init_process_group(
                 backend,
