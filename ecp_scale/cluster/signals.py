@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,6 +26,10 @@ ECHO_SECONDS = 1.0
 """A terminal, Slurm and a launcher may each pass a request on: the same signal within this time is the same one."""
 
 
+START_AGAIN = 75
+"""Exit code (EX_TEMPFAIL) of ranks that a launcher is to start again, on the hosts that are left."""
+
+
 class StopRequest:
     """Remembers that this rank was asked to stop; a second signal of the same kind ends the process at once.
 
@@ -37,6 +42,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._launchers = _launchers()
         self._file: Path | None = None
+        self.exit_code = 0
+        """Of this rank after the stop; see ``told``."""
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
@@ -63,6 +70,22 @@ class StopRequest:
         if now - first > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    @property
+    def is_signalled(self) -> bool:
+        """Whether this rank wants to stop because of a signal."""
+        return bool(self._received)
+
+    def told(self, signalled: Sequence[bool]) -> None:
+        """Hear which ranks were signalled, when the launch stops before its end.
+
+        Where only other hosts were, as when a node is drained, and torchrun may start ranks again, this one ends so
+        that torchrun does; from exit code 0 it would take the whole run for finished.
+        """
+        first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+        here = signalled[first : first + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+        if any(signalled) and not any(here) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            self.exit_code = START_AGAIN
 
     @property
     def reason(self) -> str | None:

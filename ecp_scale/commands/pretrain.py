@@ -94,6 +94,8 @@ def main() -> None:
             if is_first_rank():
                 say(f"stopped: {error}")
             sys.exit(1)
+    if stop.exit_code:
+        sys.exit(stop.exit_code)
 
 
 def _library_log(request: Request) -> AbstractContextManager[None]:

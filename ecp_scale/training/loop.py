@@ -176,7 +176,7 @@ class _Run:
         config, replicas = self.config, self.groups.replicas
         loss: float | None = None
         reader = TrainingBatches(self.blend, config.training, replicas.size(), replicas.rank())
-        skipped_in_a_row, reason = 0, self._reason()
+        skipped_in_a_row, reason = 0, self._reason(done)
         with ExitStack() as stack:
             recorder = stack.enter_context(Recorder(config, self.folder, done.step)) if self.is_first else None
             self.spikes.begin(recorder.records if recorder else [], done.step)
@@ -203,11 +203,11 @@ class _Run:
                 if told.spiked and (back := self._go_back(done)) is not None:
                     return back
                 if result.stop_requested:
-                    reason = self._reason()
+                    reason = self._reason(done)
                 if reason is not None or self._is_due(done.step, config.checkpoint.every_steps):
                     self.checkpoints.save(done, is_last=reason is not None or done.step == config.training.steps)
                     # A request that came meanwhile must not wait for another step.
-                    reason = reason or self._reason()
+                    reason = reason or self._reason(done)
             # A request that came while its last step was copied: that checkpoint counts.
             self.checkpoints.finish(is_last=True)
             self._end(done, loss, reason)
@@ -272,13 +272,15 @@ class _Run:
         self.checkpoints.finish(has_ended=True)
         return DivergedError(f"step {step}: {text}; last checkpoint: {self.checkpoints.newest or 'none'}")
 
-    def _reason(self) -> str | None:
+    def _reason(self, done: Progress) -> str | None:
         """Why the run is to stop, if any rank was asked to; the same on all."""
         if not any_rank(self.stop.reason is not None, self.groups.device):
             return None
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, self.stop.reason)
-        return next((reason for reason in reasons if reason is not None), "a request")
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (self.stop.reason, self.stop.is_signalled))
+        if done.step < self.config.training.steps:
+            self.stop.told([is_signalled for _, is_signalled in told])
+        return next((reason for reason, _ in told if reason is not None), "a request")
 
     def _end(self, done: Progress, loss: float | None, reason: str | None) -> None:
         if not self.is_first:

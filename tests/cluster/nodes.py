@@ -14,7 +14,9 @@ import psutil
 
 from tests.launching import ROOT, environment
 
-BRIDGE = "ecp-bridge"
+SESSION = os.getpid() % 100_000
+"""Tells the hosts of one test session from those of another on this machine; names of cards have 15 characters."""
+BRIDGE = f"ecpb{SESSION}"
 PORT = 29_400
 
 
@@ -44,8 +46,13 @@ class Node:
 
     @property
     def name(self) -> str:
-        """Of the namespace, and what the host calls itself."""
+        """What the host calls itself."""
         return f"ecp-node{self.number}"
+
+    @property
+    def space(self) -> str:
+        """Its network namespace."""
+        return f"ecp-node{self.number}-{SESSION}"
 
     @property
     def address(self) -> str:
@@ -55,12 +62,12 @@ class Node:
     @property
     def cable(self) -> str:
         """The bridge's end of its link."""
-        return f"ecp-cable{self.number}"
+        return f"ecpc{SESSION}-{self.number}"
 
     def start(self, words: Sequence[object], log: Path, **variables: str) -> "subprocess.Popen[bytes]":
         """Start a command there."""
         inside = f'hostname {self.name}; exec "$@"'
-        outer = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", inside, "sh"]
+        outer = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c", inside, "sh"]
         network = {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"}
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -68,19 +75,24 @@ class Node:
             )
 
     def torchrun(
-        self, nnodes: str, nproc: int, restarts: int, script: Sequence[object], log: Path
+        self, nnodes: str, nproc: int, restarts: int, script: Sequence[object], log: Path, endpoint: int = 0
     ) -> "subprocess.Popen[bytes]":
-        """Start this node's part of a launch, which meets at the first node."""
+        """Start this node's part of a launch, which meets at the node with the number ``endpoint``."""
         words: list[object] = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nnodes]
         words += ["--nproc-per-node", nproc, "--max-restarts", restarts, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
-        words += ["--rdzv-endpoint", f"10.77.0.1:{PORT}", "--local-addr", self.address]
-        words += ["--rdzv-conf", "join_timeout=120,last_call_timeout=3,is_host=" + str(int(self.number == 0))]
-        return self.start([*words, ROOT / script[0], *script[1:]], log)
+        words += ["--rdzv-endpoint", f"{Node(endpoint).address}:{PORT}", "--local-addr", self.address]
+        words += ["--rdzv-conf", "join_timeout=120,last_call_timeout=3,is_host=" + str(int(self.number == endpoint))]
+        # Else a host that joins waits for an address that is told at the first start alone.
+        return self.start([*words, ROOT / script[0], *script[1:]], log, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
     def processes(self) -> list[psutil.Process]:
         """What runs there."""
-        pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True).stdout.split()
-        return [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
+        pids = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True).stdout.split()
+        found = []
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
+        return found
 
     def kill(self) -> None:
         """End all that runs there at once, as when the host loses its power."""
@@ -118,15 +130,15 @@ def nodes(count: int) -> Iterator[list[Node]]:
         _ip("link", "add", BRIDGE, "type", "bridge")
         _ip("link", "set", BRIDGE, "up")
         for node in found:
-            _ip("netns", "add", node.name)
-            _ip("link", "add", node.cable, "type", "veth", "peer", "name", "eth0", "netns", node.name)
+            _ip("netns", "add", node.space)
+            _ip("link", "add", node.cable, "type", "veth", "peer", "name", "eth0", "netns", node.space)
             _ip("link", "set", node.cable, "master", BRIDGE, "up")
             for words in (
                 ("addr", "add", f"{node.address}/24", "dev", "eth0"),
                 ("link", "set", "eth0", "up"),
                 ("link", "set", "lo", "up"),
             ):
-                _ip("-n", node.name, *words)
+                _ip("-n", node.space, *words)
         yield found
     finally:
         for node in found:
@@ -139,5 +151,5 @@ def nodes(count: int) -> Iterator[list[Node]]:
 def _remove(found: list[Node]) -> None:
     for node in found:
         subprocess.run(["ip", "link", "delete", node.cable], capture_output=True)
-        subprocess.run(["ip", "netns", "delete", node.name], capture_output=True)
+        subprocess.run(["ip", "netns", "delete", node.space], capture_output=True)
     subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True)

@@ -47,6 +47,7 @@ def script(prefix: str, run: Path, steps: int = STEPS) -> list[object]:
         "model.feed_forward_width": 64,
         "model.sequence_length": 64,
         "model.segment_length": 32,
+        "optimizer.schedule": "constant",  # the same for runs of any length
         "optimizer.warmup_tokens": 2000,
         "checkpoint.every_steps": EVERY,
         "parallel.timeout_seconds": TIMEOUT_SECONDS,
@@ -63,6 +64,8 @@ class Launch:
     prefix: str
     nnodes: str = "2"
     restarts: int = 0
+    endpoint: int = 0
+    """Number of the host where they meet."""
     agents: list[Any] = field(default_factory=list)
 
     @property
@@ -78,7 +81,7 @@ class Launch:
         """Start ranks on all hosts."""
         words = script(self.prefix, self.run, steps)
         for host in self.hosts:
-            self.agents.append(host.torchrun(self.nnodes, ranks, self.restarts, words, self.log(host)))
+            self.agents.append(host.torchrun(self.nnodes, ranks, self.restarts, words, self.log(host), self.endpoint))
 
     def steps_done(self) -> int:
         """Of the run."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ecp_scale.cluster.meeting import Meeting
 from ecp_scale.cluster.ranks import Process
+from ecp_scale.cluster.signals import START_AGAIN, StopRequest
 from ecp_scale.command_line import parse
 from ecp_scale.training.loop import train
 from tests.cluster.nodes import Node, nodes, why_not
@@ -22,6 +23,8 @@ from tests.corpus import ShardedText
 from tests.launching import ROOT, environment, free_port, metrics
 
 STEPS = 20
+LONG = 250
+"""Steps of a run that outlasts what befalls it."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,60 @@ def test_a_launch_goes_on_with_the_hosts_that_are_left(
     assert "stopped: rank 2 of 3 on host ecp-node2 sent no heartbeat for 20 s" in first
     assert "layout      2 ranks on 2 hosts (ecp-node0, ecp-node1)" in first
     assert losses(launch.run) == pytest.approx(undisturbed, abs=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [3], indirect=True)
+def test_a_launch_goes_on_without_its_first_rank(
+    hosts: list[Node], undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    launch = Launch(hosts, tmp_path, sharded_text.prefix, nnodes="2:3", restarts=1, endpoint=2)
+    launch.start(ranks=1, steps=STEPS)
+    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
+    first = launch.rank(0).environ()["MASTER_ADDR"]
+    lost = next(host for host in hosts if host.address == first)
+    assert lost.number != 2
+    lost.kill()
+    launch.wait_until(lambda: launch.agents[2].poll() is not None, seconds=300)
+    assert launch.agents[2].returncode == 0, launch.log(hosts[2]).read_text()[-3000:]
+    assert losses(launch.run) == pytest.approx(undisturbed, abs=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [3], indirect=True)
+def test_a_host_is_drained_and_comes_back(
+    hosts: list[Node], sharded_text: ShardedText, tmp_path: Path, undisturbed: list[float]
+) -> None:
+    launch = Launch(hosts, tmp_path, sharded_text.prefix, nnodes="2:3", restarts=3)
+    launch.start(ranks=1, steps=LONG)
+    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
+    launch.agents[2].send_signal(signal.SIGTERM)
+    launch.wait_until(lambda: "layout      2 ranks on 2 hosts" in launch.log(hosts[0]).read_text(), seconds=120)
+    assert launch.agents[2].wait(60) == 1  # torchrun's, whatever its ranks said
+    drained = launch.steps_done()
+    launch.wait_until(lambda: launch.steps_done() >= drained + 5)
+    launch.agents[2] = hosts[2].torchrun("2:3", 1, 3, script(launch.prefix, launch.run, LONG), launch.log(hosts[2]))
+    said = launch.log(hosts[0])
+    launch.wait_until(lambda: said.read_text().count("layout      3 ranks on 3 hosts") == 2, seconds=120)
+    assert [agent.wait(240) for agent in launch.agents] == [0, 0, 0], said.read_text()[-3000:]
+    assert losses(launch.run)[:STEPS] == pytest.approx(undisturbed, abs=1e-5)
+    assert [record["step"] for record in metrics(launch.run)] == list(range(1, LONG + 1))
+
+
+def test_ranks_that_were_not_asked_to_end_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exit_code(rank: int, signalled: list[bool], restarts: str = "3") -> int:
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank % 2), ("LOCAL_WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        stop = StopRequest()
+        stop.told(signalled)
+        return stop.exit_code
+
+    drained = [False, False, True, False]
+    assert [exit_code(rank, drained) for rank in range(4)] == [START_AGAIN, START_AGAIN, 0, 0]
+    assert [exit_code(rank, drained, restarts="0") for rank in range(4)] == [0] * 4
+    assert [exit_code(rank, [False] * 4) for rank in range(4)] == [0] * 4  # a file, which is for the whole run
+    assert [exit_code(rank, [True] * 4) for rank in range(4)] == [0] * 4
 
 
 @pytest.mark.exhaustive
