@@ -70,11 +70,6 @@ class Plan:
             f"--deepspeed_config zero{self.stage}"
         )
 
-    def days(self, tokens: int, peak_teraflops: float, utilisation: float) -> float:
-        """Time to train on so many tokens, at a share of the ranks' peak."""
-        steps = tokens / self.config.tokens_per_step
-        return steps * self.flops_per_step / (self.world_size * peak_teraflops * 1e12 * utilisation) / 86400
-
     def describe(self) -> str:
         """As the planner prints it."""
         parallel, states = self.config.parallel, self.states

@@ -20,21 +20,23 @@ SUGGESTED = {
     "scaled-70b": (512, 2),
 }
 """GPUs (of 80 GiB) and ZeRO stage for which each preset is laid out."""
+TRIED = 10
+"""Layouts that are looked at."""
 NODE = 8
 """Ranks of a node, within which tensor parallelism should stay."""
 
 
 def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
-    """Plans that fit, found one after another; every one is traced, so ask for no more than are wanted.
+    """Plans that fit, of as many layouts as are tried: every one is traced, which takes seconds.
 
-    The config's own layout comes first, then those with fewer ranks per replica. Of each layout it is the one that
+    The config's own layout is tried first, then those with fewer ranks per replica. Of each layout it is the one that
     computes least again, with the largest micro-batch up to the config's, and the lowest ZeRO stage. The global batch
     stays, unless no layout can share it out: then it is the next larger one that a layout can.
     """
     own = (config.parallel.tensor, config.parallel.context)
     layouts = [own, *(pair for pair in _layouts(world_size) if pair != own)]
     shares = [pair for pair in layouts if _micro_batches(config, world_size // (pair[0] * pair[1]))]
-    for tensor, context in shares or layouts:
+    for tensor, context in (shares or layouts)[:TRIED]:
         for recompute in get_args(Recompute):
             layout = dataclasses.replace(
                 config.parallel, tensor=tensor, context=context, sequence=tensor > 1, recompute=recompute

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from ecp_scale.command_line import load_preset, preset_names
-from ecp_scale.planning.plan import GIB
+from ecp_scale.command_line import load_preset, parse, preset_names
+from ecp_scale.planning.duration import Machine, duration, model_utilisation
+from ecp_scale.planning.plan import GIB, plan
 from ecp_scale.planning.proposals import SUGGESTED
 from ecp_scale.planning.tracing import trace
 from ecp_scale.preparation.preprocessing import preprocess
@@ -185,7 +186,8 @@ def test_the_suggested_layout_fits(name: str) -> None:
 def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     # Four layers are traced at once, five as three and four.
     small = [f"--{key}={value}" for key, value in {**BASE, "model.layers": 4}.items()]
-    done = run("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "2058MiB", "--propose")
+    memory = ("--gpus", 2, "--gpu-memory", "2058MiB", "--reserve", "0MiB")
+    done = run("launch/plan.py", *small, *memory, "--propose")
     assert done.returncode == 1, done.stderr
     assert "does not fit" in done.stdout
     assert "proposal 1" in done.stdout
@@ -195,7 +197,52 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     first = done.stdout.partition("proposal 1")[2]
     assert "tensor 1 x context 1" in first.splitlines()[1]
     options = next(line for line in first.splitlines() if line.startswith("options")).split()[1:]
-    assert "fits" in run_successfully("launch/plan.py", *small, "--gpus", 2, "--gpu-memory", "2058MiB", *options)
+    assert "fits" in run_successfully("launch/plan.py", *small, *memory, *options)
+    found = json.loads(run("launch/plan.py", *small, *memory, "--propose", "--json").stdout)
+    assert not found["plan"]["fits"]
+    assert [one["options"] for one in found["proposals"]][0].split() == options
+    seconds = [one["step_seconds"]["whole"] for one in found["proposals"]]
+    assert seconds == sorted(seconds)
+
+
+def test_the_time_of_a_step_is_that_of_its_parts() -> None:
+    changes = {"model.layers": 4, "parallel.tensor": 2, "parallel.sequence": True, "parallel.recompute": "full"}
+    words = [f"--{key}={value}" for key, value in {**BASE, **changes}.items()]
+    request = parse(words, "", world_size=16)
+    found = plan(request.config, {"zero_optimization": {"stage": 1}}, 16)
+    machine = Machine(0.5, 100.0, 8, 200.0, 50.0, 1.0, 0.0)
+    step = duration(found, machine)
+    assert step.products == pytest.approx(found.flops_per_step / (16 * 0.5 * 100e12))
+    assert step.again == pytest.approx(step.products / 3)
+    sent = found.messages
+    on_wire = sent["tensor: allgather_base"] * 1 + sent["tensor: reduce_scatter_base"] / 2 + sent["tensor: allreduce"]
+    assert step.tensor == pytest.approx(on_wire / 200e9)  # within a node
+    on_wire = sent["data: gradients"] * 7 / 8 + sent["data: updated weights"] * 7
+    assert step.data == pytest.approx(on_wire / 50e9)  # between nodes
+    assert step.context == step.host == 0
+    assert step.whole == pytest.approx(step.products + step.again + step.tensor + step.data)
+    assert model_utilisation(found, machine) == pytest.approx(0.5 * step.products / step.whole)
+    slow = duration(found, dataclasses.replace(machine, layer_milliseconds=30.0))
+    assert slow.host + slow.products + slow.again == pytest.approx(
+        4 / 3 * 4 * 0.03 * request.config.accumulation_steps(16)
+    )
+    one_node = duration(found, dataclasses.replace(machine, node_ranks=16))
+    assert one_node.data == pytest.approx(step.data / 4)
+
+
+def test_a_preset_names_its_json_and_a_machine_its_numbers() -> None:
+    words = ("--config", "scaled-350m", "--gpus", 16, "--model.layers=4")
+    out = run_successfully("launch/plan.py", *words, "--deepspeed_config", "zero2")
+    assert "note                scaled-350m is laid out for 16 GPUs with --deepspeed_config zero1" in out
+    assert "laid out" not in run_successfully("launch/plan.py", *words, "--deepspeed_config", "zero1")
+    for option, value, said in (
+        ("--network-gigabytes", 0, "--network-gigabytes is 0, expected more than 0"),
+        ("--utilisation", "nan", "--utilisation is nan, expected more than 0"),
+        ("--reserve", "90GiB", "--reserve is 90GiB, expected less than --gpu-memory 80GiB"),
+        ("--reserve", "1 GB", "--reserve is '1 GB', expected a number and one of"),
+    ):
+        done = run("launch/plan.py", *words, option, value)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
 def test_a_plan_takes_vocabulary_and_tokens_from_the_run(sharded_text: ShardedText) -> None:
