@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from ecp_scale.cluster.last_words import leave, say_last_words
 from ecp_scale.cluster.meeting import POLL_SECONDS, Meeting
 from ecp_scale.cluster.progress import Progress, progress
 from ecp_scale.cluster.ranks import Process, Ranks
@@ -96,6 +97,7 @@ class FailureDetector:
             if failure is not None:
                 # The launcher has seen it too, and asks those that are left to end: they will, when they have said why.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                say_last_words()
                 raise LostRankError(failure, self._reports()) from error
             raise
         self.end()
@@ -171,7 +173,7 @@ class FailureDetector:
             if failure is not None and not self._ended.wait(GRACE_SECONDS):
                 if self._reports():
                     say(f"stopped: {failure}")
-                os._exit(1)
+                leave()
 
     def _watch_the_store(self) -> None:
         """End this rank where the store, and so the host of the first one, answers no more.
@@ -188,7 +190,7 @@ class FailureDetector:
                         self.meeting.name(0) if self.meeting.local else f"rank 0 on host {os.environ['MASTER_ADDR']}"
                     )
                     say(f"stopped: {first}: its store has not answered for {silent:.0f} s")
-                os._exit(1)
+                leave()
 
     def _store_answered(self) -> None:
         self._answered = time.monotonic()

@@ -75,10 +75,10 @@ def examine(folder: Path | None, timeout_seconds: int) -> tuple[str, bool]:
     from ecp_scale.config import ParallelConfig
     from ecp_scale.doctor.findings import Finding, Placed, has_bad, table
     from ecp_scale.doctor.host import examine_host
-    from ecp_scale.doctor.together import arithmetic, clock, everyone, messages, shared_folder
+    from ecp_scale.doctor.together import arithmetic, clock, messages, shared_folder
     from ecp_scale.doctor.training import train_two_steps
     from ecp_scale.parallel.device import backend, gpu_identity, local_device
-    from ecp_scale.parallel.groups import process_groups
+    from ecp_scale.parallel.groups import everyone, process_groups
 
     host = socket.gethostname()
     alone = [Placed(host, finding) for finding in examine_host()] if is_first_of_host() else []

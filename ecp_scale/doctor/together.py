@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ecp_scale.doctor.findings import Finding, bad, note, ok
-from ecp_scale.parallel.groups import decided
+from ecp_scale.parallel.groups import decided, everyone
 
 LARGEST_SKEW = 1.0
 """Seconds between two clocks."""
@@ -25,13 +25,6 @@ ROUNDS = 3
 ROUND_SECONDS = 0.3
 LEAST_FREE = 10 * 10**9
 """Bytes of a run folder, below which there is room for few checkpoints."""
-
-
-def everyone(mine: Any) -> list[Any]:
-    """What every rank has, on all ranks."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def clock() -> Finding:

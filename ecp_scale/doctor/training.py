@@ -8,8 +8,7 @@ import xxhash
 
 from ecp_scale.config import Config, ModelConfig, TrainingConfig
 from ecp_scale.doctor.findings import Finding, bad, ok
-from ecp_scale.doctor.together import everyone
-from ecp_scale.parallel.groups import Groups
+from ecp_scale.parallel.groups import Groups, everyone
 from ecp_scale.training.step import optimizer_step
 from ecp_scale.zero import json_config
 from ecp_scale.zero.engine import build_engine

@@ -137,6 +137,13 @@ def gathered(value: T) -> list[T]:
     return found or []
 
 
+def everyone(value: T) -> list[T]:
+    """What every rank has, in their order, on all of them: for what is small."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def _keep_in_touch(action: Callable[[], T]) -> T:
     """Run ``action`` in a thread, and tell the other ranks again and again whether it is done, until all are."""
     with ThreadPoolExecutor(1) as pool:
@@ -144,8 +151,7 @@ def _keep_in_touch(action: Callable[[], T]) -> T:
         done = [False]
         while not all(done):
             wait([future], timeout=TOUCH_SECONDS)
-            done = [False] * dist.get_world_size()
-            dist.all_gather_object(done, future.done())
+            done = everyone(future.done())
         return future.result()
 
 
@@ -174,8 +180,7 @@ def agreed(action: Callable[[], T], takes_long: bool = False) -> T:
         AgreedError: everywhere, if any rank raised an ``InputError``, or an ``OSError`` that names a file.
     """
     result, error = _keep_in_touch(lambda: _attempt(action)) if takes_long else _attempt(action)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    errors = everyone(error)
     messages = {text: [rank for rank, other in enumerate(errors) if other == text] for text in errors if text}
     if messages:
         everywhere = len(messages) == 1 and None not in errors

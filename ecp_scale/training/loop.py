@@ -21,12 +21,13 @@ from ecp_scale.data.batches import ReadAhead, TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.parallel.device import check_precision, set_tf32
-from ecp_scale.parallel.groups import Groups, agreed, decided, process_groups
+from ecp_scale.parallel.groups import Groups, agreed, decided, everyone, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
 from ecp_scale.training.checkpoints import Checkpoints
 from ecp_scale.training.corpora import check_view, loss_mask, open_data
 from ecp_scale.training.events import EventLog
+from ecp_scale.training.evidence import kept_evidence
 from ecp_scale.training.overlap import check_overlap
 from ecp_scale.training.probe import probe_loss
 from ecp_scale.training.profiling import profiled
@@ -78,6 +79,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
     mine = facts(request)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest())
+        stack.enter_context(kept_evidence(run))  # outside of the groups, whose end finds out who is lost
         groups = stack.enter_context(process_groups(request.config.parallel, lambda: check_same(mine)))
         agreed(lambda: check_precision(groups.device, request.config.training.precision))
         agreed(lambda: check_backend(request.config, groups.device))
@@ -103,8 +105,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         initial = decided(lambda: initial_weights(request, start, config, blend))
         decided(lambda: check_rate(start, config, run_tokens, request.allow_rate_jump))
         settings = json_config.resolve(request.deepspeed, config, request.world_size)
-        hosts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, socket.gethostname())
+        hosts = everyone(socket.gethostname())
         if dist.get_rank() == 0:
             say(describe_run(config, blend, hosts, json_config.zero_stage(settings), run_tokens))
         agreed(lambda: check_host_memory(config, settings, groups, hosts.count(socket.gethostname())))
@@ -276,8 +277,7 @@ class _Run:
         """Why the run is to stop, if any rank was asked to; the same on all."""
         if not any_rank(self.stop.reason is not None, self.groups.device):
             return None
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (self.stop.reason, self.stop.is_signalled))
+        told = everyone((self.stop.reason, self.stop.is_signalled))
         if done.step < self.config.training.steps:
             self.stop.told([is_signalled for _, is_signalled in told])
         return next((reason for reason, _ in told if reason is not None), "a request")

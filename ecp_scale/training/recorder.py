@@ -9,6 +9,7 @@ from ecp_scale.checkpoint.saving import Progress
 from ecp_scale.config import Config
 from ecp_scale.parallel.device import known_peak_teraflops, peak_memory_bytes
 from ecp_scale.parallel.groups import Groups
+from ecp_scale.training.evidence import Alive
 from ecp_scale.training.metrics import MetricsFile, read_metrics
 from ecp_scale.training.report import StepReport
 from ecp_scale.training.step import StepResult
@@ -57,6 +58,7 @@ class Recorder:
         self._folder = folder
         self._file = MetricsFile(folder, first_step)
         self._trackers = start_trackers(config, folder)
+        self._alive = Alive(folder, config.training.steps)
         self._report = StepReport(config, folder.name, first_step)
 
     @property
@@ -68,6 +70,7 @@ class Recorder:
         """Take the record of a step."""
         self._file.write(numbers)
         self._report.step(numbers)
+        self._alive.step(numbers)
         for tracker in self._trackers:
             tracker.log(numbers)
 

@@ -1,5 +1,7 @@
 """A launch whose launcher starts ranks again goes on by itself, also on the hosts that are left; failures are named."""
 
+import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -66,6 +68,11 @@ def test_ranks_that_are_started_again_go_on_with_the_run(
     text = out.read_text()
     assert "stopped: rank " in text
     assert "resumed from" in text
+    assert f"evidence    the last messages of the ranks: {run / 'logs' / 'flight_recorder_'}*" in text
+    (left,) = (run / "logs").glob("flight_recorder_*")
+    assert json.loads((run / "alive.json").read_text())["step"] == STEPS
+    entries = pickle.loads(left.read_bytes())["entries"]
+    assert "all_reduce" in {entry["profiling_name"].rpartition(":")[2] for entry in entries}
     assert losses(run) == pytest.approx(undisturbed, abs=1e-5)
 
 
