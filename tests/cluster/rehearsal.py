@@ -6,7 +6,10 @@ many seconds all ranks had stopped, what they said, and how many steps were lost
 
 import argparse
 import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +85,21 @@ class Launch:
         words = script(self.prefix, self.run, steps)
         for host in self.hosts:
             self.agents.append(host.torchrun(self.nnodes, ranks, self.restarts, words, self.log(host), self.endpoint))
+
+    def start_by_deepspeed(self, ranks: int, steps: int) -> "subprocess.Popen[bytes]":
+        """Start ranks on all hosts by ``deepspeed --hostfile`` on the first one, over what stands for pdsh and ssh."""
+        tools = self.folder / "tools"
+        tools.mkdir(exist_ok=True)
+        for name, content in (("pdsh", Path(__file__).with_name("pdsh.py").read_text()), ("ssh", "#!/bin/sh\n")):
+            (tools / name).write_text(content)
+            (tools / name).chmod(0o755)
+        hostfile = self.folder / "hostfile"
+        hostfile.write_text("".join(f"{host.name} slots={ranks}\n" for host in self.hosts))
+        spaces = ",".join(f"{host.name}={host.space}" for host in self.hosts)
+        words: list[object] = [Path(sys.executable).with_name("deepspeed"), "--hostfile", hostfile]
+        words += ["--master_addr", self.hosts[0].address, *script(self.prefix, self.run, steps)]
+        path = f"{tools}:{os.environ['PATH']}"
+        return self.hosts[0].start(words, self.log(self.hosts[0]), PATH=path, ECP_PRETENDED_HOSTS=spaces)
 
     def steps_done(self) -> int:
         """Of the run."""

@@ -148,6 +148,26 @@ def test_ranks_that_were_not_asked_to_end_are_started_again(monkeypatch: pytest.
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_deepspeed_starts_ranks_on_the_hosts_of_a_hostfile(
+    hosts: list[Node], undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    launch = Launch(hosts, tmp_path, sharded_text.prefix)
+    began = launch.start_by_deepspeed(ranks=1, steps=STEPS)
+    assert began.wait(240) == 0, launch.log(hosts[0]).read_text()[-3000:]
+    assert losses(launch.run) == pytest.approx(undisturbed, abs=1e-5)
+    assert "layout      2 ranks on 2 hosts (ecp-node0, ecp-node1)" in launch.log(hosts[0]).read_text()
+
+    again = launch.start_by_deepspeed(ranks=1, steps=LONG)
+    launch.wait_until(lambda: launch.steps_done() >= STEPS + STRUCK_AT)
+    launch.rank(1).kill()
+    launch.wait_until(launch.have_stopped)
+    again.wait(60)
+    text = launch.log(hosts[0]).read_text()
+    assert "stopped: rank 1 of 2 on host ecp-node1" in text, text[-3000:]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [2], indirect=True)
 @pytest.mark.parametrize("failure", FAILURES)
 def test_all_ranks_stop_and_say_why(failure: str, hosts: list[Node], sharded_text: ShardedText, tmp_path: Path) -> None:
     launch = Launch(hosts, tmp_path, sharded_text.prefix)
