@@ -25,8 +25,9 @@ from ecp_scale.checkpoint.folder import (
 from ecp_scale.checkpoint.identity import check_continues, identity
 from ecp_scale.checkpoint.saving import Progress, layout_of
 from ecp_scale.config import Config
+from ecp_scale.console import say
 from ecp_scale.data.blend import SKIPPED, Blend
-from ecp_scale.data.passed_over import PassedOver
+from ecp_scale.data.passed_over import PassedOver, union
 from ecp_scale.errors import InputError
 from ecp_scale.models.parameter_groups import optimizer_order
 from ecp_scale.parallel.digests import difference, summed
@@ -48,7 +49,7 @@ class Start:
     elsewhere: Path | None = None
     """The same checkpoint in the mirror."""
     skip_samples: Mapping[int, int] | None = None
-    """What the run passes over from then on: of its config, else of its folder, else of the checkpoint."""
+    """What the run passes over: what its config says, and what it has chosen itself."""
 
     @property
     def progress(self) -> Progress:
@@ -61,8 +62,8 @@ class Start:
 def find_start(run: Path, resuming: bool, config: Config) -> Start:
     """Where a run begins that finds ``run`` as it is; for one rank to ask.
 
-    Checkpoints of samples that training.skip_samples passes over are passed by. Where it is null, what the run itself
-    has chosen to pass over, when it went back from a spike, stays so.
+    Checkpoints of samples that training.skip_samples passes over are passed by. To these comes what the run itself has
+    chosen to pass over when it went back from a spike, which its folder knows, and its checkpoints.
 
     Args:
         run: its folder.
@@ -72,8 +73,8 @@ def find_start(run: Path, resuming: bool, config: Config) -> Start:
     Raises:
         InputError: if there is a checkpoint, and the run is not to go on from it, or none can be read.
     """
-    if config.training.skip_samples is None and resuming:
-        config = with_ranges(config, _ranges_of(run))
+    asked = config.training.skip_samples
+    config = with_ranges(config, _ranges_of(run, config) if resuming else {})
     places = {"training.output_dir": run}
     if config.checkpoint.mirror is not None:
         places["checkpoint.mirror"] = Path(config.checkpoint.mirror)
@@ -92,7 +93,7 @@ def find_start(run: Path, resuming: bool, config: Config) -> Start:
                 "the run can go on from none of its checkpoints; restore them, move them away to start over, or choose "
                 "another folder:\n" + "\n".join(f"  - {text}" for text in passed)
             )
-        return Start(passed_by=tuple(passed), skip_samples=config.training.skip_samples)
+        return Start(passed_by=tuple(passed), skip_samples=asked)
     _, field, chosen = max(found, key=lambda item: item[0])  # the first, where both have it
     if not resuming:
         raise InputError(
@@ -100,25 +101,27 @@ def find_start(run: Path, resuming: bool, config: Config) -> Start:
         )
     others = [path for _, _, path in found if path != chosen and path.name == chosen.name]
     record = CheckpointRecord.read(chosen)
-    if config.training.skip_samples is None and _same_windows(config, record):
-        config = with_ranges(config, dict(record.data.get(SKIPPED, [])) or None)
+    if _same_windows(config, record):
+        config = with_ranges(config, dict(record.data.get(SKIPPED, [])))
     elsewhere = others[0] if others else None
     return Start(chosen, record, tuple(passed), elsewhere, config.training.skip_samples)
 
 
-def _ranges_of(run: Path) -> dict[int, int] | None:
-    """What the config in a run folder passes over; None where nothing, or where it cannot be read."""
+def _ranges_of(run: Path, config: Config) -> dict[int, int]:
+    """What the config in a run folder passes over; nothing where it cannot be read, or has other samples."""
     try:
-        ranges = yaml.safe_load((run / "config.yaml").read_text())["training"]["skip_samples"]
-        return {int(first): int(last) for first, last in ranges.items()}
+        found = yaml.safe_load((run / "config.yaml").read_text())
+        ranges = found["training"]["skip_samples"]
+        same = found["model"]["sequence_length"] == config.model.sequence_length
+        return {int(first): int(last) for first, last in ranges.items()} if same else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        return None
+        return {}
 
 
 def with_ranges(config: Config, ranges: Mapping[int, int] | None) -> Config:
-    """The config that passes over some ranges of samples."""
-    training = dataclasses.replace(config.training, skip_samples=None if ranges is None else dict(ranges))
-    return dataclasses.replace(config, training=training)
+    """The config that passes over some ranges of samples, too."""
+    found = union(config.training.skip_samples or {}, ranges or {})
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, skip_samples=found or None))
 
 
 def skipped_by(config: Config, record: CheckpointRecord) -> str | None:
@@ -138,24 +141,27 @@ def _same_windows(config: Config, record: CheckpointRecord) -> bool:
     return bool(record.model.get("sequence_length", config.model.sequence_length) == config.model.sequence_length)
 
 
-def leave_behind(run: Path, start: Start, config: Config) -> list[Path]:
-    """Set newer checkpoints aside that the run passes by for their samples; for one rank, when nothing is refused.
+def leave_behind(run: Path, config: Config) -> None:
+    """Set checkpoints aside of samples that the run passes over; for one rank, when its config is in its folder.
 
     They are renamed: else their names would be in the way of those that the run is to save.
 
-    Returns:
-        Where they are now.
-
     Raises:
-        OSError: if one cannot be renamed.
+        OSError: if one in the run folder cannot be renamed; of the mirror it is said, as all that fails there.
     """
-    folders = [run, *([Path(config.checkpoint.mirror)] if config.checkpoint.mirror is not None else [])]
-    found = []
-    for folder in [path for place in folders for path in saved_folders(place)]:
-        with suppress(InputError):
-            if skipped_by(config, CheckpointRecord.read(folder)) is not None:
-                found.append(set_aside(folder))
-    return found
+    for folder in saved_folders(run):
+        _set_aside(folder, config)
+    for folder in saved_folders(Path(config.checkpoint.mirror)) if config.checkpoint.mirror is not None else []:
+        try:
+            _set_aside(folder, config)
+        except OSError as error:
+            say(f"mirror      {error.filename}: {error.strerror}; the run goes on")
+
+
+def _set_aside(folder: Path, config: Config) -> None:
+    with suppress(InputError):
+        if skipped_by(config, CheckpointRecord.read(folder)) is not None:
+            set_aside(folder)
 
 
 def check_sight(run: Path, start: Start) -> None:

@@ -76,15 +76,16 @@ class StopRequest:
         """Whether this rank wants to stop because of a signal."""
         return bool(self._received)
 
-    def told(self, signalled: Sequence[bool]) -> None:
-        """Hear which ranks were signalled, when the launch stops before its end.
+    def told(self, signalled: Sequence[bool], asked_otherwise: bool = False) -> None:
+        """Hear which ranks were signalled, when the launch stops before its end, and whether any was asked otherwise.
 
         Where only other hosts were, as when a node is drained, and torchrun may start ranks again, this one ends so
         that torchrun does; from exit code 0 it would take the whole run for finished.
         """
         first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
         here = signalled[first : first + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
-        if any(signalled) and not any(here) and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        may_start = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+        if may_start and any(signalled) and not any(here) and not asked_otherwise:
             self.exit_code = START_AGAIN
 
     @property

@@ -35,9 +35,10 @@ def describe(request: Request) -> str:
         config, blend, _ = open_data(config)
         data = blend.describe(config.tokens_after(config.training.steps))
     if config.training.output_dir is not None and Path(config.training.output_dir).exists():
-        from ecp_scale.checkpoint.resuming import find_start  # Megatron-core and torch, which take seconds
+        from ecp_scale.checkpoint.resuming import find_start, with_ranges  # Megatron-core and torch, which take seconds
 
         start = find_start(Path(config.training.output_dir), request.resume, config)
+        config = with_ranges(config, start.skip_samples)
         folder += f", goes on from {start.folder.name}" if start.folder else ", which has no checkpoint"
     model, parallel, training = config.model, config.parallel, config.training
     if model.vocab_size is None:

@@ -193,10 +193,19 @@ class Config:
         """What can be meant, but seldom is."""
         run = self.with_length()
         tokens = run.tokens_after(run.training.steps)
-        warmup = self.optimizer.warmup_tokens
-        if warmup <= tokens:
-            return []
-        return [f"optimizer.warmup_tokens {warmup:,} is beyond the {tokens:,} tokens of the run: the rate stays low"]
+        warmup, training, checkpoint = self.optimizer.warmup_tokens, self.training, self.checkpoint
+        found = []
+        if warmup > tokens:
+            found.append(
+                f"optimizer.warmup_tokens {warmup:,} is beyond the {tokens:,} tokens of the run: the rate stays low"
+            )
+        kept = ((checkpoint.keep_last or run.training.steps) - 1) * checkpoint.every_steps
+        if training.on_spike == "roll_back" and kept <= training.spike_skip_steps:
+            found.append(
+                f"training.on_spike roll_back goes back {training.spike_skip_steps} steps and more, of which "
+                f"checkpoint.keep_last {checkpoint.keep_last} and every_steps {checkpoint.every_steps} may leave none"
+            )
+        return found
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Everything that is wrong, at once; ``world_size`` None means not launched yet."""

@@ -9,10 +9,10 @@ from bisect import bisect_right
 from collections.abc import Mapping
 
 
-def merged(ranges: Mapping[int, int], first: int, last: int) -> dict[int, int]:
-    """Ranges with one more, as few as there can be."""
+def union(*of: Mapping[int, int]) -> dict[int, int]:
+    """What is in any of some ranges, in order and in as few ranges as there can be."""
     found: dict[int, int] = {}
-    for start, end in sorted([*ranges.items(), (first, last)]):
+    for start, end in sorted(pair for ranges in of for pair in ranges.items()):
         newest = max(found, default=None)
         if newest is not None and start <= found[newest] + 1:
             found[newest] = max(found[newest], end)
@@ -28,7 +28,7 @@ class PassedOver:
         """Args:
         ranges: first and last sample of each, apart from each other.
         """
-        self.ranges = dict(sorted((ranges or {}).items()))
+        self.ranges = union(ranges or {})
         sizes = [last - first + 1 for first, last in self.ranges.items()]
         self._before = [0, *itertools.accumulate(sizes)]
         # From which position on a range is behind: its first sample, less what was passed over before it.

@@ -117,7 +117,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         apply_optimizer_config(engine, config.optimizer)
         write = partial(write_settings, run, settings)
         decided(lambda: write(to_yaml(config)))
-        decided(lambda: leave_behind(run, start, config))
+        decided(lambda: leave_behind(run, config))
         saves = Saves(engine, config, blend, run, run_tokens)
         probe = partial(probe_loss, engine, config, groups)
         checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder, events, probe)
@@ -209,6 +209,10 @@ class _Run:
                     self.checkpoints.save(done, is_last=reason is not None or done.step == config.training.steps)
                     # A request that came meanwhile must not wait for another step.
                     reason = reason or self._reason(done)
+            # A spike of the last step has no message to be told with.
+            spiked = reason is None and any_rank(self.spikes.news > 0, self.groups.device)
+            if spiked and (back := self._go_back(done)) is not None:
+                return back
             # A request that came while its last step was copied: that checkpoint counts.
             self.checkpoints.finish(is_last=True)
             self._end(done, loss, reason)
@@ -216,12 +220,9 @@ class _Run:
             return None
 
     def _go_back(self, done: Progress) -> Progress | None:
-        found = self.spikes.go_back(self.folder, self.config, self.engine, self.checkpoints, done)
-        if found is None:
-            return None
-        self.config, start = found
-        decided(lambda: self.write(to_yaml(self.config)))
-        return start.progress
+        found = self.spikes.go_back(self.folder, self.config, self.engine, self.checkpoints, done, self.write)
+        self.config = self.config if found is None else found[0]
+        return None if found is None else found[1].progress
 
     def _step(self, before: Progress, batches: ReadAhead) -> tuple[Progress, StepResult, StepNews, dict[str, Any]]:
         """Do the step that follows; return how far the run is then, and the record of the step."""
@@ -279,7 +280,7 @@ class _Run:
             return None
         told = everyone((self.stop.reason, self.stop.is_signalled))
         if done.step < self.config.training.steps:
-            self.stop.told([is_signalled for _, is_signalled in told])
+            self.stop.told([is_signalled for _, is_signalled in told], any(x and not y for x, y in told))
         return next((reason for reason, _ in told if reason is not None), "a request")
 
     def _end(self, done: Progress, loss: float | None, reason: str | None) -> None:

@@ -49,6 +49,8 @@ def describe_run(config: Config, blend: Blend, hosts: Sequence[str], zero_stage:
 def describe_start(start: Start, run: Path) -> list[str]:
     """Where a run begins, and what it passes by."""
     lines = [f"passed by   {text}" for text in start.passed_by]
+    ranges = ", ".join(f"{first:,} to {last:,}" for first, last in sorted((start.skip_samples or {}).items()))
+    lines += [f"samples     passed over are {ranges} (training.skip_samples)"] if ranges else []
     if start.folder is None:
         return [*lines, f"start       fresh, in {run}"]
     done = start.progress

@@ -1,19 +1,22 @@
 """What a run does at a spike of its loss: it says so, or goes back and passes over the samples around it."""
 
-import dataclasses
+import itertools
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.resuming import Start, find_start, leave_behind, load
+from ecp_scale.checkpoint.resuming import Start, find_start, leave_behind, load, with_ranges
 from ecp_scale.checkpoint.saving import Progress
+from ecp_scale.command_line import to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
-from ecp_scale.data.passed_over import PassedOver, merged
+from ecp_scale.data.passed_over import PassedOver
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import decided
 from ecp_scale.training.checkpoints import Checkpoints
@@ -42,6 +45,7 @@ class Spikes:
         self._events = events
         self._left = MOST
         self._last = 0
+        self._gave_up = False
         self._found: Spike | None = None
         self._watch = SpikeWatch(config.training.spike_score)
         self._begun: deque[tuple[int, int]] = deque(maxlen=config.training.spike_skip_steps + 1)
@@ -51,31 +55,44 @@ class Spikes:
         """1 where the run is to go back, for the next message."""
         return int(self._found is not None)
 
-    def begin(self, records: Iterable[Mapping[str, Any]], step: int) -> None:
-        """The run goes on after ``step``; ``records`` are those of the steps so far."""
+    def begin(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
+        """The run goes on after ``step``; ``records`` are those of the steps so far.
+
+        A spike of the last of them is acted on as if the run had not been interrupted.
+        """
         self._found = None
         self._begun.clear()
         self._watch = SpikeWatch(self._config.training.spike_score)
-        before = 0
-        for record in [one for one in records if one["step"] <= step][-WINDOW:]:
-            if record.get("loss") is not None and record.get("grad_norm") is not None:
-                self._watch.look(
-                    record["step"], record["loss"], record["grad_norm"], self._setting(before, record["tokens"])
-                )
-            before = record["tokens"]
+        known = [record for record in records if record["step"] <= step]
+        spikes: list[Spike] = []
+        for previous, record in itertools.pairwise([{"tokens": 0}, *known][-WINDOW - 1 :]):
+            before, done = previous["tokens"], record["tokens"]
+            self._begun.append((record["step"], before))
+            loss, norm = (record.get(name) for name in ("loss", "grad_norm"))
+            if loss is not None:
+                norm = math.nan if norm is None else norm
+                spikes = self._watch.look(record["step"], loss, norm, self._setting(before, done))
+        self._decide([spike for spike in spikes if spike.step == step])
 
     def look(self, before: Progress, done: Progress, loss: float, norm: float) -> None:
         """Take the numbers of the step between two places of the run."""
         self._begun.append((done.step, before.tokens))
-        for spike in self._watch.look(done.step, loss, norm, self._setting(before.tokens, done.tokens)):
-            goes_back = spike.what == "loss" and self._config.training.on_spike == "roll_back" and self._left > 0
-            if spike.step > self._last + 1 or goes_back:  # one that lasts is said once
+        found = self._watch.look(done.step, loss, norm, self._setting(before.tokens, done.tokens))
+        lasts = done.step <= self._last + 1  # one that lasts is said once, and tried once where the run cannot go back
+        self._gave_up = self._gave_up and lasts
+        for spike in found:
+            if not lasts:
                 say(f"step {spike.step:,}  {spike}")
             self._last = spike.step
             about = {"what": spike.what, "value": spike.value, "usual": spike.usual, "score": spike.score}
             self._events.add("spike", spike.step, **about)
-            if goes_back and self._found is None:
-                self._found = spike
+        self._decide(found)
+
+    def _decide(self, found: Sequence[Spike]) -> None:
+        """Whether to go back from a spike of the loss."""
+        may = self._config.training.on_spike == "roll_back" and self._left > 0 and not self._gave_up
+        if may and self._found is None:
+            self._found = next((spike for spike in found if spike.what == "loss"), None)
 
     def _setting(self, before: int, after: int) -> tuple[int, int]:
         """What the numbers of a step depend on besides the weights: the mixture of corpora, the size of the batch."""
@@ -83,7 +100,13 @@ class Spikes:
         return self._blend.phase(sample), after - before
 
     def go_back(
-        self, run: Path, config: Config, engine: Engine, checkpoints: Checkpoints, done: Progress
+        self,
+        run: Path,
+        config: Config,
+        engine: Engine,
+        checkpoints: Checkpoints,
+        done: Progress,
+        write: Callable[[str], None],
     ) -> tuple[Config, Start] | None:
         """Fill the engine with the newest checkpoint that has read none of the samples to pass over; all ranks call it.
 
@@ -93,6 +116,7 @@ class Spikes:
             engine: to fill.
             checkpoints: of the run.
             done: how far it is.
+            write: writes the config into the folder.
 
         Returns:
             The config with what is passed over, and the place to go on from; None where no checkpoint is old enough,
@@ -100,15 +124,19 @@ class Spikes:
         """
         checkpoints.finish()
         checkpoints.settle(True)
-        self._left -= 1
         found = decided(lambda: self._choose(run, config, done))
         self._found = None
         if isinstance(found, str):
+            self._gave_up = True
             if dist.get_rank() == 0:
                 say(f"step {done.step:,}  cannot go back, and goes on: {found}")
             return None
         new, start, (first, last) = found
         assert start.folder is not None
+        self._left -= 1
+        # First: whoever starts the run again after a crash passes over the same samples.
+        decided(lambda: write(to_yaml(new)))
+        decided(lambda: leave_behind(run, new))
         load(engine, new, start)
         apply_optimizer_config(engine, new.optimizer)
         self._config, self._blend.passed_over = new, PassedOver(new.training.skip_samples)
@@ -116,7 +144,6 @@ class Spikes:
         if dist.get_rank() == 0:
             say(f"rolled back to {start.folder.name}; training.skip_samples now passes over {first:,} to {last:,}")
             self._events.add("rolled back", start.progress.step, from_step=done.step, samples=[first, last])
-        decided(lambda: leave_behind(run, start, new))
         return new, start
 
     def _choose(self, run: Path, config: Config, done: Progress) -> tuple[Config, Start, tuple[int, int]] | str:
@@ -126,13 +153,12 @@ class Spikes:
         """
         assert self._found is not None
         oldest = self._found.step - self._config.training.spike_skip_steps + 1
-        begin = min(tokens for step, tokens in self._begun if step >= oldest)
+        begin = min((tokens for step, tokens in self._begun if step >= oldest), default=done.tokens)
         n, read = self._blend.sequence_length, self._blend.passed_over
         first, last = read.sample(begin // n), read.sample(done.tokens // n - 1)
-        ranges = merged(config.training.skip_samples or {}, first, last)
-        new = dataclasses.replace(config, training=dataclasses.replace(config.training, skip_samples=ranges))
-        try:
+        new = with_ranges(config, {first: last})
+        with suppress(InputError):
             start = find_start(run, True, new)
-        except InputError as error:
-            return str(error).replace("\n", " ")
-        return (new, start, (first, last)) if start.folder is not None else "the run has no checkpoint yet"
+            if start.folder is not None:
+                return new, start, (first, last)
+        return f"no checkpoint from before step {max(1, oldest):,} is left"

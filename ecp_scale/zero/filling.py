@@ -32,7 +32,7 @@ class States(Protocol):
 
 @torch.no_grad()
 def fill(engine: deepspeed.DeepSpeedEngine, saved: States) -> None:
-    """Fill a new engine, which has made no step yet; before the next, ``share_weights``.
+    """Fill an engine, new or not; before its next step, ``share_weights``.
 
     Args:
         engine: of any partition.
@@ -85,6 +85,8 @@ def begin_states(engine: deepspeed.DeepSpeedEngine, saved: States) -> None:
         if states:
             optimizer.optimizer.state[flat] = states
     if any(optimizer.optimizer.state.values()) and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # Trap: it ties fragments to states once, and an engine that has made steps is tied to those before these.
+        optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 

@@ -1,5 +1,6 @@
 """Spikes of the loss: found, gone back from, their samples passed over, and all of it in the record of the run."""
 
+import dataclasses
 import json
 import math
 import random
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
+from ecp_scale.checkpoint import resuming
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint
+from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.command_line import parse
-from ecp_scale.config import TrainingConfig
+from ecp_scale.config import CheckpointConfig, Config, TrainingConfig
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.data.passed_over import PassedOver, merged
-from ecp_scale.errors import InputError
+from ecp_scale.data.passed_over import PassedOver, union
+from ecp_scale.training import rolling_back
 from ecp_scale.training.events import read_events
 from ecp_scale.training.loop import train
 from ecp_scale.training.spikes import LEAST, WINDOW, SpikeWatch
@@ -37,7 +40,7 @@ def test_samples_are_those_outside_of_the_ranges(seed: int) -> None:
     ranges: dict[int, int] = {}
     for _ in range(drawn.randint(0, 5)):
         first = drawn.randint(0, 60)
-        ranges = merged(ranges, first, first + drawn.randint(0, 9))
+        ranges = union(ranges, {first: first + drawn.randint(0, 9)})
     assert TrainingConfig(skip_samples=ranges).problems() == []
     left = [number for number in range(400) if not any(first <= number <= last for first, last in ranges.items())]
     passed = PassedOver(ranges)
@@ -217,15 +220,12 @@ def test_what_a_run_has_chosen_to_pass_over_stays_when_it_is_started_again(
     train(parse([*again, f"--training.steps={STEPS + 2}"], ""))
     assert steps(run)[:STEPS] == whole
     assert "agrees up to step 36" in run_successfully("launch/audit_data.py", run)
-    other = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={}"]
-    with pytest.raises(InputError, match=r"data\.skip_samples was \[\[96, 107\]\] and is now \[\]"):
-        train(parse(other, ""))
-    later = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={96: 107, 200: 203}"]
+    later = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={200: 203}"]
     train(parse(later, ""))
     assert "agrees up to step 38" in run_successfully("launch/audit_data.py", run)
     capsys.readouterr()
     # By hand: a range that has been read already sends the run back to before it.
-    by_hand = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={64: 67, 96: 107, 200: 203}"]
+    by_hand = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={64: 67}"]
     train(parse(by_hand, ""))
     said = capsys.readouterr().err
     assert "has read samples from 64 to 67, which training.skip_samples passes over" in said
@@ -241,7 +241,10 @@ def test_a_run_without_an_older_checkpoint_says_so_and_goes_on(
     train(parse(words(sharded_text, prefix, run, *ROLLED, "--checkpoint.every_steps=100"), ""))
     said = capsys.readouterr().err
     assert f"step {SPIKE:,}  the loss is" in said
-    assert f"step {SPIKE + 1:,}  cannot go back, and goes on: the run has no checkpoint yet" in said
+    assert (
+        f"step {SPIKE + 1:,}  cannot go back, and goes on: no checkpoint from before step {SPIKE - 1:,} is left" in said
+    )
+    assert said.count("cannot go back") == 1
     assert len(metrics(run)) == STEPS
 
 
@@ -255,3 +258,101 @@ def test_a_spike_is_said_and_changes_nothing_unless_asked(
     assert "  the loss is" not in capsys.readouterr().err
     assert steps(runs[0]) == steps(runs[1])
     assert weights(runs[0]) == weights(runs[1])
+
+
+class Killed(BaseException):
+    """As if the process had been killed there."""
+
+
+@pytest.mark.parametrize("at", ["set_aside", "load", "leave_behind"])
+def test_a_run_that_is_killed_while_it_goes_back_does_so_when_it_is_started_again(
+    sharded_text: ShardedText, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    rolled, known = tmp_path / "rolled", tmp_path / "known"
+    more = ("--checkpoint.every_steps=2", "--training.spike_skip_steps=6", f"--checkpoint.mirror={tmp_path / 'mirror'}")
+    asked = words(sharded_text, prefix, rolled, *ROLLED, *more)
+    module = resuming if at == "set_aside" else rolling_back
+    real, calls = getattr(module, at), []
+
+    def killed(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == (2 if at == "set_aside" else 1):  # of the renamed ones the second
+            raise Killed
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, at, killed)
+        with pytest.raises(Killed):
+            train(parse(asked, ""))
+    train(parse(asked, ""))
+    ranges = yaml.safe_load((rolled / "config.yaml").read_text())["training"]["skip_samples"]
+    assert ranges == {(SPIKE - 6) * SEQUENCES: (SPIKE + 1) * SEQUENCES - 1}
+    train(parse(words(sharded_text, prefix, known, f"--training.skip_samples={ranges}"), ""))
+    assert steps(rolled) == steps(known)
+    assert weights(rolled) == weights(known)
+    assert f"agrees up to step {STEPS}" in run_successfully("launch/audit_data.py", rolled)
+
+
+@pytest.mark.parametrize("stopped_at", [SPIKE - 1, SPIKE - 2])
+def test_an_interrupted_run_goes_back_as_if_it_had_not_been(
+    sharded_text: ShardedText, prefix: str, tmp_path: Path, stopped_at: int
+) -> None:
+    # A step's samples are passed over from the beginning, so what spikes is read a step earlier.
+    rolled, known = tmp_path / "rolled", tmp_path / "known"
+    asked = words(sharded_text, prefix, rolled, *ROLLED, "--training.skip_samples={8: 11}")
+    shorter = [word for word in asked if not word.startswith("--training.steps")]
+    train(parse([*shorter, f"--training.steps={stopped_at}", "--training.on_spike=warn"], ""))
+    train(parse(asked, ""))
+    ranges = {8: 11, **PASSED}
+    assert yaml.safe_load((rolled / "config.yaml").read_text())["training"]["skip_samples"] == ranges
+    train(parse(asked, ""))  # what it has chosen is not in the way of what was asked for
+    train(parse(words(sharded_text, prefix, known, f"--training.skip_samples={ranges}"), ""))
+    assert steps(rolled) == steps(known)
+    assert weights(rolled) == weights(known)
+
+
+def test_a_spike_of_the_last_step_is_gone_back_from(sharded_text: ShardedText, prefix: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(parse([*words(sharded_text, prefix, run, *ROLLED), f"--training.steps={SPIKE}"], ""))
+    assert len(steps(run)) == SPIKE
+    assert steps(run)[-1]["loss"] < 5
+    ranges = yaml.safe_load((run / "config.yaml").read_text())["training"]["skip_samples"]
+    assert ranges == {(SPIKE - 2) * SEQUENCES: SPIKE * SEQUENCES - 1}
+    assert f"agrees up to step {SPIKE}" in run_successfully("launch/audit_data.py", run)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (3, 1), (1, 3)])
+def test_a_run_goes_back_to_a_checkpoint_of_another_layout(
+    sharded_text: ShardedText, prefix: str, tmp_path: Path, before: int, after: int
+) -> None:
+    rolled, known = tmp_path / "rolled", tmp_path / "known"
+    for run, more in ((rolled, ROLLED), (known, ("--resume=auto", f"--training.skip_samples={PASSED}"))):
+        asked = [word for word in words(sharded_text, prefix, run, *more, zero=before) if "steps=" not in word]
+        train(parse([*asked, "--checkpoint.every_steps=20", "--training.steps=20"], ""))
+        train(parse([*words(sharded_text, prefix, run, *more, zero=after), "--checkpoint.every_steps=20"], ""))
+    assert steps(rolled) == steps(known)
+    assert weights(rolled) == weights(known)
+
+
+def test_samples_of_another_order_are_not_passed_over(sharded_text: ShardedText, prefix: str, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", Config()
+    train(parse(words(sharded_text, prefix, run, *ROLLED), ""))
+    of_run = parse(words(sharded_text, prefix, run), "").config
+    longer = dataclasses.replace(of_run, model=dataclasses.replace(of_run.model, sequence_length=128))
+    assert find_start(run, True, of_run).skip_samples == PASSED
+    assert find_start(run, True, longer).skip_samples is None
+    shutil.rmtree(checkpoints_folder(run))
+    assert find_start(run, True, of_run).skip_samples is None  # it begins anew
+    assert find_start(tmp_path / "nowhere", True, config).skip_samples is None
+
+
+def test_ranges_that_touch_are_one() -> None:
+    assert PassedOver({8: 11, 12: 15}).ranges == PassedOver({8: 15}).ranges == union({12: 15}, {8: 11}) == {8: 15}
+
+
+def test_a_run_that_keeps_too_few_checkpoints_to_go_back_is_told_so() -> None:
+    training = TrainingConfig(on_spike="roll_back", spike_skip_steps=10)
+    for kept, every, told in ((1, 1000, True), (2, 10, True), (2, 11, False), (None, 5, False)):
+        checkpoint = CheckpointConfig(keep_last=kept, every_steps=every)
+        remarks = Config(training=training, checkpoint=checkpoint).remarks()
+        assert any("roll_back goes back 10 steps and more" in remark for remark in remarks) == told
