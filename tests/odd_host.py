@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 THROTTLE = """
 import os, psutil, signal, time
@@ -40,6 +41,15 @@ def plant(defect: str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     elif defect == "slow":
         subprocess.Popen([sys.executable, "-c", THROTTLE])
+    elif defect == "breaks":
+        import torch
+
+        from ecp_scale.doctor import examination
+
+        def break_down(device: torch.device) -> list[Any]:
+            raise torch.OutOfMemoryError("no memory")
+
+        examination.arithmetic = break_down
     else:
         assert defect == "none", defect
 
@@ -47,7 +57,7 @@ def plant(defect: str) -> None:
 if __name__ == "__main__":
     _, defect, at, program, *options = sys.argv
     rank = os.environ["RANK"]
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     socket.gethostname = lambda: f"host{rank}"
     sys.argv = [program, *options]
     if rank == at:

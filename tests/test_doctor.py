@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ecp_scale.doctor.findings import Placed, bad, has_bad, note, ok, table
+from ecp_scale.doctor.findings import Finding, Placed, bad, has_bad, note, ok, table
 from ecp_scale.doctor.host import examine_host
 from ecp_scale.doctor.hostfile import examine_hostfile, read_hostfile
 from ecp_scale.errors import InputError
@@ -38,7 +38,10 @@ def test_one_host_is_well(tmp_path: Path) -> None:
     checks = ("libraries", "devices", "limits", "clock", "folder", "matrix product", "all-reduce", "training")
     assert all(any(line.split()[1] == check.split()[0] for line in rows(done.stdout, "ok")) for check in checks)
     assert "all is well: 1 host" in done.stdout
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()  # nothing is left behind
+    deep = run("launch/doctor.py", "--folder", tmp_path / "no" / "such" / "runs")
+    assert "bad   folder              the first rank cannot write there" in deep.stdout
+    assert not (tmp_path / "no").exists()
     assert time.monotonic() - began < 120  # a hang, not a speed
 
 
@@ -57,6 +60,7 @@ def test_hosts_without_a_defect_are_told_no_other_than_their_speed(tmp_path: Pat
         ("clock", "clock               7,200 s ahead of that of the first rank  [host1]"),
         ("descriptors", "limits              at most 256 open files (ulimit -Hn), expected 4,096  [host1]"),
         ("slow", "matrix product      "),
+        ("breaks", "rank 1 of 2 on host host1 stopped with OutOfMemoryError: no memory"),
     ],
 )
 def test_a_defect_is_named_with_its_host(defect: str, said: str, tmp_path: Path) -> None:
@@ -64,10 +68,19 @@ def test_a_defect_is_named_with_its_host(defect: str, said: str, tmp_path: Path)
     assert done.returncode == 1, done.stderr[-2000:]
     found = [line for line in rows(done.stdout, "bad") if said in line]
     assert found, done.stdout + done.stderr[-2000:]
-    assert "host1]" in found[0]
+    assert "host1]" in found[0] or defect == "breaks"
+    assert not list(tmp_path.rglob(".doctor-*"))
     others = [line for line in rows(done.stdout, "bad") if line not in found]
     assert not [line for line in others if not any(check in line for check in TIMED)]
     assert "Traceback" not in done.stdout
+
+
+def test_a_wrong_card_of_one_rank_alone_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    done = run("launch/doctor.py")
+    assert done.returncode == 1
+    assert "bad   network cards       GLOO_SOCKET_IFNAME=eth9: no such card is up" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_the_table_has_a_line_for_each_different_finding() -> None:
@@ -85,7 +98,7 @@ def test_the_table_has_a_line_for_each_different_finding() -> None:
 
 def test_cards_of_nccl_are_beginnings_of_names() -> None:
     def cards(**variables: str) -> list[str]:
-        return [one.verdict for one in examine_host(variables) if one.check == "network cards"]
+        return [one.verdict for one in examine_host("nccl", variables) if one.check == "network cards"]
 
     assert cards(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo") == ["ok", "ok"]
     assert cards(NCCL_SOCKET_IFNAME="l") == cards(NCCL_SOCKET_IFNAME="=lo") == ["ok"]
@@ -96,11 +109,23 @@ def test_cards_of_nccl_are_beginnings_of_names() -> None:
 def test_a_host_whose_name_leads_to_itself_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
     several = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    (found,) = [one for one in examine_host(several) if one.check == "host name"]
+
+    def named(backend: str, **variables: str) -> Finding:
+        (found,) = [one for one in examine_host(backend, variables) if one.check == "host name"]
+        return found
+
+    found = named("gloo", **several)
     assert found.verdict == "bad"
     assert "other hosts cannot reach it; set GLOO_SOCKET_IFNAME" in found.text
-    with_card = {**several, "GLOO_SOCKET_IFNAME": "lo"}
-    assert [one.verdict for one in examine_host(with_card) if one.check == "host name"] == ["ok"]
+    for fine in (
+        named("gloo", **several, GLOO_SOCKET_IFNAME="lo"),
+        named("nccl", **several),  # which takes a card, and no name
+        named("gloo", WORLD_SIZE="2", LOCAL_SIZE="2"),
+        named("gloo", WORLD_SIZE="2", SLURM_STEP_NUM_NODES="1"),
+    ):
+        assert fine.verdict == "ok"
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(0, 0, 0, "", ("10.99.99.99", 0))])
+    assert "10.99.99.99, which no card of this host has" in named("gloo", **several).text
 
 
 @pytest.mark.parametrize(
@@ -129,14 +154,17 @@ def test_hosts_of_a_hostfile_are_looked_up_and_reached(tmp_path: Path, monkeypat
     found = {(place, one.check): one for place, one in examine_hostfile(hosts)}
     assert "has the address of localhost" in found["127.0.0.1", "hostfile"].text
     assert found["nowhere.invalid", "hostfile"].text.startswith("does not resolve")
-    assert found["127.0.0.2", "slots"].text == "slots=4, the others have 2"
+    assert [one.verdict for _, one in examine_hostfile({"nowhere.invalid": 2}, uses_ssh=False)] == ["bad", "ok"]
+    assert found["127.0.0.2", "slots"].text == "slots=4; the hosts have 2, 4"
     assert found["127.0.0.2", "ssh"].text == "refused: Permission denied"
     assert found["localhost", "ssh"].verdict == "ok"
-    assert ("nowhere.invalid", "ssh") not in found
+    assert found["nowhere.invalid", "hostfile"].verdict == "note"  # an alias of ssh
     (tmp_path / "hostfile").write_text("localhost slots=2\n127.0.0.2 slots=2\n")
     done = run("launch/doctor.py", "--hostfile", tmp_path / "hostfile")
     assert (done.returncode, "bad   ssh" in done.stdout) == (1, True)
     done = run("launch/doctor.py", "--hostfile", tmp_path / "hostfile", "--no-ssh")
     assert (done.returncode, "all is well: 2 hosts" in done.stdout) == (0, True)
     done = run("launch/doctor.py", "--timeout", 0)
-    assert (done.returncode, "expected at least 1" in done.stderr) == (2, True)
+    assert (done.returncode, "expected at least 20" in done.stderr) == (2, True)
+    done = run("launch/doctor.py", "--hostfile", tmp_path / "hostfile", "--folder", tmp_path)
+    assert (done.returncode, "--hostfile looks from the host that launches" in done.stderr) == (2, True)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +40,11 @@ class Ranks:
         return ranks
 
 
-def on_one_host() -> bool:
-    """Whether the launch is known to be of this host alone, as torchrun and DeepSpeed's launcher tell."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return size in ("1", os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LOCAL_SIZE"))
+def on_one_host(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launch is known to be of this host alone, as torchrun, DeepSpeed's launcher and srun tell."""
+    size = environment.get("WORLD_SIZE", "1")
+    of_host = [environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")]
+    return size in ("1", *of_host) or (*of_host, environment.get("SLURM_STEP_NUM_NODES")) == (None, None, "1")
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,16 @@ Exits 1 if anything is bad. Nothing is left in the folder.
 """
 
 import argparse
-import json
 import os
-import socket
-import sys
+import signal
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from ecp_scale.cluster.ranks import Ranks, adopt_launcher
-from ecp_scale.console import quiet, say
-from ecp_scale.errors import InputError, LostRankError, input_errors_exit, is_first_of_host
+from ecp_scale.cluster.ranks import adopt_launcher
+from ecp_scale.console import quiet, say, waiting
+from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS, LEAST_TIMEOUT = 60, 20
 
 
 @input_errors_exit()
@@ -38,83 +35,46 @@ def main() -> int:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # of DeepSpeed's launcher
     options = parser.parse_args()
-    if options.timeout < 1:
-        raise InputError(f"--timeout is {options.timeout}, expected at least 1")
+    if options.timeout < LEAST_TIMEOUT:
+        raise InputError(f"--timeout is {options.timeout}, expected at least {LEAST_TIMEOUT}")
     adopt_launcher()
     if options.hostfile is not None:
-        if "RANK" in os.environ:
-            raise InputError("--hostfile is for the host that launches, not for the ranks of a launch; leave it out")
-        from ecp_scale.doctor.findings import has_bad, table
-        from ecp_scale.doctor.hostfile import examine_hostfile, read_hostfile
-
-        listed = examine_hostfile(read_hostfile(Path(options.hostfile)), not options.no_ssh)
-        print(table(listed))
-        return int(has_bad(listed))
+        if options.folder is not None or "RANK" in os.environ:
+            raise InputError(
+                "--hostfile looks from the host that launches, without --folder and before ranks are started"
+            )
+        return _look_at_hostfile(Path(options.hostfile), not options.no_ssh)
+    if options.folder == "":
+        raise InputError("--folder is empty, expected a folder that all hosts see")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
     folder = None if options.folder is None else Path(options.folder)
-    with tempfile.TemporaryDirectory() as logs:
-        log = Path(logs) / "log"
-        try:
-            with quiet(log):
-                text, is_bad = examine(folder, options.timeout)
-        except (InputError, LostRankError, KeyboardInterrupt):
-            raise
-        except Exception:
-            sys.stderr.write(log.read_text(errors="replace"))
-            raise
-    if text:
-        print(text)
-    return int(is_bad)
-
-
-def examine(folder: Path | None, timeout_seconds: int) -> tuple[str, bool]:
-    """The table, on the first rank, and whether anything is bad; all ranks of the launch take part."""
-    import torch.distributed as dist
-
-    from ecp_scale.cluster.meeting import Meeting
-    from ecp_scale.cluster.rendezvous import rendezvous
-    from ecp_scale.config import ParallelConfig
-    from ecp_scale.doctor.findings import Finding, Placed, has_bad, table
-    from ecp_scale.doctor.host import examine_host
-    from ecp_scale.doctor.together import arithmetic, clock, messages, shared_folder
-    from ecp_scale.doctor.training import train_two_steps
-    from ecp_scale.parallel.device import backend, gpu_identity, local_device
-    from ecp_scale.parallel.groups import everyone, process_groups
-
-    host = socket.gethostname()
-    alone = [Placed(host, finding) for finding in examine_host()] if is_first_of_host() else []
-    found: list[Placed] = list(alone)
-
-    def share(meeting: Meeting) -> None:
-        """What hosts say of themselves: where a card is wrong, ranks could not connect to tell it."""
-        texts = meeting.decided("doctor", json.dumps(alone), lambda all_of: json.dumps(all_of), timeout_seconds)
-        found.clear()
-        for place, finding in (one for text in json.loads(texts) for one in json.loads(text)):
-            found.append(Placed(place, Finding(*finding)))
-        if has_bad(found):
-            raise _UnfitError
-
-    device = local_device(Ranks.from_environment().local_rank)
-    on_gpu = device if device.type == "cuda" else None
-    is_first = os.environ.get("RANK", "0") == "0"
-    try:
-        with (
-            rendezvous(backend(device), timeout_seconds, gpu_identity(device), on_gpu, share),
-            process_groups(ParallelConfig(), device=device) as groups,
-        ):
-            name, hosts = f"rank {dist.get_rank()} on {host}", everyone(host)
-            mine: list[Any] = [Placed(host, clock())]
-            if folder is not None:
-                mine += [Placed(host, one) for one in shared_folder(folder)]
-            mine += [Placed(name, one) for one in arithmetic(device)]
-            mine += [Placed(name, one) for one in messages(device, hosts)]
-            mine.append(Placed(name, train_two_steps(groups)))
-            found += [one for of_rank in everyone(mine) for one in of_rank]
-    except _UnfitError:
-        pass
-    if folder is None and is_first:
+    if folder is None and is_first_rank():
         say("note: without --folder no shared folder is looked at")
-    return (table(found) if is_first else ""), has_bad(found)
+    stdout = os.dup(1)
+    with tempfile.TemporaryDirectory() as logs, quiet(Path(logs) / "log"):
+        return _examine(folder, options.timeout, stdout)
 
 
-class _UnfitError(Exception):
-    """A host cannot take part."""
+def _examine(folder: Path | None, timeout_seconds: int, stdout: int) -> int:
+    with waiting("loading libraries", is_first_rank()):
+        from ecp_scale.doctor.examination import Examination
+        from ecp_scale.doctor.findings import has_bad, table
+
+    examination = Examination(folder, timeout_seconds)
+
+    def show() -> None:
+        if is_first_rank():
+            os.write(stdout, (table(examination.found) + "\n").encode())
+
+    examination.examine(show)
+    show()
+    return int(has_bad(examination.found))
+
+
+def _look_at_hostfile(path: Path, uses_ssh: bool) -> int:
+    from ecp_scale.doctor.findings import has_bad, table
+    from ecp_scale.doctor.hostfile import examine_hostfile, read_hostfile
+
+    found = examine_hostfile(read_hostfile(path), uses_ssh)
+    print(table(found))
+    return int(has_bad(found))

@@ -43,8 +43,12 @@ def main() -> int:
     from ecp_scale.planning.proposals import proposals
 
     machine = Machine(**{field.name: _positive(options, field.name) for field in dataclasses.fields(Machine)})
+    if machine.utilisation > 1:
+        raise InputError(f"--utilisation is {machine.utilisation:g}, expected a share of 1")
+    tokens = config.tokens_after(config.training.steps)
+    if options.tokens is not None:
+        tokens = int(_positive(options, "tokens"))
     found = plan(request.config, request.deepspeed, options.gpus)
-    tokens = int(options.tokens or config.tokens_after(config.training.steps))
     room = memory - reserve
     fits = found.peak_bytes <= room
     suggestion = _suggestion(request, rest)
@@ -54,7 +58,10 @@ def main() -> int:
             fitting = proposals(request.config, options.gpus, room)
             proposed = sorted(fitting, key=lambda one: duration(one, machine).whole)[:PROPOSED]
     if options.json:
-        print(json.dumps(_as_object(found, proposed, machine, tokens, room), indent=1))
+        content = _as_object(found, proposed, machine, tokens, room) | {"notes": [*request.notes, *suggestion]}
+        if options.rehearse:
+            content["rehearsal"] = rehearse_layout(request)
+        print(json.dumps(content, indent=1))
     else:
         print(found.describe())
         for text in [*request.notes, *suggestion]:
@@ -69,8 +76,8 @@ def main() -> int:
             print(f"options             {one.options}")
         if options.propose and not proposed:
             print("\nno layout of these ranks fits: take more of them, or shorter sequences")
-    if options.rehearse:
-        rehearse_layout(request)
+    if options.rehearse and not options.json:
+        print(f"\nrehearsal           {rehearse_layout(request)}")
     return 0 if fits else 1
 
 
@@ -92,8 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         ("utilisation", 0.48, "share of the peak in forward and backward passes, without messages"),
         ("layer-milliseconds", 6.4, "that the host needs to ask for the kernels of a layer, forward and backward"),
         ("node-ranks", 8, "GPUs of a node"),
-        ("node-gigabytes", 300.0, "per second from a GPU to its node; launch/doctor.py measures them"),
-        ("network-gigabytes", 40.0, "per second from a GPU to other nodes; launch/doctor.py measures them"),
+        (
+            "node-gigabytes",
+            300.0,
+            "per second from a GPU in an all-reduce of a node, as launch/doctor.py tells",
+        ),
+        ("network-gigabytes", 40.0, "the same over several nodes"),
         ("disk-gigabytes", 5.0, "per second to the file system, from all ranks together"),
     ):
         parser.add_argument(
@@ -107,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(options: argparse.Namespace, name: str) -> Any:
     value = getattr(options, name)
-    if not 0 < value < float("inf"):
-        raise InputError(f"--{name.replace('_', '-')} is {value:g}, expected more than 0")
+    if not 1e-9 < value < 1e18:
+        raise InputError(f"--{name.replace('_', '-')} is {value:g}, expected a number above 0")
     return value
 
 
@@ -184,8 +195,8 @@ def memory_size(name: str, text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def rehearse_layout(request: Request) -> None:
-    """Train the narrow copy and say how it went."""
+def rehearse_layout(request: Request) -> str:
+    """Train the narrow copy; how it went."""
     from ecp_scale.planning.rehearsal import rehearse
 
-    print(f"\nrehearsal           {rehearse(request)}")
+    return rehearse(request)

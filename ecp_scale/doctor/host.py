@@ -13,6 +13,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from ecp_scale.cluster.ranks import on_one_host
 from ecp_scale.doctor.findings import Finding, bad, note, ok
 
 LIBRARIES = ("torch", "deepspeed", "megatron-core", "numpy")
@@ -20,13 +21,15 @@ LEAST_FILES = 4096
 """Open files that a rank may need: shards, and the connections to other ranks."""
 LEAST_SHARED_MEMORY = 1 << 30
 """Bytes of /dev/shm, which NCCL shares between ranks of a host."""
+LEAST_LOCKED = 1 << 26
+"""Bytes that a process may lock, below which RDMA fails."""
 CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 GB = 1e9
 
 
-def examine_host(environment: Mapping[str, str] = os.environ) -> list[Finding]:
-    """All that needs no other host."""
-    return [_libraries(), _devices(), *_network(environment), *_limits(), _shared_memory()]
+def examine_host(backend: str, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """All that needs no other host; ``backend`` is that of the run, gloo or nccl."""
+    return [_libraries(), _devices(), *_network(backend, environment), *_limits(), _shared_memory()]
 
 
 def _libraries() -> Finding:
@@ -64,7 +67,7 @@ def _driver() -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _network(environment: Mapping[str, str]) -> list[Finding]:
+def _network(backend: str, environment: Mapping[str, str]) -> list[Finding]:
     """Whether the cards that are asked for are there, and the name of this host leads to it."""
     addresses = {
         name: [one.address for one in of if one.family in (socket.AF_INET, socket.AF_INET6)]
@@ -90,16 +93,26 @@ def _network(environment: Mapping[str, str]) -> list[Finding]:
             found.append(bad("network cards", text))
         else:
             found.append(ok("network cards", f"{variable}={wanted}"))
+    return [*found, _host_name(backend, environment, {one for of in addresses.values() for one in of})]
+
+
+def _host_name(backend: str, environment: Mapping[str, str], own: set[str]) -> Finding:
+    """Whether the name of this host leads to an address that others can reach, as gloo without a card needs."""
+    name = socket.gethostname()
+    matters = backend == "gloo" and not environment.get("GLOO_SOCKET_IFNAME") and not on_one_host(environment)
+    wrong = bad if matters else note
     try:
-        own = {str(one[4][0]) for one in socket.getaddrinfo(socket.gethostname(), None)}
+        found = sorted({str(one[4][0]) for one in socket.getaddrinfo(name, None)})
     except socket.gaierror as error:
-        text = f"{socket.gethostname()} does not resolve on itself ({error.strerror}); add it to /etc/hosts or DNS"
-        return [*found, note("host name", text)]
-    several = int(environment.get("WORLD_SIZE", "1")) > int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if several and all(address.startswith("127.") or address == "::1" for address in own) and not found:
-        text = f"resolves to {', '.join(sorted(own))} on itself: other hosts cannot reach it; set GLOO_SOCKET_IFNAME"
-        return [bad("host name", text)]
-    return [*found, ok("host name", "resolves on itself")]
+        return wrong("host name", f"{name} does not resolve on itself ({error.strerror}); set GLOO_SOCKET_IFNAME")
+    if all(address.startswith("127.") or address == "::1" for address in found):
+        if not matters:
+            return ok("host name", "resolves on itself")
+        text = f"{name} resolves to {', '.join(found)} on itself, where other hosts cannot reach it"
+        return bad("host name", f"{text}; set GLOO_SOCKET_IFNAME")
+    if not set(found) & own:
+        return wrong("host name", f"{name} resolves to {', '.join(found)}, which no card of this host has")
+    return ok("host name", "leads to a card of the host")
 
 
 def _limits() -> list[Finding]:
@@ -108,11 +121,10 @@ def _limits() -> list[Finding]:
     most = hard if hard != resource.RLIM_INFINITY else 1 << 62
     text = f"at most {most:,} open files (ulimit -Hn)" if most < 1 << 62 else "no limit of open files"
     found = [bad("limits", f"{text}, expected {LEAST_FILES:,}") if most < LEAST_FILES else ok("limits", text)]
-    _, locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if Path("/dev/infiniband").exists() and locked != resource.RLIM_INFINITY:
-        found.append(
-            bad("limits", f"at most {locked:,} bytes of locked memory, expected no limit (ulimit -l) for RDMA")
-        )
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if Path("/dev/infiniband").exists() and locked != resource.RLIM_INFINITY and os.geteuid() != 0:
+        verdict = bad if locked < LEAST_LOCKED else note
+        found.append(verdict("limits", f"at most {locked:,} bytes of locked memory (ulimit -l), which RDMA uses"))
     return found
 
 

@@ -1,5 +1,6 @@
 """What can be said of a hostfile from the host that starts a launch: names, slots, addresses, ssh."""
 
+import itertools
 import re
 import socket
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 from ecp_scale.doctor.findings import Finding, Placed, bad, note, ok
 from ecp_scale.errors import InputError
 
-LINE = re.compile(r"(?P<host>[^\s=]+)\s+slots=(?P<slots>[1-9]\d*)\s*(?:#.*)?")
+LINE = re.compile(r"(?P<host>[^\s=]+)\s+slots=(?P<slots>[1-9]\d*)(?:\s.*)?")
 SSH_SECONDS = 5
 
 
@@ -42,35 +43,38 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def examine_hostfile(hosts: dict[str, int], uses_ssh: bool = True) -> list[Placed]:
     """Look every host up and, where several are listed, reach it by ssh as DeepSpeed does."""
-    found = []
+    found: list[Placed] = []
     owners: dict[str, str] = {}
-    for host in hosts:
-        try:
-            addresses = sorted({str(one[4][0]) for one in socket.getaddrinfo(host, None)})
-        except (socket.gaierror, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            found.append(Placed(host, bad("hostfile", f"does not resolve ({reason})")))
-            continue
-        twin = next((owners[address] for address in addresses if address in owners), None)
-        owners |= dict.fromkeys(addresses, host)
-        if twin is not None:
+    with ThreadPoolExecutor(128) as pool:
+        looked_up = list(pool.map(_addresses, hosts))
+        reached = list(pool.map(_by_ssh, hosts)) if uses_ssh and len(hosts) > 1 else []
+    for host, addresses, reach in itertools.zip_longest(hosts, looked_up, reached):
+        twin = next((owners[address] for address in addresses or () if address in owners), None)
+        owners |= dict.fromkeys(addresses or (), host)
+        if addresses is None and reach is not None and reach.verdict == "ok":
+            found.append(Placed(host, note("hostfile", "does not resolve, but ssh knows it; set --master_addr")))
+        elif addresses is None:
+            found.append(Placed(host, bad("hostfile", "does not resolve")))
+        elif twin is not None:
             text = f"has the address of {twin} ({', '.join(addresses)}): two names for one host"
             found.append(Placed(host, bad("hostfile", text)))
         else:
             found.append(Placed(host, ok("hostfile", "resolves")))
     sizes = sorted(set(hosts.values()))
-    if len(sizes) > 1:
-        most = max(sizes, key=list(hosts.values()).count)
-        for host, slots in hosts.items():
-            if slots != most:
-                found.append(Placed(host, bad("slots", f"slots={slots}, the others have {most}")))
-    else:
-        found += [Placed(host, ok("slots", f"{sizes[0]} on each host")) for host in hosts]
-    if uses_ssh and len(hosts) > 1:
-        resolved = [one.place for one in found if one.finding == ok("hostfile", "resolves")]
-        with ThreadPoolExecutor(32) as pool:
-            found += [Placed(*pair) for pair in zip(resolved, pool.map(_by_ssh, resolved), strict=True)]
-    return found
+    verdict, text = (ok, f"{sizes[0]} on each host") if len(sizes) == 1 else (bad, "")
+    found += [
+        Placed(host, verdict("slots", text or f"slots={slots}; the hosts have {', '.join(map(str, sizes))}"))
+        for host, slots in hosts.items()
+    ]
+    return found + [Placed(host, reach) for host, reach in zip(hosts, reached, strict=False)]
+
+
+def _addresses(host: str) -> list[str] | None:
+    """Of a host, with or without a user before it; None where its name does not resolve."""
+    try:
+        return sorted({str(one[4][0]) for one in socket.getaddrinfo(host.rpartition("@")[2], None)})
+    except (socket.gaierror, UnicodeError):
+        return None
 
 
 def _by_ssh(host: str) -> Finding:

@@ -1,30 +1,22 @@
-"""What hosts can only find out together: clocks, a shared folder, messages, and who is slow. All ranks call each."""
+"""What hosts can only find out together: clocks, messages, and who is slow. All ranks call each."""
 
-import os
-import secrets
-import shutil
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ecp_scale.doctor.findings import Finding, bad, note, ok
-from ecp_scale.parallel.groups import decided, everyone
+from ecp_scale.doctor.findings import Finding, bad, ok
+from ecp_scale.parallel.groups import everyone
 
 LARGEST_SKEW = 1.0
 """Seconds between two clocks."""
-SIGHT_SECONDS = 10.0
-"""How long a file of one host may take to be seen on another."""
 SLOW = 2.0
 """A device or link is slow that has this part of the median."""
 ROUNDS = 3
 ROUND_SECONDS = 0.3
-LEAST_FREE = 10 * 10**9
-"""Bytes of a run folder, below which there is room for few checkpoints."""
 
 
 def clock() -> Finding:
@@ -38,87 +30,6 @@ def clock() -> Finding:
     if abs(least) > LARGEST_SKEW:
         return bad("clock", f"{abs(least):,.0f} s {'ahead of' if least > 0 else 'behind'} that of the first rank")
     return ok("clock", f"within {LARGEST_SKEW:g} s of that of the first rank")
-
-
-def shared_folder(folder: Path) -> list[Finding]:
-    """Whether what one host writes, renames and removes there is what the others see, and how fast it reaches the disk.
-
-    Args:
-        folder: where runs are to lie; made if it is missing.
-    """
-    token, rank = decided(lambda: secrets.token_hex(8)), dist.get_rank()
-    place, word = folder / f".doctor-{token}", folder / f".doctor-{token}" / "word"
-    trouble = _trouble(lambda: _write(place, word, token)) if rank == 0 else None
-    trouble = everyone(trouble)[0]
-    if trouble is not None:
-        return [bad("folder", f"the first rank cannot write there: {trouble}")]
-    seen = _within(lambda: word.read_text() == token)
-    dist.barrier()
-    if rank == 0:
-        word.rename(place / "renamed")
-    dist.barrier()
-    renamed = seen and _within(lambda: (place / "renamed").exists() and not word.exists())
-    seconds = 0.0
-
-    def write_own() -> None:
-        nonlocal seconds
-        began = time.perf_counter()
-        with (place / f"rank-{rank}").open("wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-        seconds = time.perf_counter() - began
-
-    trouble = _trouble(write_own) if seen else None
-    written = {other for other, wrote in enumerate(everyone(seen and trouble is None)) if wrote}
-
-    def lacking() -> set[int]:
-        return {other for other in written if not (place / f"rank-{other}").exists()}
-
-    unseen = everyone(lacking() if rank == 0 and not _within(lambda: not lacking()) else set())[0]
-    try:
-        free = shutil.disk_usage(folder).free if seen else 0
-    finally:
-        dist.barrier()
-        if rank == 0:
-            shutil.rmtree(place, ignore_errors=True)
-    if not seen:
-        return [bad("folder", f"{folder.absolute()} is not the folder that the first rank writes to")]
-    if not renamed:
-        return [bad("folder", f"{folder.absolute()}: a file that the first rank renames keeps its old name here")]
-    if trouble is not None or rank in unseen:
-        return [bad("folder", trouble or f"what is written to {folder.absolute()} here, the first rank does not see")]
-    speed = ok("folder", "shared by all ranks: written, renamed and seen")
-    slow = [note("folder", f"a megabyte takes {seconds:.1f} s to reach the disk")] if seconds > 1 else []
-    room = f"{free / 1e9:,.0f} GB free in {folder.absolute()}"
-    return [speed, *slow, (ok if free >= LEAST_FREE else note)("free space", room)]
-
-
-def _write(place: Path, word: Path, token: str) -> None:
-    place.mkdir(parents=True)
-    word.write_text(token)
-
-
-def _trouble(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except OSError as error:
-        return f"{error.filename}: {error.strerror or error}"
-    return None
-
-
-def _within(condition: Callable[[], bool]) -> bool:
-    """Whether something becomes true in time; what cannot be read is not."""
-    deadline = time.monotonic() + SIGHT_SECONDS
-    while True:
-        try:
-            if condition():
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
 
 
 def arithmetic(device: torch.device) -> list[Finding]:
@@ -177,9 +88,10 @@ def messages(device: torch.device, hosts: list[str]) -> list[Finding]:
         hosts: of every rank.
     """
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    numbers = torch.arange(1 << 16, device=device, dtype=torch.float32) % 251 + rank
+    ramp = torch.arange(1 << 16, device=device)  # whole numbers, exact for any number of ranks
+    numbers = ramp + rank
     dist.all_reduce(numbers)
-    right = (torch.arange(1 << 16, device=device, dtype=torch.float32) % 251) * ranks + ranks * (ranks - 1) // 2
+    right = ramp * ranks + ranks * (ranks - 1) // 2
     wrong = int((numbers != right).sum())
     if wrong:
         return [bad("all-reduce", f"{wrong} of {numbers.numel()} sums over the ranks are wrong here")]
@@ -212,15 +124,18 @@ def _links(device: torch.device, hosts: list[str], size: int) -> list[Finding]:
                 seconds = _seconds(exchange, device)
                 mine[partner] = max(mine.get(partner, 0.0), size / seconds / 1e9)
     links = {(one, other): speed for one, of in enumerate(everyone(mine)) for other, speed in of.items() if one < other}
+    # Inside a host only alike pairs compare: some GPUs are joined by a bridge, and others are not.
+    kinds: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for one, other in links:
+        inside = hosts[one] == hosts[other]
+        place = one - hosts.index(hosts[one]) if inside else 0
+        kinds.setdefault(("link inside a host" if inside else "link between hosts", place), []).append((one, other))
     found = []
-    for name, inside in (("link inside a host", True), ("link between hosts", False)):
-        speeds = {pair: speed for pair, speed in links.items() if (hosts[pair[0]] == hosts[pair[1]]) == inside}
-        if not speeds:
-            continue
-        usual = statistics.median_high(speeds.values())
-        slow = [pair for pair, speed in speeds.items() if speed * SLOW <= usual and rank == pair[0]]
+    for (name, _), pairs in kinds.items():
+        usual = statistics.median_high(links[pair] for pair in pairs)
+        slow = [(a, b) for a, b in pairs if links[a, b] * SLOW <= usual and rank == a]
         found += [bad(name, f"{links[a, b]:.3g} GB/s to rank {b} on {hosts[b]}, median {usual:.3g}") for a, b in slow]
-        if not slow:
+        if not slow and rank == pairs[0][0]:
             found.append(ok(name, f"about {_round(usual)} GB/s each way"))
     return found
 

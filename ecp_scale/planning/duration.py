@@ -79,7 +79,8 @@ def duration(plan: Plan, machine: Machine) -> Duration:
         ranks, reach = sizes[group]
         speed = machine.node_gigabytes if reach <= machine.node_ranks else machine.network_gigabytes
         if operation == "gradients":
-            on_wire = (ranks - 1) / ranks * (2 if plan.stage == 0 else 1)
+            # DeepSpeed sums all gradients on all ranks up to ZeRO-2, though each keeps a part.
+            on_wire = (ranks - 1) / ranks * (2 if plan.stage < 3 else 1)
         else:
             on_wire = OPERATIONS[operation](ranks) if operation in OPERATIONS else 1
         seconds[group] += given * on_wire / (speed * GB)

@@ -217,7 +217,7 @@ def test_the_time_of_a_step_is_that_of_its_parts() -> None:
     sent = found.messages
     on_wire = sent["tensor: allgather_base"] * 1 + sent["tensor: reduce_scatter_base"] / 2 + sent["tensor: allreduce"]
     assert step.tensor == pytest.approx(on_wire / 200e9)  # within a node
-    on_wire = sent["data: gradients"] * 7 / 8 + sent["data: updated weights"] * 7
+    on_wire = sent["data: gradients"] * 2 * 7 / 8 + sent["data: updated weights"] * 7
     assert step.data == pytest.approx(on_wire / 50e9)  # between nodes
     assert step.context == step.host == 0
     assert step.whole == pytest.approx(step.products + step.again + step.tensor + step.data)
@@ -235,8 +235,11 @@ def test_a_preset_names_its_json_and_a_machine_its_numbers() -> None:
     assert "note                scaled-350m is laid out for 16 GPUs with --deepspeed_config zero1" in out
     assert "laid out" not in run_successfully("launch/plan.py", *words, "--deepspeed_config", "zero1")
     for option, value, said in (
-        ("--network-gigabytes", 0, "--network-gigabytes is 0, expected more than 0"),
-        ("--utilisation", "nan", "--utilisation is nan, expected more than 0"),
+        ("--network-gigabytes", 0, "--network-gigabytes is 0, expected a number above 0"),
+        ("--utilisation", "nan", "--utilisation is nan, expected a number above 0"),
+        ("--utilisation", 5, "--utilisation is 5, expected a share of 1"),
+        ("--tokens", "inf", "--tokens is inf, expected a number above 0"),
+        ("--tokens", -5, "--tokens is -5, expected a number above 0"),
         ("--reserve", "90GiB", "--reserve is 90GiB, expected less than --gpu-memory 80GiB"),
         ("--reserve", "1 GB", "--reserve is '1 GB', expected a number and one of"),
     ):
