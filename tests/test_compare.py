@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ecp_scale.commands import cells, compare
 from ecp_scale.commands.cells import TRIAL_STEPS, Launch, Plan, Watch, budgeted
 from ecp_scale.commands.compare import read_command_line
 from ecp_scale.commands.comparison_folder import Comparison
+from ecp_scale.commands.side_by_side import gpu_of_thread
 from ecp_scale.errors import InputError
 from ecp_scale.evaluation.comparison import Cell, Summary, accuracy_table, plot, plot_accuracy, summaries, table
 from ecp_scale.evaluation.ladder import fit, law_table, laws, plot_ladder
@@ -435,3 +438,25 @@ def test_everything_wrong_is_said_before_any_work(sharded_text: ShardedText, tmp
     message = run(SCRIPT, "--architectures=ecp,longlora", *words, "--model.key_value_heads=1").stderr
     assert "with model.architecture longlora: longlora shifts half of the key/value heads" in message
     assert not (tmp_path / "x").exists()
+
+
+def test_launches_side_by_side_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(ranks: int, jobs: int) -> set[str]:
+        with ThreadPoolExecutor(3) as pool:
+            barrier = Barrier(3)
+
+            def one(_: int) -> str:
+                barrier.wait()  # every thread has one
+                return gpu_of_thread(ranks, jobs).get("CUDA_VISIBLE_DEVICES", "all")
+
+            return set(pool.map(one, range(3)))
+
+    assert seen(1, 3) == {"all"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert seen(1, 3) == {"0", "1", "2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    assert seen(1, 3) == {"5", "GPU-7"}
+    assert seen(2, 3) == seen(1, 1) == {"all"}
+    assert gpu_of_thread(1, 3) == {}  # of no pool

@@ -6,7 +6,8 @@ finds in the folder. The record comes last, when all have told.
 
 import shutil
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,9 @@ from ecp_scale.zero.checkpoint_engine import CheckpointFiles
 from ecp_scale.zero.digests import held_digests
 from ecp_scale.zero.engine import Engine
 from ecp_scale.zero.state_files import FileRecord, copy_hashed, write_error
+
+SIGHT_SECONDS = 10.0
+"""How long a file of one host may take to be seen on another."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,9 @@ class Saves:
                 failures.append(f"rank {rank} on host {host}: {written}")
                 continue
             files |= written
-            unseen = sorted(name for name in written if not (partial / name).is_file())
-            if unseen:
-                failures.append(
-                    f"rank {rank} on host {host} has written {unseen[0]}, which the first rank does not see"
-                )
+            unseen = _unseen(partial, written)
+            if unseen is not None:
+                failures.append(f"rank {rank} on host {host} has written {unseen}, which the first rank does not see")
         try:
             if failures:
                 return "; ".join(failures)
@@ -212,6 +214,17 @@ class Saves:
             **layout_of(self._engine, self._config),
             **identity(self._config, self._blend, self.done.tokens),
         )
+
+
+def _unseen(folder: Path, names: Iterable[str]) -> str | None:
+    """A file of another host that this one does not see, also after the while that a file system may take for it."""
+    deadline = time.monotonic() + SIGHT_SECONDS
+    for name in sorted(names):
+        while not (folder / name).is_file():
+            if time.monotonic() > deadline:
+                return name
+            time.sleep(0.1)
+    return None
 
 
 def _attempt(action: Callable[[], Any], path: Path) -> Any:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from time import monotonic, sleep
 from typing import Any, Literal, TypeAlias
 
 from ecp_scale.command_line import to_yaml
+from ecp_scale.commands.side_by_side import free_port, gpu_of_thread
 from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.errors import InputError
@@ -209,11 +209,15 @@ def train(
     launcher: list[object] = [sys.executable, "-m"]
     if launch.ranks > 1:
         launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", launch.ranks]
-        launcher += ["--master_port", _free_port(), "--module"]
+        launcher += ["--master_port", free_port(), "--module"]
     words = [*launcher, "ecp_scale.commands.pretrain", "--config", run / "cell.yaml", "--resume", "auto"]
     if launch.deepspeed_path:
         words += ["--deepspeed_config", launch.deepspeed_path]
-    environment = {"OMP_NUM_THREADS": str(launch.threads_per_rank), **os.environ}
+    environment = {
+        "OMP_NUM_THREADS": str(launch.threads_per_rank),
+        **os.environ,
+        **gpu_of_thread(launch.ranks, launch.jobs),
+    }
     told = monotonic()
     with (run / "output.log").open("a") as log:
         process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -240,13 +244,6 @@ def train(
         raise InputError(text) if process.returncode == 2 else FailedCellError(text, why)
     if plan.share_done < 1:  # a signal, or a file `stop`
         raise InputError(f"{run.name}: was stopped before its end; the same command goes on there")
-
-
-def _free_port() -> int:
-    """A port for the rendezvous of one of several launches on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def evaluate(plan: Plan, folder: Path, test: str, task: str | None) -> Cell:

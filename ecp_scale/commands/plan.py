@@ -30,7 +30,13 @@ def main() -> int:
         raise InputError(f"--gpus is {options.gpus}, expected at least 1")
     if reserve >= memory:
         raise InputError(f"--reserve is {options.reserve}, expected less than --gpu-memory {options.gpu_memory}")
-    request = parse(rest, "", world_size=options.gpus)
+    refused = ""
+    try:
+        request = parse(rest, "", world_size=options.gpus)
+    except InputError as error:
+        if not options.propose:
+            raise
+        request, refused = parse([*rest, "--dry-run"], ""), str(error)  # of another number of ranks, perhaps
     from ecp_scale.training.corpora import open_data
 
     config = open_data(request.config)[0] if request.config.data.is_set else request.config
@@ -48,27 +54,29 @@ def main() -> int:
     tokens = config.tokens_after(config.training.steps)
     if options.tokens is not None:
         tokens = int(_positive(options, "tokens"))
-    found = plan(request.config, request.deepspeed, options.gpus)
+    found = None if refused else plan(request.config, request.deepspeed, options.gpus)
     room = memory - reserve
-    fits = found.peak_bytes <= room
-    suggestion = _suggestion(request, rest)
+    fits = found is not None and found.peak_bytes <= room
+    notes = [*request.notes, *_suggestion(request, rest)]
     proposed: list[Any] = []
     if options.propose:
         with waiting("looking for layouts that fit", not options.json):
             fitting = proposals(request.config, options.gpus, room)
             proposed = sorted(fitting, key=lambda one: duration(one, machine).whole)[:PROPOSED]
     if options.json:
-        content = _as_object(found, proposed, machine, tokens, room) | {"notes": [*request.notes, *suggestion]}
+        content = _as_object(found, proposed, machine, tokens, room)
+        content["notes"] = [*filter(None, [refused]), *notes]
         if options.rehearse:
             content["rehearsal"] = rehearse_layout(request)
         print(json.dumps(content, indent=1))
     else:
-        print(found.describe())
-        for text in [*request.notes, *suggestion]:
+        print(refused if found is None else found.describe())
+        for text in notes:
             print(f"note                {text}")
-        print(_time(found, machine, tokens))
-        share = f"{found.peak_bytes / memory:.0%} of {options.gpu_memory}, of which {options.reserve} are kept free"
-        print(f"verdict             {'fits' if fits else 'does not fit'}: {share}")
+        if found is not None:
+            print(_time(found, machine, tokens))
+            share = f"{found.peak_bytes / memory:.0%} of {options.gpu_memory}, of which {options.reserve} are kept free"
+            print(f"verdict             {'fits' if fits else 'does not fit'}: {share}")
         if not fits and not options.propose:
             print("try                 --deepspeed_config zero2 or zero3, --training.micro_batch_size, --propose")
         for number, one in enumerate(proposed, start=1):
@@ -179,7 +187,8 @@ def _as_object(plan: Any, proposed: list[Any], machine: Any, tokens: int, room: 
         }
 
     machine_numbers = dataclasses.asdict(machine)
-    return {"tokens": tokens, "machine": machine_numbers, "plan": of(plan), "proposals": [of(one) for one in proposed]}
+    own = None if plan is None else of(plan)
+    return {"tokens": tokens, "machine": machine_numbers, "plan": own, "proposals": [of(one) for one in proposed]}
 
 
 def memory_size(name: str, text: str) -> int:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ecp_scale.checkpoint.saving import SIGHT_SECONDS
 from ecp_scale.doctor.findings import Finding, bad, note, ok
 from ecp_scale.parallel.groups import decided, everyone
 
-SIGHT_SECONDS = 10.0
-"""How long a file of one host may take to be seen on another."""
 LEAST_FREE = 10 * 10**9
 """Bytes of a run folder, below which there is room for few checkpoints."""
 

@@ -34,7 +34,8 @@ def proposals(config: Config, world_size: int, memory: int) -> Iterator[Plan]:
     stays, unless no layout can share it out: then it is the next larger one that a layout can.
     """
     own = (config.parallel.tensor, config.parallel.context)
-    layouts = [own, *(pair for pair in _layouts(world_size) if pair != own)]
+    others = [pair for pair in _layouts(world_size) if pair != own]
+    layouts = others if world_size % (own[0] * own[1]) else [own, *others]
     shares = [pair for pair in layouts if _micro_batches(config, world_size // (pair[0] * pair[1]))]
     for tensor, context in (shares or layouts)[:TRIED]:
         for recompute in get_args(Recompute):

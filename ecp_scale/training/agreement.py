@@ -16,14 +16,13 @@ from typing import Any
 import torch.distributed as dist
 
 import ecp_scale
+from ecp_scale.checkpoint.saving import SIGHT_SECONDS
 from ecp_scale.cluster.lock import PATIENCE_SECONDS, Lock
 from ecp_scale.command_line import Request
 from ecp_scale.console import say
 from ecp_scale.errors import AgreedError, InputError
 from ecp_scale.parallel.groups import agreed, decided
 
-SIGHT_SECONDS = 10.0
-"""How long a file of one host may take to be seen on another."""
 MOST_SHOWN = 12
 
 

@@ -205,6 +205,17 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     assert seconds == sorted(seconds)
 
 
+def test_layouts_are_proposed_where_the_own_one_is_none_of_these_ranks() -> None:
+    small = [f"--{key}={value}" for key, value in {**BASE, "model.layers": 4, "parallel.tensor": 4}.items()]
+    words = (*small, "--gpus", 2, "--gpu-memory", "8GiB")
+    assert run("launch/plan.py", *words).returncode == 2
+    done = run("launch/plan.py", *words, "--propose")
+    assert done.returncode == 1, done.stderr
+    assert "parallel.tensor * parallel.context = 4 * 1" in done.stdout
+    assert "proposal 1\nlayout              2 ranks = tensor 1 x context 1" in done.stdout
+    assert json.loads(run("launch/plan.py", *words, "--propose", "--json").stdout)["plan"] is None
+
+
 def test_the_time_of_a_step_is_that_of_its_parts() -> None:
     changes = {"model.layers": 4, "parallel.tensor": 2, "parallel.sequence": True, "parallel.recompute": "full"}
     words = [f"--{key}={value}" for key, value in {**BASE, **changes}.items()]
