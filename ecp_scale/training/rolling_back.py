@@ -64,8 +64,9 @@ class Spikes:
         self._begun.clear()
         self._watch = SpikeWatch(self._config.training.spike_score)
         known = [record for record in records if record["step"] <= step]
+        wanted = max(WINDOW, self._config.training.spike_skip_steps) + 1
         spikes: list[Spike] = []
-        for previous, record in itertools.pairwise([{"tokens": 0}, *known][-WINDOW - 1 :]):
+        for previous, record in itertools.pairwise([{"tokens": 0}, *known][-wanted:]):
             before, done = previous["tokens"], record["tokens"]
             self._begun.append((record["step"], before))
             loss, norm = (record.get(name) for name in ("loss", "grad_norm"))

@@ -18,6 +18,7 @@ from ecp_scale.cluster.meeting import Meeting
 from ecp_scale.cluster.ranks import Process
 from ecp_scale.cluster.signals import START_AGAIN, StopRequest
 from ecp_scale.command_line import parse
+from ecp_scale.planning.rehearsal import torchrun
 from ecp_scale.training.loop import train
 from tests.cluster.nodes import Node, nodes, why_not
 from tests.cluster.rehearsal import DISTURBANCES, FAILURES, STRUCK_AT, Launch, disturb, script, strike
@@ -164,6 +165,31 @@ def test_deepspeed_starts_ranks_on_the_hosts_of_a_hostfile(
     again.wait(60)
     text = launch.log(hosts[0]).read_text()
     assert "stopped: rank 1 of 2 on host ecp-node1" in text, text[-3000:]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [2], indirect=True)
+def test_a_host_that_never_comes_is_named(hosts: list[Node], sharded_text: ShardedText, tmp_path: Path) -> None:
+    hosts[1].cut()
+    launch = Launch(hosts, tmp_path, sharded_text.prefix)
+    began = time.monotonic()
+    started = launch.start_by_deepspeed(ranks=2, steps=STEPS)
+    assert started.wait(180) != 0
+    assert time.monotonic() - began < 120
+    text = launch.log(hosts[0]).read_text()
+    assert "the launch waits for rank 2, 3 of 4 (host ecp-node1)" in text, text[-3000:]
+    assert "rank 2, 3 of 4 (host ecp-node1) did not come within parallel.timeout_seconds = 40" in text
+
+
+def test_a_host_whose_clock_is_off_trains_with_the_others(
+    undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    path, *rest = script(sharded_text.prefix, tmp_path / "run", STEPS)
+    words = [*torchrun(2), ROOT / "tests" / "odd_host.py", "clock", 1, ROOT / str(path), *rest]
+    done = subprocess.run([str(word) for word in words], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 hosts (host0, host1)" in done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(undisturbed, abs=1e-5)
 
 
 @pytest.mark.exhaustive
