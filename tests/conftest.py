@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.corpus import ShardedText, write_sharded_text
@@ -12,6 +13,8 @@ from tests.launching import ROOT
 from tests.parallel.layouts import trained
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 if "ECP_TEST_GPU" not in os.environ:  # `make test-gpu` sets it, for tests/gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Trap: what nohup or a shell's background ignores stays ignored in the programs that tests send signals to.

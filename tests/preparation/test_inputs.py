@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ecp_scale.data.manifest import Manifest
@@ -76,6 +76,7 @@ def test_every_line_is_taken_or_named(kind: str, tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(lines=[b"\xef\xbb\xbf"], key="text")
 @given(
     lines=st.lists(
         st.one_of(
@@ -98,7 +99,7 @@ def test_no_content_raises_past_the_reader(lines: list[bytes], key: str, tmp_pat
     arguments = ([str(tmp_path)], "byte", str(tmp_path / "out" / "x"))
     manifest = preprocess(*arguments, parsing=Parsing(key), on_error="skip")
     counted = manifest.totals.documents + manifest.skipped.dropped + manifest.skipped.bad
-    content = (tmp_path / "a.jsonl").read_bytes()
+    content = (tmp_path / "a.jsonl").read_bytes().removeprefix(b"\xef\xbb\xbf")
     assert counted == sum(not line.isspace() and line != b"" for line in content.split(b"\n"))
 
 

@@ -32,6 +32,7 @@ from tests.parallel.layouts import Layout
 SPIKE, STEPS = 26, 34
 """The step whose samples are corrupted, and the length of the runs."""
 SEQUENCES, N = 4, 64
+SLOW = pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -264,7 +265,7 @@ class Killed(BaseException):
     """As if the process had been killed there."""
 
 
-@pytest.mark.parametrize("at", ["set_aside", "load", "leave_behind"])
+@pytest.mark.parametrize("at", ["set_aside", *(pytest.param(at, marks=SLOW) for at in ("load", "leave_behind"))])
 def test_a_run_that_is_killed_while_it_goes_back_does_so_when_it_is_started_again(
     sharded_text: ShardedText, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -293,7 +294,7 @@ def test_a_run_that_is_killed_while_it_goes_back_does_so_when_it_is_started_agai
     assert f"agrees up to step {STEPS}" in run_successfully("launch/audit_data.py", rolled)
 
 
-@pytest.mark.parametrize("stopped_at", [SPIKE - 1, SPIKE - 2])
+@pytest.mark.parametrize("stopped_at", [SPIKE - 1, pytest.param(SPIKE - 2, marks=SLOW)])
 def test_an_interrupted_run_goes_back_as_if_it_had_not_been(
     sharded_text: ShardedText, prefix: str, tmp_path: Path, stopped_at: int
 ) -> None:
@@ -321,7 +322,7 @@ def test_a_spike_of_the_last_step_is_gone_back_from(sharded_text: ShardedText, p
     assert f"agrees up to step {SPIKE}" in run_successfully("launch/audit_data.py", run)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (3, 1), (1, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), *(pytest.param(*pair, marks=SLOW) for pair in ((3, 1), (1, 3)))])
 def test_a_run_goes_back_to_a_checkpoint_of_another_layout(
     sharded_text: ShardedText, prefix: str, tmp_path: Path, before: int, after: int
 ) -> None:
