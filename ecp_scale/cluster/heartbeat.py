@@ -98,6 +98,8 @@ class FailureDetector:
                 # The launcher has seen it too, and asks those that are left to end: they will, when they have said why.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 say_last_words()
+                if self.ranks.rank == 0:
+                    time.sleep(2 * HEARTBEAT_SECONDS)  # until the others have looked: the store may go with this rank
                 raise LostRankError(failure, self._reports()) from error
             raise
         self.end()

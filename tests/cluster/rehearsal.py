@@ -34,14 +34,14 @@ STRUCK_AT = 12
 LONGEST_SECONDS = 180
 
 
-def script(prefix: str, run: Path, steps: int = STEPS) -> list[object]:
-    """A small run, which any number of ranks from 1 to 4 can do."""
+def script(prefix: str, run: Path, steps: int = STEPS, batch: int = 12) -> list[object]:
+    """A small run, which any number of ranks can do that divides its batch."""
     values: dict[str, object] = {
         "data.prefix": prefix,
         "training.output_dir": run,
         "training.steps": steps,
         "training.micro_batch_size": 1,
-        "training.global_batch_size": 12,
+        "training.global_batch_size": batch,
         "training.precision": "fp32",
         "model.layers": 2,
         "model.width": 32,
@@ -80,9 +80,9 @@ class Launch:
         """What a host says."""
         return self.folder / f"{host.name}.log"
 
-    def start(self, ranks: int = 2, steps: int = STEPS) -> None:
+    def start(self, ranks: int = 2, steps: int = STEPS, batch: int = 12) -> None:
         """Start ranks on all hosts."""
-        words = script(self.prefix, self.run, steps)
+        words = script(self.prefix, self.run, steps, batch)
         for host in self.hosts:
             self.agents.append(host.torchrun(self.nnodes, ranks, self.restarts, words, self.log(host), self.endpoint))
 

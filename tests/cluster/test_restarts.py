@@ -94,6 +94,22 @@ def test_a_launch_goes_on_with_the_hosts_that_are_left(
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("hosts", [4], indirect=True)
+def test_a_launch_of_eight_ranks_goes_on_with_six(hosts: list[Node], sharded_text: ShardedText, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    train(parse([str(word) for word in script(sharded_text.prefix, alone, STEPS, batch=24)[1:]], ""))
+    launch = Launch(hosts, tmp_path, sharded_text.prefix, nnodes="3:4", restarts=1)
+    launch.start(ranks=2, steps=STEPS, batch=24)
+    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
+    launch.hosts[3].kill()
+    launch.wait_until(lambda: launch.agents[0].poll() is not None, seconds=300)
+    first = launch.log(hosts[0]).read_text()
+    assert launch.agents[0].returncode == 0, first[-3000:]
+    assert "layout      6 ranks on 3 hosts (ecp-node0, ecp-node1, ecp-node2)" in first
+    assert losses(launch.run) == pytest.approx(losses(alone), abs=1e-5)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("hosts", [3], indirect=True)
 def test_a_launch_goes_on_without_its_first_rank(
     hosts: list[Node], undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path

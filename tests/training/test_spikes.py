@@ -225,11 +225,11 @@ def test_what_a_run_has_chosen_to_pass_over_stays_when_it_is_started_again(
     train(parse(later, ""))
     assert "agrees up to step 38" in run_successfully("launch/audit_data.py", run)
     capsys.readouterr()
-    # By hand: a range that has been read already sends the run back to before it.
-    by_hand = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={64: 67}"]
+    # By hand: a range that has been read already sends the run back to the checkpoint before it.
+    by_hand = [*again, f"--training.steps={STEPS + 4}", "--training.skip_samples={60: 63}"]
     train(parse(by_hand, ""))
     said = capsys.readouterr().err
-    assert "has read samples from 64 to 67, which training.skip_samples passes over" in said
+    assert "has read samples from 60 to 63, which training.skip_samples passes over" in said
     assert "resumed from" in said
     assert "step-00000015: step 15" in said
     assert "agrees up to step 38" in run_successfully("launch/audit_data.py", run)
