@@ -169,12 +169,13 @@ class Saves:
         """Write the record of what all ranks have written and publish the folder; else say why not, and remove it."""
         failures: list[str] = []
         files: dict[str, FileRecord] = {}
+        deadline = time.monotonic() + SIGHT_SECONDS
         for rank, (written, host, _) in enumerate(reports):
             if isinstance(written, str):
                 failures.append(f"rank {rank} on host {host}: {written}")
                 continue
             files |= written
-            unseen = _unseen(partial, written)
+            unseen = _unseen(partial, written, deadline)
             if unseen is not None:
                 failures.append(f"rank {rank} on host {host} has written {unseen}, which the first rank does not see")
         try:
@@ -216,9 +217,8 @@ class Saves:
         )
 
 
-def _unseen(folder: Path, names: Iterable[str]) -> str | None:
+def _unseen(folder: Path, names: Iterable[str], deadline: float) -> str | None:
     """A file of another host that this one does not see, also after the while that a file system may take for it."""
-    deadline = time.monotonic() + SIGHT_SECONDS
     for name in sorted(names):
         while not (folder / name).is_file():
             if time.monotonic() > deadline:

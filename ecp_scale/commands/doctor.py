@@ -11,6 +11,7 @@ Exits 1 if anything is bad. Nothing is left in the folder.
 import argparse
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -78,3 +79,7 @@ def _look_at_hostfile(path: Path, uses_ssh: bool) -> int:
     found = examine_hostfile(read_hostfile(path), uses_ssh)
     print(table(found))
     return int(has_bad(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

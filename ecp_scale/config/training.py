@@ -44,7 +44,8 @@ class TrainingConfig:
     """Samples of the run that are passed over, by number, from the first to the last of a range, as {1200: 1263}; a
     resume then goes on from the newest checkpoint that has read none of them."""
     spike_score: float = 10.0
-    """A loss or gradient norm is a spike that is so many standard deviations above those of the 64 steps before."""
+    """A loss or gradient norm is a spike that is so many standard deviations above the median of the 16 steps before
+    it."""
     on_spike: Literal["warn", "roll_back"] = "warn"
     """At a spike of the loss: say so, or go back to the newest checkpoint before it and pass over the samples around
     it, by training.skip_samples."""

@@ -14,7 +14,7 @@ from ecp_scale.cluster.meeting import Meeting
 from ecp_scale.cluster.ranks import Ranks
 from ecp_scale.cluster.rendezvous import rendezvous
 from ecp_scale.config import ParallelConfig
-from ecp_scale.doctor.findings import Finding, Placed, bad, has_bad
+from ecp_scale.doctor.findings import Finding, Placed, bad, has_bad, note
 from ecp_scale.doctor.folder import shared_folder
 from ecp_scale.doctor.host import examine_host
 from ecp_scale.doctor.together import arithmetic, clock, messages
@@ -49,7 +49,7 @@ class Examination:
         """
         try:
             device, trouble = local_device(Ranks.from_environment().local_rank), []
-        except InputError as error:
+        except (InputError, RuntimeError) as error:
             device, trouble = torch.device("cpu"), [bad("devices", str(error))]
         alone = [*examine_host(backend(device)), *trouble] if is_first_of_host() else trouble
         self.found = [Placed(self._host, finding) for finding in alone]
@@ -65,8 +65,13 @@ class Examination:
             ):
                 self._together(groups)
         except _UnfitError:
-            pass
-        except (LostRankError, RuntimeError) as error:  # of a collective, an allocation, or DeepSpeed
+            self.found.append(Placed(self._host, note("launch", "the hosts together were not looked at")))
+        except (
+            LostRankError,
+            RuntimeError,
+            InputError,
+            OSError,
+        ) as error:  # of a collective, an allocation, or DeepSpeed
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             self.found.append(Placed(self._host, bad("launch", f"has ended here: {said}")))
 

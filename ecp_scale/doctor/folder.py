@@ -26,7 +26,9 @@ def shared_folder(folder: Path) -> list[Finding]:
     """
     token = decided(lambda: secrets.token_hex(8))
     place = folder / f".doctor-{token}"
-    made = dist.get_rank() == 0 and not folder.exists()
+    made = False
+    with suppress(OSError):
+        made = dist.get_rank() == 0 and not folder.exists()
     try:
         return _exchange(folder, place, token)
     finally:
@@ -60,7 +62,9 @@ def _exchange(folder: Path, place: Path, token: str) -> list[Finding]:
     def unseen() -> list[int]:
         return [other for other in written if not (place / f"rank-{other}").exists()]
 
-    lacking = everyone(unseen() if is_first and not _within(lambda: not unseen()) else [])[0]
+    room = _room(folder)  # while it is there: the first rank may have made it
+    _within(lambda: not is_first or not unseen())
+    lacking = everyone(_or_none(unseen) if is_first else [])[0]
     if not sees:
         return [bad("folder", f"{folder.absolute()} is not the folder that the first rank writes to")]
     if trouble is not None:
@@ -71,7 +75,7 @@ def _exchange(folder: Path, place: Path, token: str) -> list[Finding]:
         return [bad("folder", own or f"what is written to {folder.absolute()} here, the first rank does not see")]
     everywhere = "shared by all ranks: written, renamed and seen" if all(seen) else "what the first rank writes is seen"
     slow = [note("folder", f"a megabyte takes {max(took):.1f} s to reach the disk")] if max(took) > 1 else []
-    return [ok("folder", everywhere), *slow, _room(folder)]
+    return [ok("folder", everywhere), *slow, room]
 
 
 def _room(folder: Path) -> Finding:
@@ -80,6 +84,12 @@ def _room(folder: Path) -> Finding:
     except OSError as error:
         return bad("free space", f"{folder.absolute()}: {error.strerror or error}")
     return (ok if free >= LEAST_FREE else note)("free space", f"{free / 1e9:,.0f} GB free in {folder.absolute()}")
+
+
+def _or_none(found: Callable[[], list[int]]) -> list[int]:
+    with suppress(OSError):
+        return found()
+    return []
 
 
 def _write_through(path: Path) -> float:

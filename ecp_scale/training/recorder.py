@@ -64,7 +64,10 @@ class Recorder:
     @property
     def records(self) -> list[dict[str, Any]]:
         """Those of the steps that are done when it is opened."""
-        return read_metrics(self._folder)
+        try:
+            return read_metrics(self._folder)
+        except OSError:  # which the file has said
+            return []
 
     def record(self, numbers: dict[str, Any]) -> None:
         """Take the record of a step."""

@@ -62,9 +62,10 @@ class Spikes:
         """
         self._found = None
         self._begun.clear()
+        self._last = 0
         self._watch = SpikeWatch(self._config.training.spike_score)
         known = [record for record in records if record["step"] <= step]
-        wanted = max(WINDOW, self._config.training.spike_skip_steps) + 1
+        wanted = max(WINDOW, self._config.training.spike_skip_steps) + 2
         spikes: list[Spike] = []
         for previous, record in itertools.pairwise([{"tokens": 0}, *known][-wanted:]):
             before, done = previous["tokens"], record["tokens"]
