@@ -257,22 +257,25 @@ def begin(folder: Path) -> Path:
         with suppress(InputError):
             CheckpointRecord.read(folder)
             raise FileExistsError(errno.EEXIST, "is a checkpoint already, and nothing is written over one", str(folder))
-        number = next(number for number in itertools.count(1) if not Path(f"{folder}.incomplete-{number}").exists())
-        folder.rename(f"{folder}.incomplete-{number}")
+        set_aside(folder, "incomplete")
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a checkpoint that its run has left behind, so that it is none of the run's any more; return its new path.
+def set_aside(folder: Path, why: str) -> None:
+    """Rename a checkpoint, or what has the name of one, so that it is none of the run's any more.
+
+    Args:
+        folder: of it.
+        why: goes into the new name.
 
     Raises:
         OSError: if it cannot be renamed.
     """
-    names = (folder.with_name(f"{folder.name}.rolled-back-{number}") for number in itertools.count(1))
-    return folder.rename(next(name for name in names if not name.exists()))
+    names = (Path(f"{folder}.{why}-{number}") for number in itertools.count(1))
+    folder.rename(next(name for name in names if not name.exists()))
 
 
 def publish(partial: Path) -> None:

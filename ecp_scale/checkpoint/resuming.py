@@ -161,7 +161,7 @@ def leave_behind(run: Path, config: Config) -> None:
 def _set_aside(folder: Path, config: Config) -> None:
     with suppress(InputError):
         if skipped_by(config, CheckpointRecord.read(folder)) is not None:
-            set_aside(folder)
+            set_aside(folder, "rolled-back")
 
 
 def check_sight(run: Path, start: Start) -> None:

@@ -37,11 +37,10 @@ class TrainingBatches:
     def after(self, tokens: int, sequences: int) -> StepBatches:
         """The step of ``sequences`` samples that follows ``tokens`` tokens."""
         stride = self.micro * self.ranks
-        samples = list(self.blend.samples(tokens, sequences))
         micro_batches, digest = [], [0] * PARTS
         for start in range(self.rank * self.micro, sequences, stride):
             rows = []
-            for sample in samples[start : start + self.micro]:
+            for sample in self.blend.samples(tokens + start * self.blend.sequence_length, self.micro):
                 corpus, window = self.blend.locate(sample)
                 rows.append(self.blend.read(corpus, window))
                 parts = to_parts(self.blend.digest(sample, corpus, window))

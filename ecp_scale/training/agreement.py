@@ -21,7 +21,7 @@ from ecp_scale.cluster.lock import PATIENCE_SECONDS, Lock
 from ecp_scale.command_line import Request
 from ecp_scale.console import say
 from ecp_scale.errors import AgreedError, InputError
-from ecp_scale.parallel.groups import agreed, decided
+from ecp_scale.parallel.groups import agreed, decided, everyone
 
 MOST_SHOWN = 12
 
@@ -67,15 +67,12 @@ def check_same(mine: dict[str, str]) -> None:
         AgreedError: on all ranks, naming what differs, with ranks and hosts.
     """
     digest = hashlib.sha256(json.dumps(sorted(mine.items())).encode()).hexdigest()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (digest, socket.gethostname()))
-    if len({other for other, _ in everyone}) == 1:
+    known = everyone((digest, socket.gethostname()))
+    if len({other for other, _ in known}) == 1:
         return
-    ranks = {other: [rank for rank, (found, _) in enumerate(everyone) if found == other] for other, _ in everyone}
-    reports = ranks[digest][0] == dist.get_rank()
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine if reports else None)
-    groups = [(told[at[0]], at, sorted({everyone[rank][1] for rank in at})) for at in ranks.values()]
+    ranks = {other: [rank for rank, (found, _) in enumerate(known) if found == other] for other, _ in known}
+    told = everyone(mine if ranks[digest][0] == dist.get_rank() else {})
+    groups = [(told[at[0]], at, sorted({known[rank][1] for rank in at})) for at in ranks.values()]
     names = dict.fromkeys(name for values, _, _ in groups for name in values)
     lines = []
     for name in names:
