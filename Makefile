@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # torch comes first and bounded, so that nothing else can pull a newer build.
 TORCH := "torch>=2.8,<2.14"
 
-.PHONY: install demo test test-gpu check format docs clean
+.PHONY: install demo test test-gpu test-kernels check format docs clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,11 @@ test: install
 # On a machine with a GPU: PYTHON is one whose torch fits its driver, with .[gpu,test] installed under constraints-gpu.txt.
 test-gpu:
 	ECP_TEST_GPU=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu --numprocesses 8
+
+# Kernels for a GPU as machine code, without one; triton (0.9 GB) stays out of the environment.
+test-kernels: install
+	test -d build/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton triton==3.8.0
+	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/kernels -m exhaustive
 
 check: install
 	$(BIN)/ruff format --check .

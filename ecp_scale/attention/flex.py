@@ -38,12 +38,18 @@ def flex_attention(q: Tensor, key_value: KeyValue, pattern: Pattern) -> Tensor:
     operands = (pad(x, lacking) if lacking[1] else x for x in operands)
     grouped = q.shape[1] != key_value.keys.shape[1]
     attend = _kernel(q.is_cuda)
-    return attend(*operands, block_mask=blocks, enable_gqa=grouped, scale=width**-0.5)[..., :width]
+    named = {"enable_gqa": grouped, "scale": width**-0.5, "kernel_options": kernel_options(q.dtype)}
+    return attend(*operands, block_mask=blocks, **named)[..., :width]
 
 
 def flex_serves(q: Tensor) -> bool:
     """Whether the kernel is for so many queries (B, H, Nq, E): one block, or none, would be graphs of their own."""
     return q.shape[-2] >= 2 * BLOCK or not q.is_cuda
+
+
+def kernel_options(dtype: torch.dtype) -> dict[str, int] | None:
+    """Sizes of the kernel's blocks, where torch's own are too large: in float32 they spill kilobytes of registers."""
+    return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32} if dtype == torch.float32 else None
 
 
 @cache
