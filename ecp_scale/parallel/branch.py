@@ -1,14 +1,15 @@
 """How a branch of the residual block enters the tensor-parallel region, and how its backward pass leaves it.
 
 Forward, every rank gathers the positions that its rows of the matrices need. Backward, the gradient of the positions is
-a sum over the ranks: it is under way while the gradients of the weights are computed, which do not need it. Of the
-nodes that can run, autograd takes the one that was made last; so they are made in the order of wait, weights, gather.
+a sum over the linears that take them, which each adds to inside its product, and over the ranks: that sum is under way
+while the gradients of the weights are computed, which do not need it. Of the nodes that can run, autograd takes the one
+that was made last; so they are made in the order of wait, weights, gather.
 
 Trap: that holds as long as nothing but the gather takes what the wait returns, which is in flight until then.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.linear import ColumnLinear, gather_to_tensor_parallel_region
@@ -26,16 +28,26 @@ from ecp_scale.precision import linear, product_type
 class Branch:
     """All positions (n, b, D) of what enters a branch, and the linears that take it."""
 
-    def __init__(self, whole: Tensor, weights: dict[ColumnLinear, "tuple[Tensor, _Operands]"]) -> None:
+    def __init__(
+        self,
+        whole: Tensor,
+        weights: dict[ColumnLinear, "tuple[Tensor, _Operands | None]"],
+        total: "_Sum",
+        again: "_GatheredAgain | None" = None,
+    ) -> None:
         self.whole = whole
-        self._weights = weights
+        self._weights, self._total, self._again = weights, total, again
 
     def apply(self, column: ColumnLinear, last: int | None = None) -> Tensor:
         """(n, b, D) -> (n, b, out/t), or of the ``last`` positions alone."""
         # A slice of everything is none, but has a backward pass that fills and adds a tensor.
         x = self.whole if last is None or last == len(self.whole) else self.whole[-last:]
-        weight, operands = self._weights.pop(column, (None, None))  # of one use; a second computes its own gradient
-        return column(x) if weight is None else column(x, partial(_Linear.apply, operands, weight))
+        if column not in self._weights:
+            return column(x)
+        weight, operands = self._weights.pop(column)  # of one use; a second computes its own gradient
+        total = self._total if x is self.whole else None
+        with nullcontext() if self._again is None or operands is None else self._again.awaited_by(operands):
+            return column(x, partial(_Linear.apply, operands, total, weight))
 
 
 @contextmanager
@@ -45,25 +57,32 @@ def tensor_parallel_branch(x: Tensor, linears: Sequence[ColumnLinear], parallel:
     With sequence parallelism they keep this rank's positions for the backward pass, which gathers them again: kept
     whole, the inputs of both branches are two fifths of a layer's activations.
     """
-    if parallel.tp_size == 1 or not torch.is_grad_enabled():
-        yield Branch(gather_to_tensor_parallel_region(x, parallel), {})
+    total = _Sum(x.dtype)
+    if not torch.is_grad_enabled():
+        yield Branch(gather_to_tensor_parallel_region(x, parallel), {}, total)
+        return
+    # ZeRO-3 has a weight whole in its own module's forward and backward alone.
+    own = [column for column in linears if not hasattr(column.weight, "ds_id")]
+    weights: dict[ColumnLinear, tuple[Tensor, _Operands | None]]
+    if parallel.tp_size == 1:
+        weights = {column: (column.weight, None) for column in own}
+        yield Branch(_Gather.apply(x, None, total), weights, total)
         return
     message = _Message(parallel)
     local = _Await.apply(x, message)
     weights = {}
-    for column in linears:
-        # ZeRO-3 has a weight whole in its own module's forward and backward alone.
-        if column.weight.requires_grad and not hasattr(column.weight, "ds_id"):
+    for column in own:
+        if column.weight.requires_grad:
             operands = _Operands()
             weights[column] = _Weight.apply(column.weight, operands), operands
-    whole = _Gather.apply(local, message)
+    whole = _Gather.apply(local, message, total)
     # In the first pass of what is computed again nothing is kept, and in the second it is used at once.
     if not parallel.sequence_parallel or PASS.get().which != "only":
-        yield Branch(whole, weights)
+        yield Branch(whole, weights, total)
         return
-    again = _GatheredAgain(x.detach(), whole, parallel)
+    again = _GatheredAgain(x.detach(), whole, parallel.tp_group)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        yield Branch(whole, weights)
+        yield Branch(whole, weights, total, again)
 
 
 class _Message:
@@ -105,17 +124,44 @@ class _Await(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Sum:
+    """The gradient of the positions (n * b, D), to which linears add their terms; autograd is given it at the end."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.so_far: Tensor | None = None  # wider where products are
+
+    def add(self, gradient: Tensor, weight: Tensor) -> None:
+        """Add (n, b, out) @ (out, D); the product reads and writes the sum, which no other kernel does."""
+        flat = gradient.flatten(0, -2)
+        if self.so_far is None:
+            self.so_far = flat @ weight
+        else:
+            torch.addmm(self.so_far, flat, weight, out=self.so_far)
+
+    def take(self, others: Tensor | None, shape: torch.Size) -> Tensor:
+        """With what autograd has summed itself, in ``shape``; a second backward pass begins a new one."""
+        found, self.so_far = self.so_far, None
+        if found is None:
+            assert others is not None
+            return others
+        whole = found.view(shape).to(self.dtype)
+        return whole if others is None else whole.add_(others)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, message: _Message) -> Tensor:
-        ctx.message = message
-        whole = gather_to_tensor_parallel_region(x, message.parallel)
+    def forward(ctx: Any, x: Tensor, message: _Message | None, total: _Sum) -> Tensor:
+        ctx.set_materialize_grads(False)  # None is what the linears of ``total`` give
+        whole = x if message is None else gather_to_tensor_parallel_region(x, message.parallel)
+        ctx.message, ctx.total, ctx.shape = message, total, whole.shape
         return whole.view_as(whole) if whole is x else whole
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.message.start(gradients[0]), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        whole = ctx.total.take(gradients[0], ctx.shape)
+        return whole if ctx.message is None else ctx.message.start(whole), None, None
 
 
 class _Operands:
@@ -123,6 +169,8 @@ class _Operands:
 
     def __init__(self) -> None:
         self.gradient_and_x: tuple[Tensor, Tensor] | None = None
+        self.again: _GatheredAgain | None = None
+        """By which x is under way."""
 
 
 class _Weight(torch.autograd.Function):
@@ -138,53 +186,93 @@ class _Weight(torch.autograd.Function):
     def backward(ctx: Any, *placeholders: Tensor) -> tuple[Tensor, None]:
         gradient, x = ctx.operands.gradient_and_x
         ctx.operands.gradient_and_x = None
-        product = gradient.flatten(0, -2).t() @ x.flatten(0, -2).to(gradient.dtype)
-        return product.to(placeholders[0].dtype), None
+        if ctx.operands.again is not None:
+            ctx.operands.again.wait()
+        return _of_weight(gradient, x).to(placeholders[0].dtype), None
+
+
+def _of_weight(gradient: Tensor, x: Tensor) -> Tensor:
+    """(n, b, out) and (n, b, D) to the gradient of the weight, (out, D), in the type of the former."""
+    return gradient.flatten(0, -2).t() @ x.flatten(0, -2).to(gradient.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, operands: _Operands, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, operands: _Operands | None, total: _Sum | None, weight: Tensor, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """``operands`` is None where the gradient of the weight is computed here, ``total`` that of x alone."""
         ctx.save_for_backward(x, weight)
-        ctx.operands = operands
+        ctx.operands, ctx.total = operands, total
         return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors  # Trap: x may still be under way; ``_Weight`` waits for it.
         gradient = gradients[0].to(product_type(x))
-        ctx.operands.gradient_and_x = gradient, x
-        _, _, of_x_is_wanted, of_bias_is_wanted = ctx.needs_input_grad
-        of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if of_x_is_wanted else None
+        _, _, of_weight_is_wanted, of_x_is_wanted, of_bias_is_wanted = ctx.needs_input_grad
+        of_x = of_weight = None
+        if of_x_is_wanted and ctx.total is not None:
+            ctx.total.add(gradient, weight.to(gradient.dtype))
+        elif of_x_is_wanted:
+            of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
+        if ctx.operands is not None:
+            ctx.operands.gradient_and_x = gradient, x
+            # Autograd wants something that looks like the gradient of the weight; this takes no memory.
+            of_weight = weight.new_zeros(()).expand_as(weight)
+        elif of_weight_is_wanted:
+            of_weight = _of_weight(gradient, x).to(weight.dtype)
         of_bias = gradient.flatten(0, -2).sum(0).to(x.dtype) if of_bias_is_wanted else None
-        # Autograd wants something that looks like the gradient of the weight; this takes no memory.
-        return None, weight.new_zeros(()).expand_as(weight), of_x, of_bias
+        return None, None, of_weight, of_x, of_bias
 
 
 class _GatheredAgain:
     """What is saved of a gathered tensor, as a view of one that is gathered when it is needed, once for all."""
 
-    def __init__(self, local: Tensor, whole: Tensor, parallel: ParallelContext) -> None:
-        self.local, self.parallel = local, parallel
+    def __init__(self, local: Tensor, whole: Tensor, group: ProcessGroup) -> None:
+        self.local, self.group = local, group
         self.storage = whole.untyped_storage()._cdata  # and not the tensor, which would live on
-        self.waiting = 0
+        self.uses = self.waiting = 0
         self.whole: Tensor | None = None
+        self.work: dist.Work | None = None
+        self.is_awaited = False
+
+    @contextmanager
+    def awaited_by(self, operands: _Operands) -> Iterator[None]:
+        """What is saved meanwhile is not read before ``operands`` has waited for it: it may arrive after ``unpack``."""
+        operands.again, self.is_awaited = self, True
+        try:
+            yield
+        finally:
+            self.is_awaited = False
 
     def pack(self, saved: Tensor) -> Any:
         if saved.untyped_storage()._cdata != self.storage:
             return saved
-        self.waiting += 1
-        return saved.shape, saved.stride(), saved.storage_offset()
+        self.uses, self.waiting = self.uses + 1, self.waiting + 1
+        return (saved.shape, saved.stride(), saved.storage_offset()), self.is_awaited
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        view, is_awaited = packed
         if self.whole is None:
-            with torch.no_grad():
-                self.whole = gather_to_tensor_parallel_region(self.local, self.parallel)
-        found = self.whole.as_strided(*packed)
+            shape = len(self.local) * self.group.size(), *self.local.shape[1:]
+            self.whole = self.local.new_empty(shape)
+            # As Megatron's gather, but not waited for: the gradient of the positions is computed without it.
+            gather = partial(dist.all_gather_into_tensor, self.whole, self.local.contiguous(), group=self.group)
+            self.work = gather(async_op=True)
+        if not is_awaited:
+            self.wait()
+        found = self.whole.as_strided(*view)
         self.waiting -= 1
-        if self.waiting <= 0:  # less than none where a graph is kept for a second pass
-            self.whole = None
+        if not self.waiting:  # a second pass, of a graph that is kept, begins anew
+            self.whole, self.waiting = None, self.uses
         return found
+
+    def wait(self) -> None:
+        """Until it is there, if it has not been waited for."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None

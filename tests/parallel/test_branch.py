@@ -72,6 +72,53 @@ def test_gradients_are_those_of_plain_linears(passes: int, frozen: bool, paralle
             assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("kept", [[0], [0, 1], [0, 1, 2]])
+def test_a_sum_has_the_terms_of_what_is_differentiated(kept: list[int]) -> None:
+    alone = ParallelContext.single(torch.float64)
+    columns = [*linears(alone), *linears(alone)[:1]]
+    x = torch.randn(5, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    with tensor_parallel_branch(x * 2, columns, alone) as entered:
+        outputs = [entered.apply(column).sin() for column in columns]
+    total = sum((outputs[number].sum() for number in kept), (entered.whole**2).sum())
+    expected = sum((columns[number](x * 2).sin().sum() for number in kept), (x * 2).square().sum())
+    leaves = [x, *(columns[number].weight for number in kept)]
+    wanted = torch.autograd.grad(expected, leaves)
+    for again in (True, False):
+        for got, right in zip(torch.autograd.grad(total, leaves, retain_graph=again), wanted, strict=True):
+            assert_close(got, right)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_weights_wait_for_what_is_gathered_again(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = torch.randn(2, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sent = []
+
+    class Gather:
+        """Arrives when it is waited for."""
+
+        def __init__(self, whole: Tensor, local: Tensor, **_: object) -> None:
+            self.whole, self.local = whole.fill_(torch.nan), local
+            sent.append(self)
+
+        def wait(self) -> None:
+            self.whole.copy_(torch.cat((self.local, other)))
+
+    monkeypatch.setattr(branch.dist, "all_gather_into_tensor", Gather)
+    monkeypatch.setattr(branch, "gather_to_tensor_parallel_region", lambda x, _: torch.cat((x, other)))
+    config = ParallelConfig(tensor=2, sequence=True)
+    with _fake_launch(2, 0), process_groups(config, device=torch.device("cpu")) as groups:
+        parallel = ParallelContext(groups.tensor, torch.float64, sequence_parallel=True)
+        columns, plain = linears(parallel), linears(parallel)
+        x = torch.randn(2, 1, 6, dtype=torch.float64).requires_grad_()
+        total, expected = loss(x, columns, parallel), plain_loss(torch.cat((x, other / 2)).detach(), plain)
+        for number in range(passes):
+            for found in (total, expected):
+                found.backward(retain_graph=number < passes - 1)
+    for first, second in zip(columns, plain, strict=True):
+        assert_close(first.weight.grad, second.weight.grad)
+    assert len(sent) == passes
+
+
 def test_a_second_derivative_is_refused(parallel: ParallelContext) -> None:
     x = torch.randn(5, 1, 6, dtype=torch.float64).requires_grad_()
     (first,) = torch.autograd.grad(loss(x, linears(parallel), parallel), x, create_graph=True)
