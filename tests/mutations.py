@@ -118,7 +118,12 @@ BUGS = (
         "            pass\n",
         "tests/parallel/test_branch.py",
     ),
-    Bug("parallel/branch.py", "self.so_far = self.so_far, None", "self.so_far = self.so_far, self.so_far", SEQUENCES),
+    Bug(
+        "parallel/branch.py",
+        "self.so_far = self.so_far, None",
+        "self.so_far = self.so_far, self.so_far",
+        "tests/parallel/test_branch.py",
+    ),
     Bug("parallel/random.py", "* 65_536 + groups.data_rank", "* 65_536", RANDOMNESS),
     Bug("parallel/random.py", "replica * 65_536 + groups.tensor_rank + 1", "replica * 65_536 + 1", RANDOMNESS),
     Bug("parallel/recompute.py", "        TENSOR_PARALLEL.state = state\n", "        pass\n", RANDOMNESS),

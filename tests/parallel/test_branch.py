@@ -88,8 +88,9 @@ def test_a_sum_has_the_terms_of_what_is_differentiated(kept: list[int]) -> None:
             assert_close(got, right)
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_weights_wait_for_what_is_gathered_again(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_wait_for_what_is_gathered_again(passes: int, twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     other = torch.randn(2, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sent = []
 
@@ -110,7 +111,13 @@ def test_weights_wait_for_what_is_gathered_again(passes: int, monkeypatch: pytes
         parallel = ParallelContext(groups.tensor, torch.float64, sequence_parallel=True)
         columns, plain = linears(parallel), linears(parallel)
         x = torch.randn(2, 1, 6, dtype=torch.float64).requires_grad_()
-        total, expected = loss(x, columns, parallel), plain_loss(torch.cat((x, other / 2)).detach(), plain)
+        with tensor_parallel_branch(x, columns, parallel) as entered:
+            outputs = [entered.apply(column) for column in columns]
+            if twice:  # whose weight has its gradient where it is used, which does not wait
+                outputs.append(entered.apply(columns[0]))
+        of_all = torch.cat((x, other)).detach()
+        same = [column(of_all) for column in [*plain, *plain[:twice]]]
+        total, expected = (sum(output.sin().sum() for output in found) for found in (outputs, same))
         for number in range(passes):
             for found in (total, expected):
                 found.backward(retain_graph=number < passes - 1)
