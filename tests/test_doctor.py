@@ -1,5 +1,6 @@
 """The doctor: on a good machine, and with planted defects, each of which it must name with its host."""
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -73,6 +74,7 @@ def test_a_defect_is_named_with_its_host(defect: str, said: str, tmp_path: Path)
     others = [line for line in rows(done.stdout, "bad") if line not in found]
     assert not [line for line in others if not any(check in line for check in TIMED)]
     assert "Traceback" not in done.stdout
+    assert len([line for line in done.stdout.splitlines() if re.search(r"thing.* wrong: |all is well: ", line)]) == 1
 
 
 def test_a_wrong_card_of_one_rank_alone_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

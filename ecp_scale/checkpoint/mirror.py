@@ -98,11 +98,13 @@ class Mirror:
                 self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
                 self._thread.start()
 
-    def finish(self) -> None:
-        """Wait until all is copied."""
+    def finish(self, patience_seconds: float | None = None) -> bool:
+        """Wait until all is copied; whether it is, after ``patience_seconds`` at most."""
         thread = self._thread
-        if thread is not None:
-            thread.join()
+        if thread is None:
+            return True
+        thread.join(patience_seconds)
+        return not thread.is_alive()
 
     def _work(self) -> None:
         while True:

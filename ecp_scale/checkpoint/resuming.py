@@ -151,11 +151,13 @@ def leave_behind(run: Path, config: Config) -> None:
     """
     for folder in saved_folders(run):
         _set_aside(folder, config)
-    for folder in saved_folders(Path(config.checkpoint.mirror)) if config.checkpoint.mirror is not None else []:
-        try:
+    if config.checkpoint.mirror is None:
+        return
+    try:
+        for folder in saved_folders(Path(config.checkpoint.mirror)):
             _set_aside(folder, config)
-        except OSError as error:
-            say(f"mirror      {error.filename}: {error.strerror}; the run goes on")
+    except OSError as error:
+        say(f"mirror      {error.filename}: {error.strerror}; the run goes on")
 
 
 def _set_aside(folder: Path, config: Config) -> None:

@@ -51,19 +51,17 @@ class SaveFailedError(RuntimeError):
 class Saves:
     """The saves of a run, at most one at a time; all ranks take part in every call but ``news``."""
 
-    def __init__(self, engine: Engine, config: Config, blend: Blend, run: Path, run_tokens: int = 0) -> None:
+    def __init__(self, engine: Engine, config: Config, blend: Blend, run: Path) -> None:
         """Args:
         engine: what is saved, made by ``build_engine``.
         config: of the run.
         blend: its data.
         run: its folder.
-        run_tokens: tokens of the whole run.
         """
         self._engine = engine
         self._config = config
         self._blend = blend
         self._run = run
-        self._run_tokens = run_tokens
         self._retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
         self._mirror = Mirror(Path(config.checkpoint.mirror), self._retention) if config.checkpoint.mirror else None
         self._partial: Path | None = None
@@ -136,14 +134,16 @@ class Saves:
         except Exception as error:
             return f"{partial}: {type(error).__name__}: {error}"
 
-    def settle(self) -> None:
-        """Wait until the mirror has all that it is to have."""
-        agreed(self._settle, takes_long=True)
+    def settle(self, patience_seconds: float | None = None) -> None:
+        """Wait until the mirror has all that it is to have, or for ``patience_seconds``."""
+        agreed(lambda: self._settle(patience_seconds), takes_long=True)
 
-    def _settle(self) -> None:
-        if self._mirror is not None and dist.get_rank() == 0:
-            self._mirror.finish()
-            self._remove_old(checkpoints_folder(self._run) / tag(self.done.step))
+    def _settle(self, patience_seconds: float | None) -> None:
+        if self._mirror is None or dist.get_rank() != 0:
+            return
+        if not self._mirror.finish(patience_seconds):
+            say(f"mirror      is still being written to after {patience_seconds:.0f} s; the run goes on")
+        self._remove_old(checkpoints_folder(self._run) / tag(self.done.step))
 
     def catch_up(self, newest: Path | None) -> None:
         """Have the mirror copy the checkpoint that the run goes on from, which a stopped run has left it without."""
@@ -210,7 +210,7 @@ class Saves:
             files=dict(sorted(files.items())),
             data_digest=f"{self.done.data_digest:016x}",
             skipped_steps=self._skipped_steps,
-            run_tokens=self._run_tokens,
+            run_tokens=self._config.run_tokens(self.done.step, self.done.tokens),
             versions={name: version(name) for name in ("torch", "deepspeed", "megatron-core")},
             **layout_of(self._engine, self._config),
             **identity(self._config, self._blend, self.done.tokens),

@@ -7,24 +7,28 @@ from contextlib import contextmanager, suppress
 
 PATIENCE_SECONDS = 5.0
 """How long a rank may take for it."""
-_WORDS: list[Callable[[], None]] = []
+_WORDS: list[tuple[Callable[[], None], bool]] = []
 
 
 @contextmanager
-def before_leaving(action: Callable[[], None]) -> Iterator[None]:
-    """While the body runs, do something before this rank leaves a launch that has lost another."""
-    _WORDS.append(action)
+def before_leaving(action: Callable[[], None], at_exit: bool = False) -> Iterator[None]:
+    """While the body runs, do something before this rank leaves a launch that has lost another.
+
+    ``at_exit``: only where the process ends at once, and not where an error ends the body, after which more is done.
+    """
+    words = (action, at_exit)
+    _WORDS.append(words)
     try:
         yield
     finally:
-        _WORDS.remove(action)
+        _WORDS.remove(words)
 
 
-def say_last_words() -> None:
+def say_last_words(is_exit: bool = False) -> None:
     """Do what has been asked for, in a thread that is not waited for longer than ``PATIENCE_SECONDS``."""
 
     def do() -> None:
-        for action in list(_WORDS):
+        for action in [action for action, at_exit in _WORDS if is_exit or not at_exit]:
             with suppress(Exception):  # another error is what is to be told
                 action()
 
@@ -35,5 +39,5 @@ def say_last_words() -> None:
 
 def leave() -> None:
     """End this process at once, with its last words."""
-    say_last_words()
+    say_last_words(is_exit=True)
     os._exit(1)

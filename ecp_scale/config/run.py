@@ -161,6 +161,12 @@ class Config:
             tokens, left = tokens + alike * step, left - alike
         return tokens
 
+    def run_tokens(self, done: int = 0, taken: int = 0) -> int:
+        """Tokens of the whole run, of which ``done`` steps have taken ``taken``; the same at every step of it."""
+        training = self.training
+        steps = training.steps if training.tokens is None else self.steps_to(training.tokens, done, taken)
+        return self.tokens_after(steps, done, taken)
+
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches of one rank in one optimizer step."""
         together = self.training.micro_batch_size * self.parallel.data_parallel_size(world_size)

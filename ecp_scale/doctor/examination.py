@@ -59,7 +59,7 @@ class Examination:
             if "RANK" not in os.environ and has_bad(self.found):
                 raise _UnfitError
             with (
-                before_leaving(show),
+                before_leaving(show, at_exit=True),
                 rendezvous(kind, self._timeout, gpu_identity(device), on_gpu, lambda met: self._share(met, kind)),
                 process_groups(ParallelConfig(), device=device) as groups,
             ):

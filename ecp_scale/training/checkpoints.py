@@ -12,6 +12,9 @@ from ecp_scale.config import CheckpointConfig
 from ecp_scale.console import say
 from ecp_scale.training.events import EventLog
 
+MIRROR_SECONDS = 300.0
+"""How long a run that goes back waits for a mirror, whose disk may hang."""
+
 
 class Checkpoints:
     """Saves in front of the training, or behind it; all ranks call it alike."""
@@ -112,6 +115,11 @@ class Checkpoints:
                 f"stop, touch {self._run / STOP}"
             )
         self._say(step, text)
+
+    def finish_all(self) -> None:
+        """Wait for the save in progress and, for a while, for its copy in the mirror: folders are renamed next."""
+        self.finish()
+        self._saves.settle(MIRROR_SECONDS)
 
     def settle(self, is_finished: bool) -> None:
         """At the end of a finished run: wait until the mirror has its last checkpoint. A stopped one has no time."""

@@ -96,7 +96,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         agreed(lambda: check_view(blend, validation))
         done = start.progress
         config = config.with_length(done.step, done.tokens)
-        run_tokens = config.tokens_after(config.training.steps, done.step, done.tokens)
+        run_tokens = config.run_tokens(done.step, done.tokens)
         events = stack.enter_context(EventLog(run if dist.get_rank() == 0 else None, done.step))
         if dist.get_rank() == 0:
             for line in describe_start(start, run):
@@ -118,11 +118,11 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         write = partial(write_settings, run, settings)
         decided(lambda: write(to_yaml(config)))
         decided(lambda: leave_behind(run, config))
-        saves = Saves(engine, config, blend, run, run_tokens)
+        saves = Saves(engine, config, blend, run)
         probe = partial(probe_loss, engine, config, groups)
         checkpoints = Checkpoints(saves, config.checkpoint, run, start.folder, events, probe)
         events.add("started", done.step, ranks=len(hosts), hosts=list(dict.fromkeys(hosts)), launched=launched)
-        loop = _Run(config, groups, engine, blend, validation, hosts, run, run_tokens, stop, checkpoints, events, write)
+        loop = _Run(config, groups, engine, blend, validation, hosts, run, stop, checkpoints, events, write)
         loop.run(start.progress)
         engine.destroy()
 
@@ -139,7 +139,6 @@ class _Run:
         validation: dict[str, Corpus],
         hosts: list[str],
         folder: Path,
-        run_tokens: int,
         stop: StopRequest,
         checkpoints: Checkpoints,
         events: EventLog,
@@ -152,7 +151,6 @@ class _Run:
         self.validation = validation
         self.slow_ranks = SlowRanks(hosts)
         self.folder = folder
-        self.run_tokens = run_tokens
         self.stop = stop
         self.checkpoints = checkpoints
         self.events = events
@@ -230,7 +228,7 @@ class _Run:
         began = time.perf_counter()
         sequences = config.sequences_after(before.tokens)
         tokens = before.tokens + sequences * config.model.sequence_length
-        rate = config.optimizer.learning_rate_at(tokens, self.run_tokens)
+        rate = config.optimizer.learning_rate_at(tokens, config.run_tokens(before.step, before.tokens))
         then = (tokens, config.sequences_after(tokens)) if step < config.training.steps else None
         batch = batches.after(before.tokens, sequences, then)
         waited = time.perf_counter() - began

@@ -1,5 +1,6 @@
 """What a run does at a spike of its loss: it says so, or goes back and passes over the samples around it."""
 
+import dataclasses
 import itertools
 import math
 from collections import deque
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from ecp_scale.checkpoint.resuming import Start, find_start, leave_behind, load, with_ranges
 from ecp_scale.checkpoint.saving import Progress
 from ecp_scale.command_line import to_yaml
-from ecp_scale.config import Config
+from ecp_scale.config import CheckpointConfig, Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.passed_over import PassedOver
@@ -124,8 +125,7 @@ class Spikes:
             The config with what is passed over, and the place to go on from; None where no checkpoint is old enough,
             and the run goes on.
         """
-        checkpoints.finish()
-        checkpoints.settle(True)
+        checkpoints.finish_all()
         found = decided(lambda: self._choose(run, config, done))
         self._found = None
         if isinstance(found, str):
@@ -160,7 +160,11 @@ class Spikes:
         first, last = read.sample(begin // n), read.sample(done.tokens // n - 1)
         new = with_ranges(config, {first: last})
         with suppress(InputError):
-            start = find_start(run, True, new)
+            try:
+                start = find_start(run, True, new)
+            except OSError:  # of the mirror, without which the run goes back; or of its own folder, which is told now
+                start = find_start(run, True, dataclasses.replace(new, checkpoint=CheckpointConfig()))
             if start.folder is not None:
-                return new, start, (first, last)
+                # A run of training.tokens has other steps from here, where its batch or length has changed since.
+                return new.with_length(start.progress.step, start.progress.tokens), start, (first, last)
         return f"no checkpoint from before step {max(1, oldest):,} is left"

@@ -1,10 +1,12 @@
 """Spikes of the loss: found, gone back from, their samples passed over, and all of it in the record of the run."""
 
 import dataclasses
+import errno
 import json
 import math
 import random
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ecp_scale.checkpoint import resuming
+from ecp_scale.checkpoint import folder, mirror, resuming
 from ecp_scale.checkpoint.folder import CheckpointRecord, checkpoints_folder, find_checkpoint
 from ecp_scale.checkpoint.resuming import find_start
 from ecp_scale.command_line import parse
@@ -21,7 +23,7 @@ from ecp_scale.config import CheckpointConfig, Config, TrainingConfig
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.passed_over import PassedOver, union
-from ecp_scale.training import rolling_back
+from ecp_scale.training import checkpoints, rolling_back
 from ecp_scale.training.events import read_events
 from ecp_scale.training.loop import train
 from ecp_scale.training.spikes import LEAST, WINDOW, SpikeWatch
@@ -333,6 +335,60 @@ def test_a_run_goes_back_to_a_checkpoint_of_another_layout(
         train(parse([*words(sharded_text, prefix, run, *more, zero=after), "--checkpoint.every_steps=20"], ""))
     assert steps(rolled) == steps(known)
     assert weights(rolled) == weights(known)
+
+
+def test_a_run_that_goes_back_to_before_a_change_of_its_batch_has_all_of_its_tokens(
+    sharded_text: ShardedText, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tokens, half = tmp_path / "run", STEPS * SEQUENCES * N, SEQUENCES // 2
+    asked = [word for word in words(sharded_text, prefix, run, *ROLLED) if "training.steps=" not in word]
+    train(parse([*asked, f"--training.tokens={10 * SEQUENCES * N}"], ""))
+
+    def find(*arguments: Any) -> Any:
+        shutil.rmtree(checkpoints_folder(run) / "step-00000010")
+        return find_start(*arguments)
+
+    monkeypatch.setattr(rolling_back, "find_start", find)
+    more = (f"--training.global_batch_size={half}", f"--training.tokens={tokens}", "--checkpoint.every_steps=100")
+    train(parse([*asked, *more], ""))
+    (back,) = [event for event in read_events(run) if event["event"] == "rolled back"]
+    assert back["step"] == 5
+    last = metrics(run)[-1]
+    assert (last["step"], last["tokens"]) == (5 + (STEPS - 5) * 2, tokens)
+    record = CheckpointRecord.read(find_checkpoint(run))
+    assert (record.step, record.run_tokens) == (last["step"], tokens)
+
+
+def test_a_mirror_that_hangs_and_cannot_be_listed_does_not_keep_a_run_from_going_back(
+    sharded_text: ShardedText,
+    prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, place, goes_back = tmp_path / "run", tmp_path / "mirror", threading.Event()
+    copy, listed = mirror.copy_checkpoint, folder.saved_folders
+
+    def find(*arguments: Any) -> Any:
+        goes_back.set()
+        return find_start(*arguments)
+
+    def saved(of: Path) -> list[Path]:
+        if of == place and goes_back.is_set():
+            raise OSError(errno.EIO, "Input/output error", str(of))
+        return listed(of)
+
+    monkeypatch.setattr(checkpoints, "MIRROR_SECONDS", 0.1)
+    monkeypatch.setattr(rolling_back, "find_start", find)
+    monkeypatch.setattr(mirror, "copy_checkpoint", lambda *paths: (goes_back.wait(60), copy(*paths)))
+    for module in (folder, resuming):
+        monkeypatch.setattr(module, "saved_folders", saved)
+    train(parse(words(sharded_text, prefix, run, *ROLLED, f"--checkpoint.mirror={place}"), ""))
+    said = capsys.readouterr().err
+    assert "mirror      is still being written to after 0 s; the run goes on" in said
+    assert f"mirror      {place}: Input/output error; the run goes on" in said
+    (back,) = [event for event in read_events(run) if event["event"] == "rolled back"]
+    assert (back["step"], metrics(run)[-1]["step"]) == (20, STEPS)
 
 
 def test_samples_of_another_order_are_not_passed_over(sharded_text: ShardedText, prefix: str, tmp_path: Path) -> None:
