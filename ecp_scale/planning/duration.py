@@ -63,8 +63,10 @@ def duration(plan: Plan, machine: Machine) -> Duration:
     """Seconds of a step of a plan on a machine."""
     config, parallel = plan.config, plan.config.parallel
     products = plan.flops_per_step / (plan.world_size * machine.peak_teraflops * 1e12 * machine.utilisation)
-    # Under full recomputation the forward pass, a third of the whole, is done twice.
-    again = products / 3 if parallel.recompute == "full" else 0.0
+    # A third of the whole is the forward pass, all or the attention of which is done twice.
+    model = config.model
+    attention = 3 * 4 * model.width * model.score_pairs / (model.flops_per_token * model.sequence_length)
+    again = products / 3 * {"none": 0.0, "selective": attention, "full": 1.0}[parallel.recompute]
     passes = 4 / 3 if parallel.recompute == "full" else 1.0
     layers = config.accumulation_steps(plan.world_size) * config.model.layers
     asked = passes * layers * machine.layer_milliseconds / 1000

@@ -236,6 +236,11 @@ def test_the_time_of_a_step_is_that_of_its_parts() -> None:
     slow = duration(found, dataclasses.replace(machine, layer_milliseconds=30.0))
     asked = 4 / 3 * 4 * 0.03 * request.config.accumulation_steps(16)
     assert slow.host + slow.products + slow.again == pytest.approx(asked)
+    selective = dataclasses.replace(found.config.parallel, recompute="selective")
+    partly = duration(dataclasses.replace(found, config=dataclasses.replace(found.config, parallel=selective)), machine)
+    model = found.config.model
+    scores = 4 * model.width * model.score_pairs * found.config.tokens_per_step / model.sequence_length
+    assert partly.again == pytest.approx(scores / (16 * 0.5 * 100e12))
     one_node = duration(found, dataclasses.replace(machine, node_ranks=16))
     assert one_node.data == pytest.approx(step.data / 4)
 
