@@ -129,24 +129,33 @@ class _Sum:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.so_far: Tensor | None = None  # wider where products are
+        self._so_far: Tensor | None = None  # wider where products are
+        self._backward_pass = -1
 
     def add(self, gradient: Tensor, weight: Tensor) -> None:
         """Add (n, b, out) @ (out, D); the product reads and writes the sum, which no other kernel does."""
+        self._begin_anew()
         flat = gradient.flatten(0, -2)
-        if self.so_far is None:
-            self.so_far = flat @ weight
+        if self._so_far is None:
+            self._so_far = flat @ weight
         else:
-            torch.addmm(self.so_far, flat, weight, out=self.so_far)
+            torch.addmm(self._so_far, flat, weight, out=self._so_far)
 
     def take(self, others: Tensor | None, shape: torch.Size) -> Tensor:
-        """With what autograd has summed itself, in ``shape``; a second backward pass begins a new one."""
-        found, self.so_far = self.so_far, None
+        """With what autograd has summed itself, in ``shape``."""
+        self._begin_anew()
+        found, self._so_far = self._so_far, None
         if found is None:
             assert others is not None
             return others
         whole = found.view(shape).to(self.dtype)
         return whole if others is None else whole.add_(others)
+
+    def _begin_anew(self) -> None:
+        """Drop what another backward pass has left, one that wanted gradients of weights alone."""
+        this = torch._C._current_graph_task_id()
+        if this != self._backward_pass:
+            self._so_far, self._backward_pass = None, this
 
 
 class _Gather(torch.autograd.Function):

@@ -74,15 +74,19 @@ def test_gradients_are_those_of_plain_linears(passes: int, frozen: bool, paralle
 
 @pytest.mark.parametrize("kept", [[0], [0, 1], [0, 1, 2]])
 def test_a_sum_has_the_terms_of_what_is_differentiated(kept: list[int]) -> None:
-    alone = ParallelContext.single(torch.float64)
-    columns = [*linears(alone), *linears(alone)[:1]]
+    single = ParallelContext.single(torch.float64)
+    columns = [*linears(single), *linears(single)[:1]]
     x = torch.randn(5, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).requires_grad_()
-    with tensor_parallel_branch(x * 2, columns, alone) as entered:
+    with tensor_parallel_branch(x * 2, columns, single) as entered:
         outputs = [entered.apply(column).sin() for column in columns]
     total = sum((outputs[number].sum() for number in kept), (entered.whole**2).sum())
     expected = sum((columns[number](x * 2).sin().sum() for number in kept), (x * 2).square().sum())
     leaves = [x, *(columns[number].weight for number in kept)]
     wanted = torch.autograd.grad(expected, leaves)
+    torch.autograd.grad(total, leaves[1:], retain_graph=True)  # terms that nobody takes
+    (alone,) = torch.autograd.grad(entered.whole.sum(), x, retain_graph=True)
+    assert_close(alone, torch.full_like(x, 2))
+    torch.autograd.grad(total, leaves[1:], retain_graph=True)
     for again in (True, False):
         for got, right in zip(torch.autograd.grad(total, leaves, retain_graph=again), wanted, strict=True):
             assert_close(got, right)
