@@ -45,9 +45,14 @@ class Branch:
         if column not in self._weights:
             return column(x)
         weight, operands = self._weights.pop(column)  # of one use; a second computes its own gradient
-        total = self._total if x is self.whole else None
+
+        def product(taken: Tensor, bias: Tensor | None) -> Tensor:
+            # Not what a hook of the module has put in its place, whose gradient goes its way.
+            total = self._total if taken is self.whole else None
+            return _Linear.apply(operands, total, weight, taken, bias)
+
         with nullcontext() if self._again is None or operands is None else self._again.awaited_by(operands):
-            return column(x, partial(_Linear.apply, operands, total, weight))
+            return column(x, product)
 
 
 @contextmanager
@@ -83,6 +88,11 @@ def tensor_parallel_branch(x: Tensor, linears: Sequence[ColumnLinear], parallel:
     again = _GatheredAgain(x.detach(), whole, parallel.tp_group)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
         yield Branch(whole, weights, total, again)
+
+
+def _backward_pass() -> int:
+    """Number of the backward pass that is under way in this thread; -1 outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 class _Message:
@@ -130,7 +140,7 @@ class _Sum:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._so_far: Tensor | None = None  # wider where products are
-        self._backward_pass = -1
+        self._pass = -1
 
     def add(self, gradient: Tensor, weight: Tensor) -> None:
         """Add (n, b, out) @ (out, D); the product reads and writes the sum, which no other kernel does."""
@@ -153,9 +163,8 @@ class _Sum:
 
     def _begin_anew(self) -> None:
         """Drop what another backward pass has left, one that wanted gradients of weights alone."""
-        this = torch._C._current_graph_task_id()
-        if this != self._backward_pass:
-            self._so_far, self._backward_pass = None, this
+        if (this := _backward_pass()) != self._pass:
+            self._so_far, self._pass = None, this
 
 
 class _Gather(torch.autograd.Function):
@@ -211,28 +220,34 @@ class _Linear(torch.autograd.Function):
         ctx: Any, operands: _Operands | None, total: _Sum | None, weight: Tensor, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         """``operands`` is None where the gradient of the weight is computed here, ``total`` that of x alone."""
-        ctx.save_for_backward(x, weight)
+        _, _, of_weight_is_wanted, of_x_is_wanted, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight_is_wanted else None, weight if of_x_is_wanted else None)
+        ctx.dtypes = x.dtype, weight.dtype, product_type(x)
         ctx.operands, ctx.total = operands, total
         return linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Trap: ``once_differentiable`` sees what autograd is given, and not what goes through a sum.
+            raise RuntimeError("a branch of a block has no second derivative: create_graph is for other models")
         x, weight = ctx.saved_tensors  # Trap: x may still be under way; ``_Weight`` waits for it.
-        gradient = gradients[0].to(product_type(x))
+        dtype, dtype_of_weight, dtype_of_products = ctx.dtypes
+        gradient = gradients[0].to(dtype_of_products)
         _, _, of_weight_is_wanted, of_x_is_wanted, of_bias_is_wanted = ctx.needs_input_grad
         of_x = of_weight = None
         if of_x_is_wanted and ctx.total is not None:
             ctx.total.add(gradient, weight.to(gradient.dtype))
         elif of_x_is_wanted:
-            of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
+            of_x = (gradient @ weight.to(gradient.dtype)).to(dtype)
         if ctx.operands is not None:
             ctx.operands.gradient_and_x = gradient, x
             # Autograd wants something that looks like the gradient of the weight; this takes no memory.
-            of_weight = weight.new_zeros(()).expand_as(weight)
+            shape = gradient.shape[-1], x.shape[-1]
+            of_weight = gradient.new_zeros((), dtype=dtype_of_weight).expand(shape)
         elif of_weight_is_wanted:
-            of_weight = _of_weight(gradient, x).to(weight.dtype)
-        of_bias = gradient.flatten(0, -2).sum(0).to(x.dtype) if of_bias_is_wanted else None
+            of_weight = _of_weight(gradient, x).to(dtype_of_weight)
+        of_bias = gradient.flatten(0, -2).sum(0).to(dtype) if of_bias_is_wanted else None
         return None, None, of_weight, of_x, of_bias
 
 
@@ -243,6 +258,7 @@ class _GatheredAgain:
         self.local, self.group = local, group
         self.storage = whole.untyped_storage()._cdata  # and not the tensor, which would live on
         self.uses = self.waiting = 0
+        self.backward_pass = -1
         self.whole: Tensor | None = None
         self.work: dist.Work | None = None
         self.is_awaited = False
@@ -266,6 +282,9 @@ class _GatheredAgain:
         if isinstance(packed, Tensor):
             return packed
         view, is_awaited = packed
+        if (this := _backward_pass()) != self.backward_pass:  # what one has left that did not want all gradients
+            self.whole, self.waiting, self.backward_pass = None, self.uses, this
+            self.wait()
         if self.whole is None:
             shape = len(self.local) * self.group.size(), *self.local.shape[1:]
             self.whole = self.local.new_empty(shape)
@@ -276,8 +295,8 @@ class _GatheredAgain:
             self.wait()
         found = self.whole.as_strided(*view)
         self.waiting -= 1
-        if not self.waiting:  # a second pass, of a graph that is kept, begins anew
-            self.whole, self.waiting = None, self.uses
+        if not self.waiting:
+            self.whole = None
         return found
 
     def wait(self) -> None:

@@ -219,12 +219,27 @@ def test_messages_of_a_branch_are_under_way_while_its_gradients_are_computed(
     told(branch._Message, "wait", "wait")
     told(branch._Weight, "backward", "weight")
     told(branch._Sum, "add", "term")
-    told(branch.dist, "all_gather_into_tensor", "gather")
+    gather, arrive = branch.dist.all_gather_into_tensor, branch._GatheredAgain.wait
+
+    def ask(*arguments: Any, **named: Any) -> Any:
+        if named.get("async_op"):
+            happened.append("gather")
+        return gather(*arguments, **named)
+
+    def wait(of: branch._GatheredAgain) -> None:
+        if of.work is not None:
+            happened.append("arrived")
+        arrive(of)
+
+    monkeypatch.setattr(branch.dist, "all_gather_into_tensor", ask)
+    monkeypatch.setattr(branch._GatheredAgain, "wait", wait)
     config = config_of("ecp", False, layers=2, recompute=recompute, **layout)
     with launch(config, 1) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
         micro_batch(config, parallel, torch.device("cpu"))
-    again = ["gather"] if layout.get("sequence") and recompute != "full" else []
+    is_gathered_again = layout.get("sequence") and recompute != "full"
+    asked, arrived = (["gather"], ["arrived"]) if is_gathered_again else ([], [])
     feed_forward, attention = (
-        [*again, *["term"] * linears, "start", *["weight"] * linears, "wait"] for linears in (2, 3)
+        [*asked, *["term"] * linears, "start", "weight", *arrived, *["weight"] * (linears - 1), "wait"]
+        for linears in (2, 3)
     )
-    assert happened[happened.index("term") - len(again) :] == [*feed_forward, *attention] * 2
+    assert happened == [*feed_forward, *attention] * 2

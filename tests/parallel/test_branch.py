@@ -132,9 +132,40 @@ def test_weights_wait_for_what_is_gathered_again(passes: int, twice: bool, monke
 
 def test_a_second_derivative_is_refused(parallel: ParallelContext) -> None:
     x = torch.randn(5, 1, 6, dtype=torch.float64).requires_grad_()
-    (first,) = torch.autograd.grad(loss(x, linears(parallel), parallel), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    for context in (parallel, ParallelContext.single(torch.float64)):
+        (column, _) = linears(context)
+        with tensor_parallel_branch(x, [column], context) as entered:
+            total = entered.apply(column).sin().sum() + (x**3).sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(total, x, create_graph=True)
+
+
+def test_a_hook_that_replaces_what_a_linear_takes_is_differentiated() -> None:
+    single = ParallelContext.single(torch.float64)
+    column, plain = linears(single)[0], linears(single)[0]
+    x = torch.randn(5, 1, 6, dtype=torch.float64).requires_grad_()
+    column.register_forward_pre_hook(lambda _, given: (given[0] * 3, *given[1:]))
+    with tensor_parallel_branch(x, [column], single) as entered:
+        (got,) = torch.autograd.grad(entered.apply(column).sin().sum(), x)
+    (wanted,) = torch.autograd.grad(plain(x * 3).sin().sum(), x)
+    assert_close(got, wanted)
+
+
+def test_what_is_frozen_keeps_nothing_for_a_gradient_that_it_has_not() -> None:
+    single = ParallelContext.single(torch.float64)
+    columns = linears(single)
+    x = torch.randn(5, 1, 6, dtype=torch.float64).requires_grad_()
+    kept: list[Tensor] = []
+    for column in columns:
+        column.requires_grad_(False)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved),
+        tensor_parallel_branch(x, columns, single) as entered,
+    ):
+        outputs = [entered.apply(column) for column in columns]
+    assert [saved.data_ptr() for saved in kept] == [column.weight.data_ptr() for column in columns]
+    torch.cat(outputs).sum().backward()
+    assert_close(x.grad, torch.ones(5, 1, 8).double() @ sum(column.weight for column in columns))
 
 
 def test_a_graph_is_freed_without_the_collector(parallel: ParallelContext, monkeypatch: pytest.MonkeyPatch) -> None:
