@@ -38,7 +38,7 @@ def flex_attention(q: Tensor, key_value: KeyValue, pattern: Pattern) -> Tensor:
     operands = (pad(x, lacking) if lacking[1] else x for x in operands)
     grouped = q.shape[1] != key_value.keys.shape[1]
     attend = _kernel(q.is_cuda)
-    named = {"enable_gqa": grouped, "scale": width**-0.5, "kernel_options": kernel_options(q.dtype)}
+    named = {"enable_gqa": grouped, "scale": width**-0.5, "kernel_options": kernel_options(q.dtype, width)}
     return attend(*operands, block_mask=blocks, **named)[..., :width]
 
 
@@ -47,9 +47,10 @@ def flex_serves(q: Tensor) -> bool:
     return q.shape[-2] >= 2 * BLOCK or not q.is_cuda
 
 
-def kernel_options(dtype: torch.dtype) -> dict[str, int] | None:
-    """Sizes of the kernel's blocks, where torch's own are too large: in float32 they spill kilobytes of registers."""
-    return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32} if dtype == torch.float32 else None
+def kernel_options(dtype: torch.dtype, width: int) -> dict[str, int] | None:
+    """Sizes of the kernel's blocks, where torch's own spill kilobytes: in float32 without TF32, heads of 64 to 128."""
+    spills = dtype == torch.float32 and 64 <= width <= 128 and not torch.backends.cuda.matmul.allow_tf32
+    return {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32} if spills else None
 
 
 @cache

@@ -24,10 +24,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
+from ecp_scale.attention import KeyValue
+from ecp_scale.attention import flex as ours
 from ecp_scale.attention.calls import Pattern
-from ecp_scale.attention.flex import block_mask, kernel_options
 from ecp_scale.attention.rotary import Rotation, rotate
 from ecp_scale.models import pointwise
+from ecp_scale.parallel.device import set_tf32
 
 HOPPER = (9, 0)
 H100 = SimpleNamespace(
@@ -276,41 +278,50 @@ def cases() -> dict[str, Callable[[], list[Kernel]]]:
         name: partial(lambda function, inputs: kernels_of(function, *inputs()), function, inputs)
         for name, (function, inputs) in of_layer.items()
     }
-    for name, dtype, width in (
-        ("bf16, 128", torch.bfloat16, 128),
-        ("fp32, 64", torch.float32, 64),
-        ("fp32, 128", torch.float32, 128),
+    for name, dtype, width, tf32 in (
+        ("bf16, 128", torch.bfloat16, 128, False),
+        ("fp32, 64", torch.float32, 64, False),
+        ("fp32, 128", torch.float32, 128, False),
+        ("TF32, 64", torch.float32, 64, True),
     ):
-        found[f"flex, {name}"] = partial(flex_kernels, dtype, width, kernel_options(dtype))
-        found[f"flex with documents, {name}"] = partial(
-            flex_kernels, dtype, width, kernel_options(dtype), documents=True
-        )
+        found[f"flex, {name}"] = partial(flex_kernels, dtype, width, tf32=tf32)
+        found[f"flex with documents, {name}"] = partial(flex_kernels, dtype, width, documents=True, tf32=tf32)
     return found
 
 
-def flex_kernels(
-    dtype: torch.dtype, width: int, options: dict[str, int] | None, documents: bool = False
-) -> list[Kernel]:
-    """FlexAttention of segments of 512 positions, forward and backward, two query heads to a head of keys."""
+def flex_kernels(dtype: torch.dtype, width: int, documents: bool = False, tf32: bool = False) -> list[Kernel]:
+    """What our call of FlexAttention compiles to: segments of 512 positions, two query heads to a head of keys."""
     from torch.nn.attention import flex_attention as flex
 
-    n = 2048
+    n, found = 2048, []
     numbers = torch.arange(n).div(700, rounding_mode="floor")[None] if documents else None
-    blocks = block_mask(Pattern(n, n, 512, 512), torch.device("cpu"), numbers)
     q, k, v = (torch.empty(1, heads, n, width, dtype=dtype, requires_grad=True) for heads in (16, 8, 8))
-    attend = partial(flex.flex_attention, block_mask=blocks, enable_gqa=True, kernel_options=options)
+
+    def compiled(*operands: Tensor, **named: Any) -> Tensor:
+        found.extend(kernels_of(partial(flex.flex_attention, **named), *operands, dynamic=True))
+        return torch.empty_like(operands[0])
 
     def accept(*_: Tensor) -> None:  # a mock cannot be compiled
         """In place of the refusal that a CPU has no backward pass of it."""
 
-    with mock.patch.object(flex, "_validate_device", accept):
-        return kernels_of(attend, q, k, v, dynamic=True)
+    with (
+        ExitStack() as stack,
+        mock.patch.object(flex, "_validate_device", accept),
+        mock.patch.object(ours, "_kernel", return_value=compiled),
+    ):
+        stack.callback(set_tf32, torch.backends.cuda.matmul.allow_tf32)
+        set_tf32(tf32)
+        ours.flex_attention(q, KeyValue(k, v, numbers), Pattern(n, n, 512, 512))
+    return found
 
 
 def main() -> None:
     """Print the table."""
+    with mock.patch.object(ours, "kernel_options", return_value=None):
+        spilling = flex_kernels(torch.float32, 128)
     print("| function | kernel | registers, stack, shared memory | wgmma | spills |\n|---|---|---|---|---|")
-    for name, compiled in cases().items():
+    listed = {**cases(), "flex, fp32, 128, torch's own blocks": lambda: spilling}
+    for name, compiled in listed.items():
         for kernel in compiled():
             short = re.sub(r"(?<=.{38}).+", "...", kernel.name)
             print(f"| {name} | `{short}` | {kernel.size} | {kernel.tensor_core} | {kernel.spills} |", flush=True)
