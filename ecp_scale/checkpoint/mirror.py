@@ -2,8 +2,9 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ecp_scale.checkpoint.folder import (
@@ -78,6 +79,8 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._current: Path | None = None
         self._next: Path | None = None
+        self._first: Callable[[], None] | None = None
+        self._abandoned = 0
         self._has_complained = False
 
     @property
@@ -98,6 +101,17 @@ class Mirror:
                 self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
                 self._thread.start()
 
+    def abandon(self) -> None:
+        """Have nothing copied of what has been asked for; a copy that hangs is not published when it goes on."""
+        with self._lock:
+            self._next = None
+            self._abandoned += 1
+
+    def before_next(self, action: Callable[[], None]) -> None:
+        """Have something done in the mirror before the next copy."""
+        with self._lock:
+            self._first = action
+
     def finish(self, patience_seconds: float | None = None) -> bool:
         """Wait until all is copied; whether it is, after ``patience_seconds`` at most."""
         thread = self._thread
@@ -113,11 +127,16 @@ class Mirror:
                 if self._current is None:
                     self._thread = None
                     return
+                (first, self._first), abandoned = (self._first, None), self._abandoned
             try:
                 if not (self._folder / OWNER).is_file():  # as where its disk is not there any more
                     raise InputError(f"{self._folder} is gone: {OWNER} is missing")
+                if first is not None:
+                    first()
                 remove_old(checkpoints_folder(self._folder) / self._current.name, Retention())
-                copy_checkpoint(self._current, self._folder)
+                copy_checkpoint(self._current, self._folder, partial(self._is_wanted, abandoned))
+                if not self._is_wanted(abandoned):
+                    continue
                 left = remove_old(checkpoints_folder(self._folder) / self._current.name, self._retention)
                 if left:
                     raise left[0]
@@ -128,9 +147,15 @@ class Mirror:
                     say(f"mirror      {self._current.name} is not copied: {text}; the run goes on")
                 self._has_complained = True
 
+    def _is_wanted(self, abandoned: int) -> bool:
+        """Whether nothing has been abandoned since."""
+        return abandoned == self._abandoned
 
-def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
+
+def copy_checkpoint(checkpoint: Path, folder: Path, is_wanted: Callable[[], bool] = lambda: True) -> Path:
     """Copy a complete checkpoint into another run folder, whole or not at all; what is read is compared with its hash.
+
+    ``is_wanted``: asked when all is written; where it says no, nothing is left of it.
 
     Returns:
         Its folder there; where the same checkpoint stands already, it is left as it is.
@@ -144,14 +169,15 @@ def copy_checkpoint(checkpoint: Path, folder: Path) -> Path:
     with suppress(InputError):
         if CheckpointRecord.read(target) == record:
             return target
-    partial = begin(target)
+    unfinished = begin(target)
     try:
         for name, expected in record.files.items():
-            found = copy_hashed(checkpoint / name, partial / name)
+            found = copy_hashed(checkpoint / name, unfinished / name)
             if expected.xxh3 and found != expected:
                 raise InputError(f"{checkpoint / name} is damaged: it is not what was written, by its hash")
-        copy_hashed(checkpoint / RECORD, partial / RECORD)
-        publish(partial)
+        copy_hashed(checkpoint / RECORD, unfinished / RECORD)
+        if is_wanted():
+            publish(unfinished)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # a disk that was full must not stay so
+        shutil.rmtree(unfinished, ignore_errors=True)  # a disk that was full must not stay so
     return target

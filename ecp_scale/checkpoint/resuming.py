@@ -151,13 +151,23 @@ def leave_behind(run: Path, config: Config) -> None:
     """
     for folder in saved_folders(run):
         _set_aside(folder, config)
+    leave_behind_in_mirror(config)
+
+
+def leave_behind_in_mirror(config: Config) -> None:
+    """The same in the mirror alone."""
     if config.checkpoint.mirror is None:
         return
     try:
-        for folder in saved_folders(Path(config.checkpoint.mirror)):
-            _set_aside(folder, config)
+        folders = saved_folders(Path(config.checkpoint.mirror))
     except OSError as error:
         say(f"mirror      {error.filename}: {error.strerror}; the run goes on")
+        return
+    for folder in folders:
+        try:
+            _set_aside(folder, config)
+        except OSError as error:
+            say(f"mirror      {error.filename}: {error.strerror}; the run goes on")
 
 
 def _set_aside(folder: Path, config: Config) -> None:

@@ -134,16 +134,27 @@ class Saves:
         except Exception as error:
             return f"{partial}: {type(error).__name__}: {error}"
 
-    def settle(self, patience_seconds: float | None = None) -> None:
-        """Wait until the mirror has all that it is to have, or for ``patience_seconds``."""
-        agreed(lambda: self._settle(patience_seconds), takes_long=True)
+    def settle(self, patience_seconds: float | None = None) -> bool:
+        """Wait until the mirror has all that it is to have, or for ``patience_seconds``; the first rank knows which.
 
-    def _settle(self, patience_seconds: float | None) -> None:
+        What it has not got then it does not get any more.
+        """
+        return agreed(lambda: self._settle(patience_seconds), takes_long=True)
+
+    def _settle(self, patience_seconds: float | None) -> bool:
         if self._mirror is None or dist.get_rank() != 0:
-            return
+            return True
         if not self._mirror.finish(patience_seconds):
             say(f"mirror      is still being written to after {patience_seconds:.0f} s; the run goes on")
+            self._mirror.abandon()
+            return False
         self._remove_old(checkpoints_folder(self._run) / tag(self.done.step))
+        return True
+
+    def in_mirror(self, action: Callable[[], None]) -> None:
+        """Have something done in the mirror before the next copy."""
+        if self._mirror is not None and dist.get_rank() == 0:
+            self._mirror.before_next(action)
 
     def catch_up(self, newest: Path | None) -> None:
         """Have the mirror copy the checkpoint that the run goes on from, which a stopped run has left it without."""

@@ -116,10 +116,17 @@ class Checkpoints:
             )
         self._say(step, text)
 
-    def finish_all(self) -> None:
-        """Wait for the save in progress and, for a while, for its copy in the mirror: folders are renamed next."""
+    def finish_all(self) -> bool:
+        """Wait for the save in progress and, for a while, for its copy in the mirror: folders are renamed next.
+
+        Whether the mirror answers, as far as the first rank knows.
+        """
         self.finish()
-        self._saves.settle(MIRROR_SECONDS)
+        return self._saves.settle(MIRROR_SECONDS)
+
+    def in_mirror(self, action: Callable[[], None]) -> None:
+        """Have something done in the mirror when it answers again."""
+        self._saves.in_mirror(action)
 
     def settle(self, is_finished: bool) -> None:
         """At the end of a finished run: wait until the mirror has its last checkpoint. A stopped one has no time."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ecp_scale.checkpoint.resuming import Start, find_start, leave_behind, load, with_ranges
+from ecp_scale.checkpoint.resuming import Start, find_start, leave_behind, leave_behind_in_mirror, load, with_ranges
 from ecp_scale.checkpoint.saving import Progress
 from ecp_scale.command_line import to_yaml
-from ecp_scale.config import CheckpointConfig, Config
+from ecp_scale.config import Config
 from ecp_scale.console import say
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.passed_over import PassedOver
@@ -125,8 +125,8 @@ class Spikes:
             The config with what is passed over, and the place to go on from; None where no checkpoint is old enough,
             and the run goes on.
         """
-        checkpoints.finish_all()
-        found = decided(lambda: self._choose(run, config, done))
+        mirror_answers = checkpoints.finish_all()
+        found = decided(lambda: self._choose(run, config, done, mirror_answers))
         self._found = None
         if isinstance(found, str):
             self._gave_up = True
@@ -138,7 +138,9 @@ class Spikes:
         self._left -= 1
         # First: whoever starts the run again after a crash passes over the same samples.
         decided(lambda: write(to_yaml(new)))
-        decided(lambda: leave_behind(run, new))
+        decided(lambda: leave_behind(run, new if mirror_answers else _without_mirror(new)))
+        if not mirror_answers:
+            checkpoints.in_mirror(lambda: leave_behind_in_mirror(new))
         load(engine, new, start)
         apply_optimizer_config(engine, new.optimizer)
         self._config, self._blend.passed_over = new, PassedOver(new.training.skip_samples)
@@ -148,7 +150,9 @@ class Spikes:
             self._events.add("rolled back", start.progress.step, from_step=done.step, samples=[first, last])
         return new, start
 
-    def _choose(self, run: Path, config: Config, done: Progress) -> tuple[Config, Start, tuple[int, int]] | str:
+    def _choose(
+        self, run: Path, config: Config, done: Progress, mirror_answers: bool
+    ) -> tuple[Config, Start, tuple[int, int]] | str:
         """The config, the start and the samples passed over: those of the steps up to the spike and of the one after.
 
         As text, why the run cannot go back.
@@ -161,10 +165,14 @@ class Spikes:
         new = with_ranges(config, {first: last})
         with suppress(InputError):
             try:
-                start = find_start(run, True, new)
+                start = find_start(run, True, new if mirror_answers else _without_mirror(new))
             except OSError:  # of the mirror, without which the run goes back; or of its own folder, which is told now
-                start = find_start(run, True, dataclasses.replace(new, checkpoint=CheckpointConfig()))
+                start = find_start(run, True, _without_mirror(new))
             if start.folder is not None:
                 # A run of training.tokens has other steps from here, where its batch or length has changed since.
                 return new.with_length(start.progress.step, start.progress.tokens), start, (first, last)
         return f"no checkpoint from before step {max(1, oldest):,} is left"
+
+
+def _without_mirror(config: Config) -> Config:
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, mirror=None))

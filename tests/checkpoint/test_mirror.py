@@ -4,6 +4,7 @@ import errno
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,10 +99,10 @@ def test_a_mirror_that_fails_is_said_once_and_the_newest_is_copied_next(
     begun, go_on = threading.Event(), threading.Event()
     copy = mirrors.copy_checkpoint
 
-    def wait(checkpoint: Path, target: Path) -> Path:
+    def wait(checkpoint: Path, target: Path, *more: Any) -> Path:
         begun.set()
         assert go_on.wait(30)
-        return copy(checkpoint, target)
+        return copy(checkpoint, target, *more)
 
     monkeypatch.setattr(mirrors, "copy_checkpoint", wait)
     mirror.copy(folders[2])

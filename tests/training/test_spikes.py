@@ -359,15 +359,51 @@ def test_a_run_that_goes_back_to_before_a_change_of_its_batch_has_all_of_its_tok
     assert (record.step, record.run_tokens) == (last["step"], tokens)
 
 
-def test_a_mirror_that_hangs_and_cannot_be_listed_does_not_keep_a_run_from_going_back(
+def test_a_mirror_that_hangs_does_not_keep_a_run_from_going_back_and_has_the_new_checkpoints_then(
     sharded_text: ShardedText,
     prefix: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, place, goes_back = tmp_path / "run", tmp_path / "mirror", threading.Event()
-    copy, listed = mirror.copy_checkpoint, folder.saved_folders
+    run, place, last = tmp_path / "run", tmp_path / "mirror", "step-00000025"
+    hangs, answers = threading.Event(), threading.Event()
+    copy, listed, fill = mirror.copy_hashed, folder.saved_folders, rolling_back.load
+
+    def copied(source: Path, target: Path) -> Any:
+        if source.parent.name == last and target.is_relative_to(place) and not answers.is_set():
+            hangs.set()
+            assert answers.wait(60)
+        return copy(source, target)
+
+    def saved(of: Path) -> list[Path]:
+        if of == place and hangs.is_set():
+            assert answers.wait(60)
+        return listed(of)
+
+    def load(*arguments: Any) -> Any:
+        answers.set()  # when the run has gone back without it
+        return fill(*arguments)
+
+    monkeypatch.setattr(checkpoints, "MIRROR_SECONDS", 0.1)
+    monkeypatch.setattr(rolling_back, "load", load)
+    monkeypatch.setattr(mirror, "copy_hashed", copied)
+    for module in (folder, resuming):
+        monkeypatch.setattr(module, "saved_folders", saved)
+    train(parse(words(sharded_text, prefix, run, *ROLLED, f"--checkpoint.mirror={place}"), ""))
+    assert "mirror      is still being written to after 0 s; the run goes on" in capsys.readouterr().err
+    (back,) = [event for event in read_events(run) if event["event"] == "rolled back"]
+    assert (back["step"], metrics(run)[-1]["step"]) == (20, STEPS)
+    for name in (last, f"step-{STEPS:08}"):
+        records = [CheckpointRecord.read(checkpoints_folder(of) / name) for of in (run, place)]
+        assert records[0] == records[1]
+        assert records[0].data["skip_samples"] == [list(pair) for pair in PASSED.items()]
+
+
+def test_a_mirror_that_cannot_be_listed_is_done_without(
+    sharded_text: ShardedText, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, place, listed, goes_back = tmp_path / "run", tmp_path / "mirror", folder.saved_folders, threading.Event()
 
     def find(*arguments: Any) -> Any:
         goes_back.set()
@@ -378,15 +414,10 @@ def test_a_mirror_that_hangs_and_cannot_be_listed_does_not_keep_a_run_from_going
             raise OSError(errno.EIO, "Input/output error", str(of))
         return listed(of)
 
-    monkeypatch.setattr(checkpoints, "MIRROR_SECONDS", 0.1)
     monkeypatch.setattr(rolling_back, "find_start", find)
-    monkeypatch.setattr(mirror, "copy_checkpoint", lambda *paths: (goes_back.wait(60), copy(*paths)))
     for module in (folder, resuming):
         monkeypatch.setattr(module, "saved_folders", saved)
     train(parse(words(sharded_text, prefix, run, *ROLLED, f"--checkpoint.mirror={place}"), ""))
-    said = capsys.readouterr().err
-    assert "mirror      is still being written to after 0 s; the run goes on" in said
-    assert f"mirror      {place}: Input/output error; the run goes on" in said
     (back,) = [event for event in read_events(run) if event["event"] == "rolled back"]
     assert (back["step"], metrics(run)[-1]["step"]) == (20, STEPS)
 
