@@ -90,6 +90,7 @@ def test_a_length_in_tokens_ends_with_the_step_that_reaches_it(tokens: int) -> N
     # However far the run is: what is left is counted from there.
     for done in range(steps):
         assert config.steps_to(tokens, done, config.tokens_after(done)) == steps
+        assert config.run_tokens(done, config.tokens_after(done)) == config.tokens_after(steps)
     # A run that began with smaller batches takes more steps.
     assert config.with_length(3, 300).training.steps > steps or tokens <= 1280
 

@@ -52,3 +52,14 @@ def test_a_run_says_now_and_then_how_far_it_is(tmp_path: Path, monkeypatch: pyte
     (tmp_path / ALIVE).unlink()
     (tmp_path / ALIVE).mkdir()
     alive.step({"time": 1.0, "step": 4, "tokens": 64, "loss": 5.0, "step_seconds": 0.1})
+
+
+def test_what_is_for_an_end_at_once_is_not_done_where_an_error_is_raised() -> None:
+    done: list[str] = []
+    with before_leaving(lambda: done.append("always")), before_leaving(lambda: done.append("at exit"), at_exit=True):
+        say_last_words()
+        assert done == ["always"]
+        say_last_words(is_exit=True)
+    assert done == ["always", "always", "at exit"]
+    say_last_words(is_exit=True)
+    assert len(done) == 3

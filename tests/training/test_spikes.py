@@ -340,7 +340,7 @@ def test_a_run_goes_back_to_a_checkpoint_of_another_layout(
 def test_a_run_that_goes_back_to_before_a_change_of_its_batch_has_all_of_its_tokens(
     sharded_text: ShardedText, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, tokens, half = tmp_path / "run", STEPS * SEQUENCES * N, SEQUENCES // 2
+    run, tokens, batch = tmp_path / "run", STEPS * SEQUENCES * N, SEQUENCES - 1
     asked = [word for word in words(sharded_text, prefix, run, *ROLLED) if "training.steps=" not in word]
     train(parse([*asked, f"--training.tokens={10 * SEQUENCES * N}"], ""))
 
@@ -349,14 +349,22 @@ def test_a_run_that_goes_back_to_before_a_change_of_its_batch_has_all_of_its_tok
         return find_start(*arguments)
 
     monkeypatch.setattr(rolling_back, "find_start", find)
-    more = (f"--training.global_batch_size={half}", f"--training.tokens={tokens}", "--checkpoint.every_steps=100")
-    train(parse([*asked, *more], ""))
+    more = [f"--training.global_batch_size={batch}", f"--training.tokens={tokens}", "--checkpoint.every_steps=100"]
+    more += ["--optimizer.schedule=cosine", "--allow-rate-jump"]
+    request = parse([*asked, *more], "")
+    train(request)
     (back,) = [event for event in read_events(run) if event["event"] == "rolled back"]
     assert back["step"] == 5
-    last = metrics(run)[-1]
-    assert (last["step"], last["tokens"]) == (5 + (STEPS - 5) * 2, tokens)
+    # The last step goes beyond the tokens that are asked for, from every place by another number of them.
+    left = -(-(tokens // N - 5 * SEQUENCES) // batch)
+    whole = (5 * SEQUENCES + left * batch) * N
+    known = metrics(run)
+    assert (known[-1]["step"], known[-1]["tokens"]) == (5 + left, whole)
+    assert len({whole, request.config.run_tokens(), request.config.run_tokens(10, 10 * SEQUENCES * N)}) == 3
+    rates = [request.config.optimizer.learning_rate_at(record["tokens"], whole) for record in known[5:]]
+    assert [record["lr"] for record in known[5:]] == rates
     record = CheckpointRecord.read(find_checkpoint(run))
-    assert (record.step, record.run_tokens) == (last["step"], tokens)
+    assert (record.step, record.run_tokens) == (5 + left, whole)
 
 
 def test_a_mirror_that_hangs_does_not_keep_a_run_from_going_back_and_has_the_new_checkpoints_then(
