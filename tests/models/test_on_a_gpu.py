@@ -23,6 +23,7 @@ from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Operands, Whole
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config, ModelConfig
+from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.models.architectures import ARCHITECTURES
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel import branch
@@ -163,6 +164,18 @@ def launch(config: Config, rank: int) -> Iterator[ParallelContext]:
 def test_ranks_that_share_the_work_wait_for_nothing_but_messages(layout: dict[str, Any], rank: int) -> None:
     config = config_of("ecp", False, **layout)
     with launch(config, rank) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
+        watch = micro_batch(config, parallel, torch.device("cpu"))
+    assert watch.waits == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sequence"),
+    [(name, False) for name in ARCHITECTURES]
+    + [(name, True) for name, geometry in GEOMETRIES.items() if geometry.streams],
+)
+def test_a_share_of_every_architecture_waits_for_nothing_but_messages(architecture: str, sequence: bool) -> None:
+    config = config_of(architecture, False, tensor=2, sequence=sequence)
+    with launch(config, 1) as parallel, FakeTensorMode(allow_non_fake_inputs=True):
         watch = micro_batch(config, parallel, torch.device("cpu"))
     assert watch.waits == []
 
