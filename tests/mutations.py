@@ -119,9 +119,9 @@ BUGS = (
         "tests/parallel/test_branch.py",
     ),
     Bug(
-        "parallel/branch.py",
-        "if (this := _backward_pass()) != self._pass:",
-        "if (this := _backward_pass()) > 0 > self._pass:",
+        "parallel/gradient_sum.py",
+        "if (this := backward_pass()) != self._pass:",
+        "if (this := backward_pass()) > 0 > self._pass:",
         "tests/parallel/test_branch.py",
     ),
     Bug(

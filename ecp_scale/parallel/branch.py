@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ecp_scale.parallel.context import ParallelContext
+from ecp_scale.parallel.gradient_sum import GradientSum, backward_pass
 from ecp_scale.parallel.linear import ColumnLinear, gather_to_tensor_parallel_region
 from ecp_scale.parallel.recompute import PASS
 from ecp_scale.precision import linear, product_type
@@ -32,7 +33,7 @@ class Branch:
         self,
         whole: Tensor,
         weights: dict[ColumnLinear, "tuple[Tensor, _Operands | None]"],
-        total: "_Sum",
+        total: GradientSum,
         again: "_GatheredAgain | None" = None,
     ) -> None:
         self.whole = whole
@@ -62,7 +63,7 @@ def tensor_parallel_branch(x: Tensor, linears: Sequence[ColumnLinear], parallel:
     With sequence parallelism they keep this rank's positions for the backward pass, which gathers them again: kept
     whole, the inputs of both branches are two fifths of a layer's activations.
     """
-    total = _Sum(x.dtype)
+    total = GradientSum(x.dtype)
     if not torch.is_grad_enabled():
         yield Branch(gather_to_tensor_parallel_region(x, parallel), {}, total)
         return
@@ -88,11 +89,6 @@ def tensor_parallel_branch(x: Tensor, linears: Sequence[ColumnLinear], parallel:
     again = _GatheredAgain(x.detach(), whole, parallel.tp_group)
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
         yield Branch(whole, weights, total, again)
-
-
-def _backward_pass() -> int:
-    """Number of the backward pass that is under way in this thread; -1 outside of one."""
-    return torch._C._current_graph_task_id()
 
 
 class _Message:
@@ -134,42 +130,9 @@ class _Await(torch.autograd.Function):
         return gradients[0], None
 
 
-class _Sum:
-    """The gradient of the positions (n * b, D), to which linears add their terms; autograd is given it at the end."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._so_far: Tensor | None = None  # wider where products are
-        self._pass = -1
-
-    def add(self, gradient: Tensor, weight: Tensor) -> None:
-        """Add (n, b, out) @ (out, D); the product reads and writes the sum, which no other kernel does."""
-        self._begin_anew()
-        flat = gradient.flatten(0, -2)
-        if self._so_far is None:
-            self._so_far = flat @ weight
-        else:
-            torch.addmm(self._so_far, flat, weight, out=self._so_far)
-
-    def take(self, others: Tensor | None, shape: torch.Size) -> Tensor:
-        """With what autograd has summed itself, in ``shape``."""
-        self._begin_anew()
-        found, self._so_far = self._so_far, None
-        if found is None:
-            assert others is not None
-            return others
-        whole = found.view(shape).to(self.dtype)
-        return whole if others is None else whole.add_(others)
-
-    def _begin_anew(self) -> None:
-        """Drop what another backward pass has left, one that wanted gradients of weights alone."""
-        if (this := _backward_pass()) != self._pass:
-            self._so_far, self._pass = None, this
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, message: _Message | None, total: _Sum) -> Tensor:
+    def forward(ctx: Any, x: Tensor, message: _Message | None, total: GradientSum) -> Tensor:
         ctx.set_materialize_grads(False)  # None is what the linears of ``total`` give
         whole = x if message is None else gather_to_tensor_parallel_region(x, message.parallel)
         ctx.message, ctx.total, ctx.shape = message, total, whole.shape
@@ -217,7 +180,7 @@ def _of_weight(gradient: Tensor, x: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, operands: _Operands | None, total: _Sum | None, weight: Tensor, x: Tensor, bias: Tensor | None
+        ctx: Any, operands: _Operands | None, total: GradientSum | None, weight: Tensor, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         """``operands`` is None where the gradient of the weight is computed here, ``total`` that of x alone."""
         _, _, of_weight_is_wanted, of_x_is_wanted, _ = ctx.needs_input_grad
@@ -282,7 +245,7 @@ class _GatheredAgain:
         if isinstance(packed, Tensor):
             return packed
         view, is_awaited = packed
-        if (this := _backward_pass()) != self.backward_pass:  # what one has left that did not want all gradients
+        if (this := backward_pass()) != self.backward_pass:  # what one has left that did not want all gradients
             self.whole, self.waiting, self.backward_pass = None, self.uses, this
             self.wait()
         if self.whole is None:

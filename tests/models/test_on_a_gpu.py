@@ -231,7 +231,7 @@ def test_messages_of_a_branch_are_under_way_while_its_gradients_are_computed(
     told(branch._Message, "start", "start")
     told(branch._Message, "wait", "wait")
     told(branch._Weight, "backward", "weight")
-    told(branch._Sum, "add", "term")
+    told(branch.GradientSum, "add", "term")
     gather, arrive = branch.dist.all_gather_into_tensor, branch._GatheredAgain.wait
 
     def ask(*arguments: Any, **named: Any) -> Any:
