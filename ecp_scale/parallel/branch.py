@@ -10,7 +10,6 @@ Trap: that holds as long as nothing but the gather takes what the wait returns, 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -238,7 +237,7 @@ class _GatheredAgain:
     def pack(self, saved: Tensor) -> Any:
         if saved.untyped_storage()._cdata != self.storage:
             return saved
-        self.uses, self.waiting = self.uses + 1, self.waiting + 1
+        self.uses += 1
         return (saved.shape, saved.stride(), saved.storage_offset()), self.is_awaited
 
     def unpack(self, packed: Any) -> Tensor:
@@ -252,8 +251,8 @@ class _GatheredAgain:
             shape = len(self.local) * self.group.size(), *self.local.shape[1:]
             self.whole = self.local.new_empty(shape)
             # As Megatron's gather, but not waited for: the gradient of the positions is computed without it.
-            gather = partial(dist.all_gather_into_tensor, self.whole, self.local.contiguous(), group=self.group)
-            self.work = gather(async_op=True)
+            local = self.local.contiguous()
+            self.work = dist.all_gather_into_tensor(self.whole, local, group=self.group, async_op=True)
         if not is_awaited:
             self.wait()
         found = self.whole.as_strided(*view)

@@ -77,17 +77,23 @@ def test_ranks_that_are_started_again_go_on_with_the_run(
     assert losses(run) == pytest.approx(undisturbed, abs=1e-5)
 
 
+def log_of_a_launch_that_loses_its_last_host(launch: Launch) -> str:
+    """What the first host has said when the others have gone on to the end."""
+    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
+    launch.hosts[-1].kill()
+    launch.wait_until(lambda: launch.agents[0].poll() is not None, seconds=300)
+    first = launch.log(launch.hosts[0]).read_text()
+    assert launch.agents[0].returncode == 0, first[-3000:]
+    return first
+
+
 @pytest.mark.parametrize("hosts", [3], indirect=True)
 def test_a_launch_goes_on_with_the_hosts_that_are_left(
     hosts: list[Node], undisturbed: list[float], sharded_text: ShardedText, tmp_path: Path
 ) -> None:
     launch = Launch(hosts, tmp_path, sharded_text.prefix, nnodes="2:3", restarts=1)
     launch.start(ranks=1, steps=STEPS)
-    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
-    launch.hosts[2].kill()
-    launch.wait_until(lambda: launch.agents[0].poll() is not None, seconds=300)
-    first = launch.log(hosts[0]).read_text()
-    assert launch.agents[0].returncode == 0, first[-3000:]
+    first = log_of_a_launch_that_loses_its_last_host(launch)
     assert "stopped: rank 2 of 3 on host ecp-node2 sent no heartbeat for 20 s" in first
     assert "layout      2 ranks on 2 hosts (ecp-node0, ecp-node1)" in first
     assert losses(launch.run) == pytest.approx(undisturbed, abs=1e-5)
@@ -100,11 +106,7 @@ def test_a_launch_of_eight_ranks_goes_on_with_six(hosts: list[Node], sharded_tex
     train(parse([str(word) for word in script(sharded_text.prefix, alone, STEPS, batch=24)[1:]], ""))
     launch = Launch(hosts, tmp_path, sharded_text.prefix, nnodes="3:4", restarts=1)
     launch.start(ranks=2, steps=STEPS, batch=24)
-    launch.wait_until(lambda: launch.steps_done() >= STRUCK_AT)
-    launch.hosts[3].kill()
-    launch.wait_until(lambda: launch.agents[0].poll() is not None, seconds=300)
-    first = launch.log(hosts[0]).read_text()
-    assert launch.agents[0].returncode == 0, first[-3000:]
+    first = log_of_a_launch_that_loses_its_last_host(launch)
     assert "layout      6 ranks on 3 hosts (ecp-node0, ecp-node1, ecp-node2)" in first
     assert losses(launch.run) == pytest.approx(losses(alone), abs=1e-5)
 
