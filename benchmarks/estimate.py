@@ -5,13 +5,14 @@ for FlashAttention, once as it is and once with every function that ``training.c
 per direction. Time is what the counts take at the rates that --products, --attention and --bandwidth say, in turn:
 matrix products, attention, the bytes of everything else, and the optimizer's passes over weights and gradients. Waits,
 launches that the device is faster than, and messages between ranks are not in it. With --gpus N it is a step of the
-preset's layout on so many, with the planner's messages at --nvlink and --network, none of them hidden behind work, and
-nothing computed again.
+preset's layout on so many, with the planner's messages at --nvlink and --network, none of them hidden behind work (but
+for gradients, with --overlap), and nothing computed again.
 """
 
 import argparse
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ from ecp_scale.config import Config
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.planning.compiled import compiled_in_shapes
-from ecp_scale.planning.plan import GIB, plan
+from ecp_scale.planning.duration import on_wire
+from ecp_scale.planning.plan import GIB, TO_ALL, TO_OWNERS, plan
 from ecp_scale.precision import as_on_a_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,9 @@ VIEWS = {
 OPTIMIZER_BYTES = 2 + 4 + 4 + 4 * 7
 """Of a parameter under ZeRO-1 in bf16: gradient read and added in fp32 (2 + 4 + 4), then AdamW, which reads master
 weight, two moments and the gradient, and writes the first three, with the weight in bf16 beside them."""
+
+BACKWARD_SHARE = 2 / 3
+"""Of the work of a micro-batch, the backward pass."""
 
 
 class Counts(TorchDispatchMode):
@@ -184,30 +189,34 @@ def estimate(config: Config, options: argparse.Namespace, compiled: bool) -> dic
 def estimate_launch(config: Config, options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step of a layout, by what they go to; what ranks of a tensor group do is split evenly."""
     parallel = config.parallel
-    planned = plan(config, json.loads((ROOT / f"ds_configs/zero{options.zero}.json").read_text()), options.gpus)
+    deepspeed = json.loads((ROOT / f"ds_configs/zero{options.zero}.json").read_text())
+    if options.overlap:
+        # DeepSpeed waits for the device before it sums a gradient on its owner alone, if messages are to overlap.
+        deepspeed["zero_optimization"]["use_multi_rank_bucket_allreduce"] = True
+    planned = plan(config, deepspeed, options.gpus)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=1))
     _, whole = counts_of_model(single, compiled=True)
     share = config.training.global_batch_size / options.gpus  # sequences per rank
     data_ranks = options.gpus // parallel.tensor
-    # How often a rank sends what the planner counts: to every other, in a ring.
-    others = parallel.tensor - 1
-    times = {
-        "tensor: allgather_base": others,
-        "tensor: reduce_scatter_base": others / parallel.tensor,
-        "tensor: allreduce": 2 * others / parallel.tensor,
-        "data: gradients": 2,
-        "data: updated weights": data_ranks - 1,
-    }
-    sent = {name: size * times.get(name, 1) for name, size in planned.messages.items()}
-    of_tensor = sum(size for name, size in sent.items() if name.startswith("tensor"))
+    sent: dict[str, float] = defaultdict(float)
+    for name, size in planned.messages.items():
+        group, _, operation = name.partition(": ")
+        ranks = {"tensor": parallel.tensor, "context": parallel.context, "data": data_ranks}[group]
+        sent["tensor" if group == "tensor" else operation] += size * on_wire(operation, ranks)
+    gradients = sent.pop(TO_ALL, 0) + sent.pop(TO_OWNERS, 0)
+    of_tensor = sent.pop("tensor", 0)
     milliseconds = {
         "products": whole["products"] * share / options.products / 1e9,
         "attention": attention_flops(config) * share / options.attention / 1e9,
         "everything else": whole["moved"] * share / options.bandwidth / 1e9,
         "optimizer": planned.trace.parameters / data_ranks * OPTIMIZER_BYTES / options.bandwidth / 1e9,
         "tensor messages": of_tensor / options.nvlink / 1e6,
-        "other messages": (sum(sent.values()) - of_tensor) / options.network / 1e6,
+        "gradient messages": gradients / options.network / 1e6,
+        "other messages": sum(sent.values()) / options.network / 1e6,
     }
+    if options.overlap:
+        work = sum(milliseconds[name] for name in ("products", "attention", "everything else"))
+        milliseconds["gradient messages"] = max(0.0, milliseconds["gradient messages"] - BACKWARD_SHARE * work)
     return {
         "GiB, planned": planned.peak_bytes / GIB,
         **summed(milliseconds, planned.flops_per_step / options.gpus, options),
@@ -228,6 +237,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=1, help="of the micro-batch (default: 1)")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks of a launch, and a whole step of it")
     parser.add_argument("--zero", type=int, default=2, help="stage of the launch (default: 2)")
+    parser.add_argument("--overlap", action="store_true", help="hide gradients' messages behind the backward pass")
     parser.add_argument("--products", type=float, default=790, help="TFLOP/s of matrix products (default: 790)")
     parser.add_argument("--attention", type=float, default=215, help="TFLOP/s of attention (default: 215)")
     parser.add_argument("--bandwidth", type=float, default=2.8, help="TB/s of memory (default: 2.8)")

@@ -7,18 +7,25 @@ come on top of that, none hidden behind products, so that the estimate errs towa
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ecp_scale.planning.plan import Plan
+from ecp_scale.planning.plan import TO_ALL, TO_OWNERS, Plan
 
 GB = 1e9
 OPERATIONS = {
     "allreduce": lambda ranks: 2 * (ranks - 1) / ranks,
     "allgather_base": lambda ranks: ranks - 1,
     "reduce_scatter_base": lambda ranks: (ranks - 1) / ranks,
+    TO_ALL: lambda ranks: 2 * (ranks - 1) / ranks,
+    TO_OWNERS: lambda ranks: (ranks - 1) / ranks,
     "updated weights": lambda ranks: ranks - 1,
     "updated small weights": lambda ranks: ranks - 1,
     "weights for every pass": lambda ranks: ranks - 1,
 }
 """Bytes that a ring puts on the wire of a rank, for each byte that the rank gives to an operation."""
+
+
+def on_wire(operation: str, ranks: int) -> float:
+    """Bytes that a rank sends to others, for each that it gives to an operation of so many ranks."""
+    return OPERATIONS[operation](ranks) if operation in OPERATIONS else 1
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,7 @@ def duration(plan: Plan, machine: Machine) -> Duration:
         group, _, operation = name.partition(": ")
         ranks, reach = sizes[group]
         speed = machine.node_gigabytes if reach <= machine.node_ranks else machine.network_gigabytes
-        if operation == "gradients":
-            # DeepSpeed sums all gradients on all ranks up to ZeRO-2, though each keeps a part.
-            on_wire = (ranks - 1) / ranks * (2 if plan.stage < 3 else 1)
-        else:
-            on_wire = OPERATIONS[operation](ranks) if operation in OPERATIONS else 1
-        seconds[group] += given * on_wire / (speed * GB)
+        seconds[group] += on_wire(operation, ranks) * given / (speed * GB)
     return Duration(products, again, max(0.0, asked - products - again), **seconds)
 
 

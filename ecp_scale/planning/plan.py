@@ -15,6 +15,8 @@ CONTEXT_BYTES = GIB
 """Of CUDA, its libraries' workspaces included: a rule of thumb."""
 COMMUNICATOR_BYTES = GIB // 2
 """Of NCCL, for every kind of group that a rank shares with others: a rule of thumb."""
+TO_ALL, TO_OWNERS = "gradients", "gradients to owners"
+"""Messages of gradients: summed on all ranks, or each on the rank that keeps it alone."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,12 @@ def muon_messages(traced: Trace, zero: ZeroConfig, data_ranks: int, tensor_ranks
     return {name: size for name, size in found.items() if size}
 
 
+def sent_to_owners(config: Config, zero: ZeroConfig) -> bool:
+    """Whether a gradient is summed on the rank that keeps it alone. DeepSpeed's default is all ranks up to ZeRO-2."""
+    partitions = zero.stage == 2 or (zero.stage == 1 and config.training.precision == "fp32")
+    return zero.stage == 3 or (partitions and zero.reduce_scatter and not zero.use_multi_rank_bucket_allreduce)
+
+
 def zero_messages(
     traced: Trace, config: Config, zero: ZeroConfig, data_ranks: int, micro_batches: int
 ) -> dict[str, int]:
@@ -179,7 +187,7 @@ def zero_messages(
     weight = weight_type(config).itemsize
     # ZeRO-0 and -1 reduce once per step, ZeRO-2 and -3 after every micro-batch.
     reductions = micro_batches if zero.stage >= 2 else 1
-    found = {"data: gradients": elements * weight * reductions}
+    found = {f"data: {TO_OWNERS if sent_to_owners(config, zero) else TO_ALL}": elements * weight * reductions}
     if zero.stage in (1, 2):
         found["data: updated weights"] = elements // data_ranks * weight
     if zero.stage == 3:

@@ -54,6 +54,7 @@ KNOWN: dict[str, Choice] = {
     "zero_optimization.overlap_comm": FLAG,
     "zero_optimization.contiguous_gradients": FLAG,
     "zero_optimization.reduce_scatter": FLAG,
+    "zero_optimization.use_multi_rank_bucket_allreduce": FLAG,
     "zero_optimization.allgather_partitions": FLAG,
     "zero_optimization.allgather_bucket_size": SIZE,
     "zero_optimization.reduce_bucket_size": SIZE,

@@ -28,6 +28,7 @@ from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
+from ecp_scale.planning.plan import TO_ALL, TO_OWNERS
 from ecp_scale.precision import as_on_a_gpu, weight_type
 from ecp_scale.zero import json_config
 
@@ -53,7 +54,7 @@ def planned(request: Request) -> dict[str, Any]:
 def by_zero(messages: dict[str, int]) -> dict[str, int]:
     """Bytes of gradients, of weights and of Muon's momentum that ranks send each other in a step."""
     data = {name: value for name, value in messages.items() if name.startswith("data: ")}
-    found = {"gradients": data.get("data: gradients", 0)}
+    found = {"gradients": data.get(f"data: {TO_ALL}", 0) + data.get(f"data: {TO_OWNERS}", 0)}
     found["momentum"] = data.get("data: momentum of cut matrices", 0)
     found["weights"] = sum(data.values()) - found["gradients"] - found["momentum"]
     return {what: value for what, value in found.items() if value}
@@ -127,12 +128,13 @@ class DataMessages(TorchDispatchMode):
                 tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
                 kinds = {
                     "c10d::allreduce_": "gradients",
+                    "c10d::reduce_": "gradients",
                     "c10d::_reduce_scatter_base_": "gradients",
                     "c10d::_allgather_base_": "weights",
                     "c10d::alltoall_base_": "momentum",
                 }
-                # But for the first of these the first tensor is what they fill.
-                given = tensors[:1] if operation == "c10d::allreduce_" else tensors[1:]
+                # But for the first two of these the first tensor is what they fill.
+                given = tensors[:1] if operation in ("c10d::allreduce_", "c10d::reduce_") else tensors[1:]
                 what = kinds[operation]
                 self.sent[what] += sum(size([tensor]) for tensor in given if tensor.numel() > 1)
         return func(*args, **(kwargs or {}))

@@ -230,6 +230,14 @@ def test_the_time_of_a_step_is_that_of_its_parts() -> None:
     assert step.tensor == pytest.approx(on_wire / 200e9)  # within a node
     on_wire = sent["data: gradients"] * 2 * 7 / 8 + sent["data: updated weights"] * 7
     assert step.data == pytest.approx(on_wire / 50e9)  # between nodes
+    section = {"stage": 2, "use_multi_rank_bucket_allreduce": False}
+    to_owners = plan(request.config, {"zero_optimization": section}, 16)
+    sent_to_owners = to_owners.messages["data: gradients to owners"]
+    assert sent_to_owners == sent["data: gradients"] * request.config.accumulation_steps(16)
+    on_wire = sent_to_owners * 7 / 8 + sent["data: updated weights"] * 7
+    assert duration(to_owners, machine).data == pytest.approx(on_wire / 50e9)
+    everywhere = plan(request.config, {"zero_optimization": {**section, "reduce_scatter": False}}, 16)
+    assert everywhere.messages["data: gradients"] == sent_to_owners
     assert step.context == step.host == 0
     assert step.whole == pytest.approx(step.products + step.again + step.tensor + step.data)
     assert model_utilisation(found, machine) == pytest.approx(0.5 * step.products / step.whole)
