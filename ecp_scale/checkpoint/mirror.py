@@ -81,6 +81,7 @@ class Mirror:
         self._next: Path | None = None
         self._first: Callable[[], None] | None = None
         self._abandoned = 0
+        self._files = 0
         self._has_complained = False
 
     @property
@@ -113,12 +114,14 @@ class Mirror:
             self._first = action
 
     def finish(self, patience_seconds: float | None = None) -> bool:
-        """Wait until all is copied; whether it is, after ``patience_seconds`` at most."""
+        """Wait until all is copied; whether it is. No longer than ``patience_seconds`` without one more file there."""
         thread = self._thread
-        if thread is None:
-            return True
-        thread.join(patience_seconds)
-        return not thread.is_alive()
+        while thread is not None and thread.is_alive():
+            before = self._files
+            thread.join(patience_seconds)
+            if self._files == before and thread.is_alive():
+                return False
+        return True
 
     def _work(self) -> None:
         while True:
@@ -148,14 +151,15 @@ class Mirror:
                 self._has_complained = True
 
     def _is_wanted(self, abandoned: int) -> bool:
-        """Whether nothing has been abandoned since."""
+        """Whether nothing has been abandoned since; asked after every file."""
+        self._files += 1
         return abandoned == self._abandoned
 
 
 def copy_checkpoint(checkpoint: Path, folder: Path, is_wanted: Callable[[], bool] = lambda: True) -> Path:
     """Copy a complete checkpoint into another run folder, whole or not at all; what is read is compared with its hash.
 
-    ``is_wanted``: asked when all is written; where it says no, nothing is left of it.
+    ``is_wanted``: asked after every file; where it says no, nothing is left of the copy.
 
     Returns:
         Its folder there; where the same checkpoint stands already, it is left as it is.
@@ -175,6 +179,8 @@ def copy_checkpoint(checkpoint: Path, folder: Path, is_wanted: Callable[[], bool
             found = copy_hashed(checkpoint / name, unfinished / name)
             if expected.xxh3 and found != expected:
                 raise InputError(f"{checkpoint / name} is damaged: it is not what was written, by its hash")
+            if not is_wanted():
+                return target
         copy_hashed(checkpoint / RECORD, unfinished / RECORD)
         if is_wanted():
             publish(unfinished)

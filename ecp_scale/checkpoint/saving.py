@@ -134,18 +134,18 @@ class Saves:
         except Exception as error:
             return f"{partial}: {type(error).__name__}: {error}"
 
-    def settle(self, patience_seconds: float | None = None) -> bool:
-        """Wait until the mirror has all that it is to have, or for ``patience_seconds``; the first rank knows which.
+    def settle(self, patience_seconds: float) -> bool:
+        """Wait until the mirror has all that it is to have; whether it does, as the first rank knows.
 
-        What it has not got then it does not get any more.
+        One that gets no file for ``patience_seconds`` is not waited for, and what it lacks it does not get any more.
         """
         return agreed(lambda: self._settle(patience_seconds), takes_long=True)
 
-    def _settle(self, patience_seconds: float | None) -> bool:
+    def _settle(self, patience_seconds: float) -> bool:
         if self._mirror is None or dist.get_rank() != 0:
             return True
         if not self._mirror.finish(patience_seconds):
-            say(f"mirror      is still being written to after {patience_seconds:.0f} s; the run goes on")
+            say(f"mirror      has got no file for {patience_seconds:.0f} s, and is not waited for")
             self._mirror.abandon()
             return False
         self._remove_old(checkpoints_folder(self._run) / tag(self.done.step))

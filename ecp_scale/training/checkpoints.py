@@ -13,7 +13,9 @@ from ecp_scale.console import say
 from ecp_scale.training.events import EventLog
 
 MIRROR_SECONDS = 300.0
-"""How long a run that goes back waits for a mirror, whose disk may hang."""
+"""How long a run that goes back waits for the next file in a mirror, whose disk may hang."""
+LAST_MIRROR_SECONDS = 1800.0
+"""How long a finished run does, whose ranks have nothing else to do."""
 
 
 class Checkpoints:
@@ -129,9 +131,9 @@ class Checkpoints:
         self._saves.in_mirror(action)
 
     def settle(self, is_finished: bool) -> None:
-        """At the end of a finished run: wait until the mirror has its last checkpoint. A stopped one has no time."""
+        """At the end of a finished run: wait for the mirror, unless it hangs. A stopped one has no time."""
         if is_finished:
-            self._saves.settle()
+            self._saves.settle(LAST_MIRROR_SECONDS)
         elif (left := self._saves.not_mirrored()) is not None and dist.get_rank() == 0:
             say(f"mirror      has not got {left.name} yet: the run copies it when it goes on")
 

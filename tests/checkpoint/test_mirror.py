@@ -3,6 +3,8 @@
 import errno
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,30 @@ def test_a_mirror_that_fails_is_said_once_and_the_newest_is_copied_next(
     mirror.finish()
     assert steps(tmp_path / "mirror") == [3, 7]
     assert mirror.current is None
+
+
+def test_a_mirror_is_waited_for_while_it_gets_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hashed_checkpoint(tmp_path / "run", 1)
+    copy, hangs = mirrors.copy_hashed, threading.Event()
+
+    def slow(wait: float) -> Callable[[Path, Path], FileRecord]:
+        return lambda *paths: (hangs.wait(wait), copy(*paths))[1]
+
+    monkeypatch.setattr(mirrors, "copy_hashed", slow(1.2))  # of two files: a weight's and the record
+    mirror = Mirror(owned(tmp_path / "slow"), Retention())
+    mirror.copy(source)
+    began = time.monotonic()
+    assert mirror.finish(2.0)
+    assert time.monotonic() - began > 2.0
+    assert steps(tmp_path / "slow") == [1]
+    monkeypatch.setattr(mirrors, "copy_hashed", slow(60))
+    mirror = Mirror(owned(tmp_path / "hanging"), Retention())
+    mirror.copy(source)
+    assert not mirror.finish(0.1)
+    mirror.abandon()
+    hangs.set()
+    assert mirror.finish()
+    assert list((tmp_path / "hanging" / "checkpoints").iterdir()) == []
 
 
 def owned(folder: Path) -> Path:
