@@ -7,8 +7,10 @@ without a causal mask, which is legal because no loss is taken there and every l
 import torch
 from torch import Tensor
 
+from ecp_scale.attention.calls import Pattern
+from ecp_scale.attention.kernels import Settings, kernel_for
 from ecp_scale.attention.key_value import KeyValue, segment_lengths
-from ecp_scale.attention.pieces import documents_on
+from ecp_scale.attention.pieces import attend_by_pieces, documents_on
 from ecp_scale.attention.sdpa import attend
 from ecp_scale.config import AttentionBackend
 
@@ -37,15 +39,42 @@ def latent_attention(
     Returns:
         The attended values (B, H, N, E).
     """
-    if key_value.documents is not None:
-        key_value = key_value._replace(documents=documents_on(key_value.documents, q.device))
     context = q.shape[-2] - latents
-    lengths = segment_lengths(context, context_segment_length or context) if context else []
-    *context_queries, latent_queries = q.split([*lengths, latents], dim=-2)
-    *seen, _ = key_value.split([*lengths, latents])
-    outputs = [
-        attend(queries, segment, causal=False, dropout=context_dropout, backend=backend)
-        for queries, segment in zip(context_queries, seen, strict=True)
+    if not context:
+        return attend(q, key_value, dropout=dropout, backend=backend)
+    of_context, of_latents = q.split([context, latents], dim=-2)
+    seen, _ = key_value.split([context, latents])
+    return torch.cat(
+        [
+            # The documents as they came: what is made of them is made once for all layers.
+            *_attend_context(
+                of_context,
+                seen._replace(documents=key_value.documents),
+                context_segment_length or context,
+                context_dropout,
+                backend,
+            ),
+            attend(of_latents, key_value, dropout=dropout, backend=backend),
+        ],
+        dim=-2,
+    )
+
+
+def _attend_context(
+    q: Tensor, seen: KeyValue, segment_length: int, dropout: float, backend: AttentionBackend
+) -> list[Tensor]:
+    """Every segment of the context, in both directions; the documents of ``seen`` may go on behind it."""
+    keys, values, documents = seen
+    settings, context = Settings(dropout=dropout), seen.positions
+    if documents is not None:
+        kernel = kernel_for(q, keys, settings, True) if backend in ("auto", "flash") else None
+        pattern = Pattern(context, context, segment_length, min(segment_length, context), look_back=False)
+        attended = attend_by_pieces(q, seen, pattern, kernel, settings, causal=False)
+        if attended is not None:
+            return [attended]
+        seen = KeyValue(keys, values, documents_on(documents, q.device)[:, :context])
+    lengths = segment_lengths(context, segment_length)
+    return [
+        attend(queries, segment, causal=False, dropout=dropout, backend=backend)
+        for queries, segment in zip(q.split(lengths, dim=-2), seen.split(lengths), strict=True)
     ]
-    outputs.append(attend(latent_queries, key_value, dropout=dropout, backend=backend))
-    return torch.cat(outputs, dim=-2)

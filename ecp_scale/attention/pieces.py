@@ -15,8 +15,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ecp_scale.attention.calls import Pattern
 from ecp_scale.attention.kernels import Kernel, Lengths, Settings
+from ecp_scale.attention.key_value import KeyValue
 
 T = TypeVar("T")
+FEWEST_QUERIES = 128
+"""With fewer, as in a step of generation, a mask is made sooner than the pieces of documents are on the host."""
 _MADE: Any = WeakTensorKeyDictionary()
 
 
@@ -91,21 +94,40 @@ def document_pieces(documents: Tensor, pattern: Pattern, device: torch.device) -
     return Pieces(lengths, queries[0] if queries else None, keys)
 
 
-def flash_pieces(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, kernel: Kernel, settings: Settings) -> Tensor:
-    """Queries (B, H, Nq, E) of the last positions of keys and values (B, G, Nk, E) to attended values (B, H, Nq, E)."""
-    return _FlashPieces.apply(q, k, v, pieces, kernel, settings)
+def attend_by_pieces(
+    q: Tensor, seen: KeyValue, pattern: Pattern, kernel: Kernel | None, settings: Settings, causal: bool = True
+) -> Tensor | None:
+    """Attend by a kernel that takes stretches of any length; None where a mask is better.
+
+    Args:
+        q: queries (B, H, Nq, E) of the last of the Nk positions of the keys.
+        seen: keys, values, and documents of at least their positions.
+        pattern: who sees whom.
+        kernel: that serves documents, if there is one.
+        settings: window and dropout.
+        causal: False if a query sees all of its segment; it has as many keys as queries then, and no neighbour.
+
+    Returns:
+        The attended values (B, H, Nq, E).
+    """
+    keys, values, documents = seen
+    if kernel is None or documents is None or q.shape[-2] < FEWEST_QUERIES:
+        return None
+    key = ("pieces", pattern, q.device)
+    pieces = once_for(documents, key, lambda: document_pieces(documents[:, : pattern.n_key], pattern, q.device))
+    return _FlashPieces.apply(q, keys, values, pieces, kernel, settings, causal)
 
 
 class _FlashPieces(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, kernel: Kernel, settings: Settings
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, kernel: Kernel, settings: Settings, causal: bool
     ) -> Tensor:
         operands = _gathered(q, k, v, pieces)
-        out_THE, normalisers, ctx.state = kernel.forward(*operands, True, settings, pieces.lengths)
+        out_THE, normalisers, ctx.state = kernel.forward(*operands, causal, settings, pieces.lengths)
         attended = _scattered(out_THE, q, pieces.queries)
         ctx.save_for_backward(q, k, v, attended, normalisers)
-        ctx.pieces, ctx.kernel, ctx.settings = pieces, kernel, settings
+        ctx.pieces, ctx.kernel, ctx.settings, ctx.causal = pieces, kernel, settings, causal
         return attended
 
     @staticmethod
@@ -117,13 +139,13 @@ class _FlashPieces(torch.autograd.Function):
             _rows(gradients[0], pieces.queries),
             _gathered(q, k, v, pieces),
             whole,
-            True,
+            ctx.causal,
             ctx.settings,
             ctx.state,
             pieces.lengths,
         )
         of_q = _scattered(of_q, q, pieces.queries)
-        return of_q, _added(of_k, k, pieces.keys), _added(of_v, v, pieces.keys), None, None, None
+        return of_q, _added(of_k, k, pieces.keys), _added(of_v, v, pieces.keys), None, None, None, None
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor, Tensor]:

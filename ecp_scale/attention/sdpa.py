@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ecp_scale.attention.calls import Call
+from ecp_scale.attention.calls import Call, Pattern
 from ecp_scale.attention.flash import flash_attention
 from ecp_scale.attention.kernels import Settings, kernel_for
 from ecp_scale.attention.key_value import KeyValue, join
-from ecp_scale.attention.pieces import documents_on, once_for
+from ecp_scale.attention.pieces import attend_by_pieces, documents_on, once_for
 from ecp_scale.attention.reference import reference_attention
 from ecp_scale.config import AttentionBackend
 from ecp_scale.precision import product_type
@@ -61,6 +61,11 @@ def attend(
     if kernel is not None and kernel.lower_right and documents is None and (dropout or not square):
         call = Call(n_key - n_query, n_query, 0, 0, n_key, causal or window is not None)
         return flash_attention(q, keys, values, (call,), kernel, settings)
+    if causal:
+        pattern = Pattern(n_query, n_key, n_key, n_key, look_back=False, window=window)
+        attended = attend_by_pieces(q, key_value, pattern, kernel, settings)
+        if attended is not None:
+            return attended
     if square:
         mask = None
     elif documents is None:

@@ -19,12 +19,10 @@ from ecp_scale.attention.flash import flash_attention
 from ecp_scale.attention.flex import flex_attention, flex_serves
 from ecp_scale.attention.kernels import Settings, kernel_for
 from ecp_scale.attention.key_value import KeyValue, join, segment_lengths
-from ecp_scale.attention.pieces import document_pieces, flash_pieces, once_for
+from ecp_scale.attention.pieces import attend_by_pieces, once_for
 from ecp_scale.attention.sdpa import attend, attend_by_segment
 from ecp_scale.config import AttentionBackend
 
-FEWEST_QUERIES_OF_PIECES = 128
-"""With fewer, as in a step of generation, a mask is made sooner than the pieces of documents are on the host."""
 Exchange: TypeAlias = Callable[[KeyValue], Callable[[], KeyValue]]
 """Gives ``right`` away at once, and promises ``left``."""
 
@@ -100,10 +98,9 @@ def _attend(q: Tensor, chunk: KeyValue, pattern: Pattern, dropout: float, backen
     by_flash = backend in ("auto", "flash")
     kernel = kernel_for(q, keys, settings, documents is not None, pattern.grain) if by_flash else None
     wants_flex = backend == "flex" or (backend == "auto" and q.is_cuda and kernel is None)
-    if kernel is not None and documents is not None and q.shape[-2] >= FEWEST_QUERIES_OF_PIECES:
-        key = ("pieces", pattern, q.device)
-        pieces = once_for(documents, key, lambda: document_pieces(documents, pattern, q.device))
-        return [flash_pieces(q, keys, values, pieces, kernel, settings)]
+    attended = attend_by_pieces(q, chunk, pattern, kernel, settings)
+    if attended is not None:
+        return [attended]
     if kernel is not None and documents is None:
         calls = segment_calls(pattern, kernel.lower_right)
         square = all(call.queries == call.left + call.own or not call.causal for call in calls)

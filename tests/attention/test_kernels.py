@@ -16,7 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 from torch.testing import assert_close
 
-from ecp_scale.attention import KeyValue, SegmentCache, attend, flex, kernels, pieces, sdpa, segment, segment_attention
+from ecp_scale.attention import (
+    KeyValue,
+    SegmentCache,
+    attend,
+    flex,
+    kernels,
+    latent,
+    latent_attention,
+    pieces,
+    sdpa,
+    segment,
+    segment_attention,
+)
 from ecp_scale.attention.calls import Pattern, segment_calls
 from ecp_scale.attention.flash import _Flash
 from ecp_scale.attention.flex import BLOCK, block_mask
@@ -31,9 +43,9 @@ from tests.attention.stand_in import StandIn
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """A kernel that takes what FlashAttention takes, chosen wherever a GPU would choose that."""
     kernel = StandIn()
-    for module in (segment, sdpa):
+    for module in (segment, sdpa, latent):
         monkeypatch.setattr(module, "kernel_for", lambda *_: kernel)
-    monkeypatch.setattr(segment, "FEWEST_QUERIES_OF_PIECES", 1)
+    monkeypatch.setattr(pieces, "FEWEST_QUERIES", 1)
     return kernel
 
 
@@ -125,6 +137,30 @@ def test_cases_hold_every_kind() -> None:
     assert sum(case["queries"] < case["n"] for case in found) >= 10
     assert sum(case["n"] % case["m"] > 0 for case in found) >= 10
     assert any(case["documents"] and case["left"] and case["window"] is not None for case in found)
+
+
+@pytest.mark.parametrize("segment_length", [None, 1, 4, 15])
+@pytest.mark.parametrize("latents", [1, 8, 30])
+def test_latents_and_context_with_documents_are_pieces(
+    segment_length: int | None, latents: int, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if latents > 1:  # a single one is a step of generation: a mask of one row
+        monkeypatch.setattr(sdpa, "visible", pytest.fail)
+    n = 30
+    q, k, v = (torch.randn(2, heads, n, 4, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
+    documents = random_documents(2, n, latents)
+    position, context = torch.arange(n), torch.arange(n) < n - latents
+    number = position // (segment_length or n)
+    own = context[None, :] & (number[:, None] == number[None, :])
+    seen = torch.where(context[:, None], own, position[:, None] >= position) & same_document(documents)
+    expected = dense_attention(q, k, v, seen)
+    got = latent_attention(q, KeyValue(k, v, documents), latents, segment_length)
+    assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(got.shape, dtype=torch.float64)
+    pairs = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (got, expected))
+    for found, wanted in zip(*pairs, strict=True):
+        assert_close(found, wanted)
+    assert stand_in.calls == (latents < n) + (latents > 1)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -331,7 +367,7 @@ def test_pieces_with_the_real_operators_on_fake_cuda() -> None:
         )
         on_cuda = Pieces(Lengths(borders, borders, *on_host.lengths[2:]), rows, keys)
         ctx: Any = Context()
-        out = _FlashPieces.forward(ctx, q, k, v, on_cuda, CudaKernel(), Settings(window=50))
+        out = _FlashPieces.forward(ctx, q, k, v, on_cuda, CudaKernel(), Settings(window=50), True)
         of_q, of_k, of_v, *_ = _FlashPieces.backward(ctx, torch.empty_like(out))
         for x, like in ((out, q), (of_q, q), (of_k, k), (of_v, v)):
             assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.estimate import META, VIEWS, ShapesOfFlash
-from ecp_scale.attention import sdpa, segment
+from ecp_scale.attention import latent, sdpa, segment
 from ecp_scale.attention.kernels import Operands, Whole
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config, ModelConfig
@@ -84,7 +84,7 @@ class Flash(ShapesOfFlash):
 @pytest.fixture(autouse=True)
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashAttention serves wherever it would on a GPU."""
-    for module in (segment, sdpa):
+    for module in (segment, sdpa, latent):
         monkeypatch.setattr(module, "kernel_for", lambda *_: Flash())
 
 
@@ -118,7 +118,11 @@ def micro_batch(config: Config, parallel: ParallelContext, device: torch.device)
     return watch
 
 
-KINDS = {"longlora": 2, "perceiver_ar": 2, "compressed_double_attention": 2}
+KINDS = {
+    **dict.fromkeys(("longlora", "perceiver_ar", "double_attention", "split_attention"), 2),
+    # Context and latents before and after the compression, and the document at their border.
+    "compressed_double_attention": 5,
+}
 """Patterns of an architecture that need the documents each in its own way; the others have one."""
 
 
