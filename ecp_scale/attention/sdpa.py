@@ -66,13 +66,7 @@ def attend(
         attended = attend_by_pieces(q, key_value, pattern, kernel, settings)
         if attended is not None:
             return attended
-    if square:
-        mask = None
-    elif documents is None:
-        mask = visible(n_query, n_key, causal, window, None, q.device)
-    else:
-        asked = ("visible", n_query, n_key, causal, window, q.device)
-        mask = once_for(documents, asked, lambda: visible(n_query, n_key, causal, window, documents, q.device))
+    mask = None if square else visible(n_query, n_key, causal, window, documents, q.device)
     if backend == "reference":
         if mask is None and causal:
             mask = visible(n_query, n_key, True, None, None, q.device)
@@ -97,7 +91,16 @@ def attend(
 def visible(
     n_query: int, n_key: int, causal: bool, window: int | None, documents: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Who sees whom: (Nq, Nk), or (B, 1, Nq, Nk) with documents."""
+    """Who sees whom: (Nq, Nk), or (B, 1, Nq, Nk) with documents, for whose layers it is made once."""
+    if documents is not None:
+        asked = ("visible", n_query, n_key, causal, window, device)
+        return once_for(documents, asked, lambda: _visible(n_query, n_key, causal, window, documents, device))
+    return _visible(n_query, n_key, causal, window, None, device)
+
+
+def _visible(
+    n_query: int, n_key: int, causal: bool, window: int | None, documents: Tensor | None, device: torch.device
+) -> Tensor:
     behind = n_key - n_query
     seen = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
     if causal:
