@@ -22,7 +22,7 @@ from ecp_scale.parallel.partition import Partition
 from ecp_scale.precision import weight_type
 from ecp_scale.zero.averaging import drop_average
 from ecp_scale.zero.checkpoint_engine import CheckpointFiles
-from ecp_scale.zero.few_kernels import norm_over, use_few_kernels
+from ecp_scale.zero.few_kernels import norm_over, use_few_kernels, wait_once_for_norm
 from ecp_scale.zero.making import held_weight, make_model
 from ecp_scale.zero.mpu import ModelParallelUnit
 from ecp_scale.zero.muon import Muon
@@ -56,6 +56,8 @@ def build_engine(config: Config, deepspeed_config: dict[str, Any], groups: Group
     engine._copy_recovery_script = lambda folder: None
     if isinstance(engine.optimizer, BF16_Optimizer):
         use_few_kernels(engine.optimizer)
+    elif engine.zero_optimization():
+        wait_once_for_norm(engine.optimizer)
     engine_reduces = not engine.zero_optimization() or isinstance(engine.optimizer, BF16_Optimizer)
     if groups.data.size() == 1 and engine_reduces:
         # It would copy all gradients there and back, and under ZeRO-1 in bf16 also round what is accumulated in fp32.

@@ -1,7 +1,8 @@
-"""DeepSpeed's optimizer for bf16 under ZeRO-1 with fewer kernels: it runs four for each parameter and step.
+"""DeepSpeed's optimizers with fewer kernels and waits.
 
-A model has hundreds of parameters, and a kernel costs the host ten microseconds or more. Here one is left for each,
-which adds bf16 to float32, and a few for all. The numbers stay the same but for the order in which a norm is summed.
+Under ZeRO-1 in bf16 it runs four kernels for each parameter and step. A model has hundreds of parameters, and a kernel
+costs the host ten microseconds or more. Here one is left for each, which adds bf16 to float32, and a few for all. The
+numbers stay the same but for the order in which a norm is summed.
 """
 
 from types import MethodType
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+from deepspeed.runtime.utils import combine_grad_norm_groups, mask_nan_or_inf_with_val_inplace
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -35,6 +37,25 @@ def use_few_kernels(optimizer: BF16_Optimizer) -> None:
 
     optimizer.update_hp_grads = MethodType(_add_gradients, optimizer)
     optimizer.step = with_few_kernels
+
+
+def wait_once_for_norm(optimizer: Any) -> None:
+    """Have ZeRO-2 and -3 take the gradient norm to the host once; they would ask the device for it at every use.
+
+    That a gradient is not finite is in the norm, so that it is not looked for beside it.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        norms = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [_on_host(combine_grad_norm_groups(norms()))]
+        return
+    norm = optimizer.scaled_global_norm
+    optimizer.scaled_global_norm = lambda *arguments, **named: _on_host(norm(*arguments, **named))
+    if not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda *arguments, **named: None
+
+
+def _on_host(norm: Tensor) -> Tensor:
+    return torch.tensor(norm.item(), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -68,7 +89,7 @@ def _norm(input_tensors: list[Tensor], norm_type: float = 2, mpu: Any = None, mo
     device = torch.device(get_accelerator().current_device_name())
     norm = norm_over(input_tensors, mpu.get_model_parallel_group(), device)
     mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
-    return norm
+    return _on_host(norm)
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float = 1.0, global_norm: Any = None, mpu: Any = None) -> None:

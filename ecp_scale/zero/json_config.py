@@ -218,6 +218,9 @@ def resolve(content: dict[str, Any], config: Config, world_size: int) -> dict[st
         # DeepSpeed's own size is 500 M elements, which ZeRO-1 and -3 allocate for models of any size.
         bucket = min(MOST_BUCKET_ELEMENTS, config.model.parameters // config.parallel.tensor)
         resolved["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+    if "zero_optimization" in resolved:
+        # Trap: DeepSpeed's own default is true under ZeRO-3.
+        resolved["zero_optimization"].setdefault("overlap_comm", False)
     resolved.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
     # The optimizer is ours (ecp_scale.zero.engine), and DeepSpeed warns of any but its own.
     resolved.setdefault("zero_allow_untested_optimizer", True)

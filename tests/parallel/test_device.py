@@ -1,6 +1,8 @@
 """Devices that cannot be used are refused by name; GPUs are played by torch.cuda's answers."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,3 +90,35 @@ def test_kernels_start_in_order_unless_the_user_says_otherwise(monkeypatch: pyte
     monkeypatch.delenv(device.CONNECTIONS)
     play(monkeypatch, is_initialized=True)
     assert "is not set, and CUDA has started" in (keep_kernels_in_order() or "")
+
+
+def test_a_thread_asks_for_what_is_done_on_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    standing: list[torch.device] = []
+    asked: list[list[torch.device]] = []
+
+    @contextmanager
+    def on(of: torch.device) -> Iterator[None]:
+        standing.append(of)
+        yield
+        standing.pop()
+
+    class Event:
+        fails = False
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            asked.append(list(standing))
+            if self.fails:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return True
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu = torch.device("cuda", 3)
+    is_done = device.done_so_far(gpu)
+    assert is_done()
+    assert asked == [[gpu]]
+    monkeypatch.setattr(Event, "fails", True)
+    assert not is_done()

@@ -1,10 +1,13 @@
-"""DeepSpeed's optimizer for bf16 with fewer kernels takes the steps that it takes with its own."""
+"""DeepSpeed's optimizers with fewer kernels and waits take the steps that they take with their own."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
@@ -23,11 +26,16 @@ def config(clipping: float) -> Config:
     return dataclasses.replace(preset, model=SCALED, training=training, optimizer=optimizer)
 
 
+def engine_of(settings: Config, groups: Groups, stage: int) -> engines.Engine:
+    """The model under a stage of ZeRO."""
+    return engines.build_engine(
+        settings, json_config.resolve({"zero_optimization": {"stage": stage}}, settings, 1), groups
+    )
+
+
 def trained(settings: Config, groups: Groups, poisoned: bool) -> tuple[list[float], list[Tensor], int]:
     """Norms of three steps, the weights after them, and how many steps were left out."""
-    engine = engines.build_engine(
-        settings, json_config.resolve({"zero_optimization": {"stage": 1}}, settings, 1), groups
-    )
+    engine = engine_of(settings, groups, 1)
     batches = [random_tokens(SCALED, SCALED.sequence_length + 1) for _ in range(2)]
     norms = []
     for _ in range(3):
@@ -51,3 +59,41 @@ def test_steps_are_those_of_deepspeed_itself(
     assert ours[2] == theirs[2] == 2 * poisoned
     for mine, other in zip(ours[1], theirs[1], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Counts numbers that are read off the device: off tensors that are not made of the host's numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_host: dict[int, Any] = {}
+        """Their memory by its address, held so that the address stays theirs."""
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        inputs, outputs = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
+        memory = [x.untyped_storage() for x in inputs]
+        is_host = name == "aten::lift_fresh" or (bool(memory) and all(x.data_ptr() in self.of_host for x in memory))
+        if name == "aten::_local_scalar_dense":
+            self.count += not is_host
+        elif is_host and not name.startswith("c10d"):
+            self.of_host |= {x.untyped_storage().data_ptr(): x for x in outputs}
+        else:  # writes of the device's to where the host had its own
+            written = memory if name.startswith("c10d") else [x.untyped_storage() for x in outputs]
+            for x in written:
+                self.of_host.pop(x.data_ptr(), None)
+        return out
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_waits_for_its_norm_once(stage: int, groups: Groups) -> None:
+    engine = engine_of(config(0.05), groups, stage)
+    batches = [random_tokens(SCALED, SCALED.sequence_length + 1) for _ in range(2)]
+    optimizer_step(engine, batches, groups, False)
+    with Waits() as waits:
+        result = optimizer_step(engine, batches, groups, False)
+    engine.destroy()
+    assert result.gradient_norm > 0.05  # and is clipped
+    assert waits.count == 1  # for the norm; the loss is read by tolist(), which no mode sees
