@@ -43,9 +43,10 @@ VIEWS = {
     *("as_strided", "split", "split_with_sizes", "_unsafe_view", "unbind", "unfold", "_reshape_alias", "narrow"),
     *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"),
 }
-OPTIMIZER_BYTES = 2 + 4 + 4 + 4 * 7
-"""Of a parameter under ZeRO-1 in bf16: gradient read and added in fp32 (2 + 4 + 4), then AdamW, which reads master
-weight, two moments and the gradient, and writes the first three, with the weight in bf16 beside them."""
+OPTIMIZER_BYTES = (2 + 4 + 4) + 4 + 4 * 7 + (4 + 2) + (2 + 2 + 4)
+"""Of a parameter under ZeRO-1 in bf16: its gradient is added in fp32, and its norm taken; AdamW reads master weight,
+two moments and gradient, and writes the first three; the weight is copied in bf16; and gradients are set to zero, in
+bf16 and in fp32. Clipping, where the norm is above its bound, takes 8 more."""
 
 BACKWARD_SHARE = 2 / 3
 """Of the work of a micro-batch, the backward pass."""

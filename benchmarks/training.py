@@ -163,7 +163,7 @@ def utilisation(config: Config, rounds: int) -> dict[str, float]:
         "share_of_peak": step / peak,
         "share_of_median_product": step / middle,
     }
-    datasheet = known_peak_teraflops(device(), config.training.precision)
+    datasheet = known_peak_teraflops(device(), config.training.precision, config.training.tf32)
     if datasheet:
         found["share_of_datasheet"] = found["teraflops"] / datasheet
     return {"peak_bytes": memory, **{name: of_rounds.median().item() for name, of_rounds in found.items()}}

@@ -16,7 +16,6 @@ from ecp_scale.config import AttentionBackend
 
 _aten = torch.ops.aten
 FLASH_TYPES = (torch.bfloat16, torch.float16)
-WIDEST_HEAD = 256
 CUDNN_WIDEST_HEAD, CUDNN_GRAIN = 128, 64
 """Heads and multiples of lengths that every cuDNN takes."""
 
@@ -183,7 +182,9 @@ def kernel_for(q: Tensor, k: Tensor, settings: Settings, documents: bool, grain:
     """
     plain = settings == Settings() and not documents
     if q.device.type == "cuda":
-        fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
+        fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest_head(q.device)
+        # Trap: the newer ones have no dropout, and refuse it in the first step.
+        fits = fits and not (settings.dropout and has_newer_flash())
         # Trap: cuDNN plans anew for every shape, for as long as many steps of generation.
         trains = plain and q.requires_grad and grain % CUDNN_GRAIN == 0 and q.shape[-1] <= CUDNN_WIDEST_HEAD
         if fits and trains and not has_newer_flash() and has_cudnn(q.device):
@@ -218,9 +219,11 @@ def refusal(backend: AttentionBackend, q: Tensor, settings: Settings, documents:
         return (
             f"torch's flash kernel for CPUs has no {', no '.join(what for what, is_asked in asked.items() if is_asked)}"
         )
+    if settings.dropout and has_newer_flash():
+        return f"FlashAttention-3 and -4 have no dropout, and model.dropout is {settings.dropout:g}"
     if has_flash(q.device):
-        width, kind = q.shape[-1], str(q.dtype).removeprefix("torch.")
-        return f"FlashAttention takes bf16 and heads of 8, 16, ... to {WIDEST_HEAD}, found {kind} and heads of {width}"
+        width, kind, most = q.shape[-1], str(q.dtype).removeprefix("torch."), widest_head(q.device)
+        return f"FlashAttention takes bf16 and heads of 8, 16, ... to {most}, found {kind} and heads of {width}"
     return "this GPU, or this build of torch, has no FlashAttention"
 
 
@@ -245,6 +248,11 @@ def has_cudnn(device: torch.device) -> bool:
         warnings.warn(f"cuDNN's attention fails, and FlashAttention takes its place: {error}", stacklevel=2)
         return False
     return True
+
+
+def widest_head(device: torch.device) -> int:
+    """Of heads that FlashAttention trains on a GPU: others have too little shared memory for its backward pass."""
+    return 256 if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0)) else 192
 
 
 def has_flash(device: torch.device) -> bool:

@@ -179,12 +179,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def known_peak_teraflops(device: torch.device, precision: str) -> float | None:
-    """Dense matrix peak of a known GPU by its datasheet (bf16: tensor cores; fp32: without TF32); None if unknown."""
-    if device.type != "cuda":
+def known_peak_teraflops(device: torch.device, precision: str, tf32: bool = False) -> float | None:
+    """Dense matrix peak of a known GPU by its datasheet, with tensor cores in bf16 and TF32; None if unknown."""
+    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peaks is None:
         return None
-    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device))
-    return None if peaks is None else peaks[0 if precision == "bf16" else 1]
+    in_bf16, in_fp32 = peaks
+    if precision == "bf16":
+        return in_bf16
+    return in_bf16 / 2 if tf32 else in_fp32  # half, on all of these
 
 
 PEAK_TERAFLOPS = {

@@ -111,7 +111,7 @@ class Plan:
 def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Trace | None = None) -> Plan:
     """Plan a launch; config and JSON must fit each other and ``world_size``. ``traced`` is its trace, where known."""
     section = json_config.resolve(deepspeed, config, world_size).get("zero_optimization", {})
-    zero = ZeroConfig(**section)
+    zero, sent_bytes = ZeroConfig(**section), json_config.sent_bytes(deepspeed, config)
     parallel = config.parallel
     data_ranks = world_size // parallel.tensor
     traced = traced or trace_busiest(config, world_size)
@@ -122,12 +122,13 @@ def plan(config: Config, deepspeed: dict[str, Any], world_size: int, traced: Tra
         traced.kept,
         zero,
         bf16=config.training.precision == "bf16",
+        sent_bytes=sent_bytes,
         data_ranks=data_ranks,
         largest_block=max(per_layer, *ends),
     )
     micro_batches = config.accumulation_steps(world_size)
     messages = {f"{group}: {name}": size * micro_batches for (group, name), size in sorted(traced.sent.items())}
-    messages |= zero_messages(traced, config, zero, data_ranks, micro_batches)
+    messages |= zero_messages(traced, config, zero, data_ranks, micro_batches, sent_bytes)
     messages |= muon_messages(traced, zero, data_ranks, parallel.tensor)
     master = 0 if zero.stage == 0 else FP32
     moments = sum(FP32 * number * sum(group) for number, group in zip(traced.kept, traced.groups, strict=True))
@@ -174,9 +175,11 @@ def sent_to_owners(config: Config, zero: ZeroConfig) -> bool:
 
 
 def zero_messages(
-    traced: Trace, config: Config, zero: ZeroConfig, data_ranks: int, micro_batches: int
+    traced: Trace, config: Config, zero: ZeroConfig, data_ranks: int, micro_batches: int, gradient_bytes: int
 ) -> dict[str, int]:
     """Bytes that ZeRO sends per step, by what they are: gradients, and this rank's own part of the weights.
+
+    ``gradient_bytes``: of an element of a gradient on its way.
 
     Exact, but for ZeRO-3 where not all large parameters may stay whole from the forward to the backward pass
     (stage3_max_live_parameters, stage3_max_reuse_distance): then it is the most, as if none did.
@@ -187,7 +190,7 @@ def zero_messages(
     weight = weight_type(config).itemsize
     # ZeRO-0 and -1 reduce once per step, ZeRO-2 and -3 after every micro-batch.
     reductions = micro_batches if zero.stage >= 2 else 1
-    found = {f"data: {TO_OWNERS if sent_to_owners(config, zero) else TO_ALL}": elements * weight * reductions}
+    found = {f"data: {TO_OWNERS if sent_to_owners(config, zero) else TO_ALL}": elements * gradient_bytes * reductions}
     if zero.stage in (1, 2):
         found["data: updated weights"] = elements // data_ranks * weight
     if zero.stage == 3:

@@ -31,7 +31,8 @@ def step_numbers(
         sequences: of its global batch.
     """
     speed = sequences * config.model.sequence_length / seconds
-    peak = config.logging.peak_teraflops or known_peak_teraflops(groups.device, config.training.precision)
+    training = config.training
+    peak = config.logging.peak_teraflops or known_peak_teraflops(groups.device, training.precision, training.tf32)
     ranks = groups.tensor.size() * groups.data.size()
     utilisation = None if peak is None else speed * config.model.flops_per_token / (peak * 1e12 * ranks)
     return {

@@ -235,6 +235,12 @@ def zero_stage(content: dict[str, Any]) -> int:
     return int(_get(content, "zero_optimization.stage") or 0)
 
 
+def sent_bytes(content: dict[str, Any], config: Config) -> int:
+    """Bytes of an element of a gradient on its way to other ranks."""
+    in_fp32 = config.training.precision == "fp32" or _get(content, "communication_data_type") == "fp32"
+    return 4 if in_fp32 else 2
+
+
 def _get(content: dict[str, Any], dotted: str) -> Any:
     value: Any = content
     for key in dotted.split("."):

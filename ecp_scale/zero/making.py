@@ -21,7 +21,7 @@ from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.partition import Held
 from ecp_scale.precision import weight_type
-from ecp_scale.zero.json_config import zero_stage
+from ecp_scale.zero.json_config import sent_bytes, zero_stage
 from ecp_scale.zero.memory import ZeroConfig, is_on_host, states
 from ecp_scale.zero.mpu import ModelParallelUnit
 
@@ -91,6 +91,7 @@ def check_host_memory(config: Config, deepspeed_config: dict[str, Any], groups: 
         [optimizer.states(group.orthogonal) for group in groups_of_it],
         zero,
         bf16=config.training.precision == "bf16",
+        sent_bytes=sent_bytes(deepspeed_config, config),
         data_ranks=groups.data.size(),
         largest_block=0,
     )

@@ -47,6 +47,7 @@ def states(
     zero: ZeroConfig,
     *,
     bf16: bool,
+    sent_bytes: int,
     data_ranks: int,
     largest_block: int,
 ) -> EngineStates:
@@ -57,6 +58,7 @@ def states(
         kept: numbers that the optimizer keeps of each element, for each group.
         zero: stage, sizes and offload.
         bf16: whether weights are bf16 with fp32 master weights and fp32 accumulation.
+        sent_bytes: of an element of a gradient on its way to other ranks.
         data_ranks: D.
         largest_block: elements of the largest block, or of the embedding or output layer (local).
     """
@@ -64,6 +66,7 @@ def states(
     whole = sum(everything)
     weight = 2 if bf16 else FP32
     bucket = min(zero.reduce_bucket_size, whole)
+    converted = sent_bytes * bucket if sent_bytes != weight and data_ranks > 1 else 0
     if zero.stage == 0:
         moments = sum(FP32 * number * sum(group) for number, group in zip(kept, groups, strict=True))
         return EngineStates(FP32 * whole, 0, moments, FP32 * whole, FP32 * bucket)
@@ -74,12 +77,12 @@ def states(
         weights = weight * (part + (small if data_ranks > 1 else 0))
         # Of the others, two blocks at least: the one that is computed, and the next, which is fetched.
         alive = min(whole - small, max(zero.max_live_parameters, 2 * largest_block))
-        buffers = weight * (bucket + (alive if data_ranks > 1 else 0))
+        buffers = weight * (bucket + (alive if data_ranks > 1 else 0)) + converted
         gradients = weight * part if not bf16 else FP32 * part
     else:
         parts = [partition_elements(group, data_ranks) for group in groups]
         part = sum(parts)
-        weights, buffers = weight * whole, weight * bucket
+        weights, buffers = weight * whole, weight * bucket + converted
         # ZeRO-1 accumulates whole gradients; in bf16 in fp32, beside those of the micro-batch.
         if zero.stage == 1:
             gradients = (FP32 + (weight if bf16 else 0)) * whole

@@ -219,14 +219,23 @@ def test_a_backend_that_cannot_serve_says_why(backend: Any, settings: Settings, 
 
 def test_what_flash_attention_does_not_take_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
-        wide, odd, right = (
+        wide, odd, right, widest = (
             torch.empty(1, 1, 1, width, dtype=dtype, device="cuda")
-            for width, dtype in ((64, torch.float32), (20, torch.bfloat16), (64, torch.bfloat16))
+            for width, dtype in ((64, torch.float32), *((width, torch.bfloat16) for width in (20, 64, 256)))
         )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels, "has_flash", lambda device: True)
     assert "found float32 and heads of 64" in (kernels.refusal("flash", wide, Settings(), False) or "")
     assert "found bfloat16 and heads of 20" in (kernels.refusal("flash", odd, Settings(), False) or "")
     assert kernels.refusal("flash", right, Settings(window=3, dropout=0.1), True) is None
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+    assert "-3 and -4 have no dropout" in (kernels.refusal("flash", right, Settings(dropout=0.1), False) or "")
+    assert kernels.refusal("flash", right, Settings(window=3), True) is None
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert "to 192, found bfloat16 and heads of 256" in (kernels.refusal("flash", widest, Settings(), False) or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernels.refusal("flash", widest, Settings(), False) is None
     assert "has no dropout" in (kernels.refusal("flex", right, Settings(dropout=0.1), False) or "")
     monkeypatch.setattr(kernels, "has_flash", lambda device: False)
     assert "has no FlashAttention" in (kernels.refusal("flash", right, Settings(), False) or "")
@@ -255,12 +264,15 @@ def test_cudnn_serves_training_of_full_segments_on_hopper(
 ) -> None:
     monkeypatch.setattr(kernels, "has_flash", lambda device: True)
     monkeypatch.setattr(kernels, "has_cudnn", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with FakeTensorMode():
         q = torch.empty(1, 1, 1, width, dtype=torch.bfloat16, device="cuda", requires_grad=trains)
     assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), expected)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
-    assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), CudaKernel)
+    newer = kernels.kernel_for(q, q, settings, documents, grain)
+    assert newer is None if settings.dropout else isinstance(newer, CudaKernel)
     monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels, "has_flash", lambda device: True)
     monkeypatch.setattr(kernels, "has_cudnn", lambda device: False)
     assert isinstance(kernels.kernel_for(q, q, settings, documents, grain), CudaKernel)

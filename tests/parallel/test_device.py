@@ -122,3 +122,12 @@ def test_a_thread_asks_for_what_is_done_on_the_gpu_of_the_rank(monkeypatch: pyte
     assert asked == [[gpu]]
     monkeypatch.setattr(Event, "fails", True)
     assert not is_done()
+
+
+def test_a_share_of_the_peak_is_of_that_of_the_products_that_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, get_device_name="NVIDIA H100 80GB HBM3")
+    peaks = [device.known_peak_teraflops(GPU, *kind) for kind in (("bf16", True), ("fp32", False), ("fp32", True))]
+    assert peaks == [989.0, 67.0, 494.5]
+    play(monkeypatch, get_device_name="another")
+    assert device.known_peak_teraflops(GPU, "fp32", True) is None
+    assert device.known_peak_teraflops(torch.device("cpu"), "bf16") is None

@@ -236,6 +236,9 @@ def test_the_time_of_a_step_is_that_of_its_parts() -> None:
     assert sent_to_owners == sent["data: gradients"] * request.config.accumulation_steps(16)
     on_wire = sent_to_owners * 7 / 8 + sent["data: updated weights"] * 7
     assert duration(to_owners, machine).data == pytest.approx(on_wire / 50e9)
+    in_fp32 = plan(request.config, {"zero_optimization": section, "communication_data_type": "fp32"}, 16)
+    assert in_fp32.messages["data: gradients to owners"] == 2 * sent_to_owners
+    assert in_fp32.states.buffers == 3 * to_owners.states.buffers  # the bucket, and a copy of it in fp32
     everywhere = plan(request.config, {"zero_optimization": {**section, "reduce_scatter": False}}, 16)
     assert everywhere.messages["data: gradients"] == sent_to_owners
     assert step.context == step.host == 0
