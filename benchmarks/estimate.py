@@ -25,13 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ecp_scale.attention import sdpa, segment
-from ecp_scale.attention.kernels import Lengths, Operands, Settings, State, Whole
+from ecp_scale.attention.kernels import Operands, State
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.planning.compiled import compiled_in_shapes
 from ecp_scale.planning.duration import on_wire
+from ecp_scale.planning.flash_shapes import ShapesOfFlash
 from ecp_scale.planning.plan import GIB, TO_ALL, TO_OWNERS, plan
 from ecp_scale.precision import as_on_a_gpu
 
@@ -87,35 +88,6 @@ class Counts(TorchDispatchMode):
             yield
         finally:
             self.fused = False
-
-
-class ShapesOfFlash:
-    """Shapes and types of a flash kernel for CUDA, with nothing in them: those of FlashAttention-2, or of cuDNN's."""
-
-    def __init__(self, lower_right: bool = True) -> None:
-        self.lower_right = lower_right
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, settings: Settings, lengths: Lengths | None = None
-    ) -> tuple[Tensor, Tensor, State]:
-        """One kernel."""
-        *stretches, rows, heads, _ = q.shape
-        normalisers = q.new_empty(*stretches, heads, rows, dtype=torch.float32)
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device), normalisers, ()
-
-    def backward(
-        self,
-        gradient: Tensor,
-        operands: Operands,
-        whole: Whole,
-        causal: bool,
-        settings: Settings,
-        state: State,
-        lengths: Lengths | None = None,
-    ) -> Operands:
-        """One kernel."""
-        of_q, of_k, of_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands)
-        return of_q, of_k, of_v
 
 
 class Flash(ShapesOfFlash):

@@ -82,7 +82,7 @@ def our_step(config: Config) -> Iterator[Callable[[], object]]:
     """A step of a training run, through DeepSpeed, in a launch of one process."""
     tokens = tokens_of(config)
     with process_groups(config.parallel) as groups, our_engine(config, groups) as engine:
-        yield lambda: optimizer_step(engine, [tokens], groups, False)
+        yield lambda: optimizer_step(engine, [tokens], groups)
 
 
 @contextmanager

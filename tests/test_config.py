@@ -466,6 +466,8 @@ def test_options_without_effect_are_noted() -> None:
         "--optimizer.beta1 has no effect with optimizer.name sgd",
         "--optimizer.halving_tokens has no effect with optimizer.schedule cosine",
     )
+    derived = ["--config", "demo", "--model.architecture=sliding_window", "--model.segment_length=128"]
+    assert parse(derived, "").notes == ()  # the window is made of it
     assert parse(["--config", "demo"], "").notes == ()
     assert parse(["--config", "demo", "--training.steps=3"], "").notes == (
         "optimizer.warmup_tokens 100,000 is beyond the 6,144 tokens of the run: the rate stays low",

@@ -116,7 +116,10 @@ class ModelConfig:
     def ignored(self) -> list[str]:
         """Fields that the architecture does not read, of those that only some architectures do."""
         some = dict.fromkeys(name for geometry in GEOMETRIES.values() for name in geometry.fields)
-        return [name for name in some if name not in GEOMETRIES[self.architecture].fields]
+        read = set(GEOMETRIES[self.architecture].fields)
+        if any(name in read and getattr(self, name) is None for name in ("window", "group_length")):
+            read.add("segment_length")  # which their defaults are made of
+        return [name for name in some if name not in read]
 
     @cached_property
     def geometry(self) -> Geometry:

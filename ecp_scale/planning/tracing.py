@@ -28,6 +28,7 @@ from ecp_scale.models.parameter_groups import optimizer_groups
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups, process_groups
 from ecp_scale.planning.compiled import compiled_in_shapes
+from ecp_scale.planning.flash_shapes import flash_in_shapes
 from ecp_scale.precision import as_on_a_gpu, weight_type
 from ecp_scale.zero.muon import Matrix, matrices_of
 
@@ -101,7 +102,7 @@ def _micro_batch(config: Config, layers: int, groups: Groups) -> _MicroBatch:
     names: dict[str, str] = {groups.tensor.group_name: "tensor", groups.context.group_name: "context"}
     # Compiled functions keep their inputs alone; "auto" compiles them on the GPU that is planned for.
     kernels = compiled_in_shapes() if config.training.compile else nullcontext()
-    with FakeTensorMode(), _Messages(names) as messages, kernels:
+    with FakeTensorMode(), _Messages(names) as messages, kernels, flash_in_shapes():
         model = LanguageModel(model_config, _context(config, groups), config.attention).train()
         tracker = MemTracker()
         tracker.track_external(model)

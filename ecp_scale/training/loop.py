@@ -241,10 +241,10 @@ class _Run:
                 self.engine,
                 batch.micro_batches,
                 self.groups,
-                self.stop.reason is not None,
                 self.mask,
                 reporter(step, self.groups.device),
                 to_numbers(batch.digest_parts, self.checkpoints.news(), self.spikes.news, self.times, *at),
+                stop_requested=lambda: self.stop.reason is not None,
             )
         except DivergedError as error:
             raise self._diverged(step, str(error)) from None

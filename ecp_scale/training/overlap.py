@@ -96,7 +96,7 @@ def updates(config: Config, deepspeed: dict[str, Any], groups: Groups, world_siz
     shape = (2, 1, config.model.sequence_length + 1)
     for _ in range(STEPS):
         batches = torch.randint(config.model.known_vocab_size, shape, generator=generator)
-        optimizer_step(engine, list(batches), groups, False)
+        optimizer_step(engine, list(batches), groups)
         found.append(flat_weights(engine))
     engine.destroy()
     return torch.stack(found).diff(dim=0)

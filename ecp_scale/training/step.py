@@ -49,17 +49,17 @@ def optimizer_step(
     engine: Engine,
     micro_batches: Sequence[Tensor],
     groups: Groups,
-    stop_requested: bool,
     mask: LossMask = NO_MASK,
     report: Callable[[int, str], None] = lambda part, what: None,
     to_sum: Sequence[int] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Accumulate over the micro-batches (micro, n + 1), which lie on the host, and update the weights.
 
     The loss is the mean over all targets of the step, on all ranks, that have one by ``mask``. Ranks and micro-batches
     may differ in how many they have, and DeepSpeed takes the mean over both; so each sum is scaled to what makes that
-    mean the right one. ``report`` is told which part of the step is done, before ranks wait for each
-    other. ``to_sum`` are whole numbers below 2^53 in sum, which the message about the loss takes along.
+    mean the right one. ``report`` is told which part of the step is done, before ranks wait for each other. ``to_sum``
+    are whole numbers below 2^53 in sum, which the message about the loss takes along, as it does a stop request.
 
     Raises:
         DivergedError: on all ranks, before the update where the loss is not finite; after it where ZeRO finds the
@@ -92,7 +92,7 @@ def optimizer_step(
             engine.step()
 
     report(len(micro_batches) + 1, WAITS)
-    loss_value, stops, sums = _shared(losses, stop_requested, to_sum, groups.device, message)
+    loss_value, stops, sums = _shared(losses, stop_requested(), to_sum, groups.device, message)
     if not math.isfinite(loss_value):
         raise DivergedError(f"the loss is {loss_value}; the weights have not been updated with it")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.estimate import META, VIEWS, ShapesOfFlash
+from benchmarks.estimate import META, VIEWS
 from ecp_scale.attention import latent, sdpa, segment
 from ecp_scale.attention.kernels import Operands, Whole
 from ecp_scale.command_line import load_preset
@@ -30,6 +30,7 @@ from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel import branch
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import process_groups
+from ecp_scale.planning.flash_shapes import ShapesOfFlash
 from ecp_scale.planning.tracing import _fake_launch, _groups, _micro_batch
 from ecp_scale.precision import as_on_a_gpu
 

@@ -360,3 +360,38 @@ def test_a_plan_grows_with_sequences_as_measured_on_gpus() -> None:
         training = dataclasses.replace(config.training, micro_batch_size=sequences, global_batch_size=sequences)
         activations[sequences] = trace(dataclasses.replace(config, training=training), 1).activations / GIB
     assert (activations[4] - activations[1]) / 3 == pytest.approx((62.25 - 33.01) / 3, rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["ecp", "sliding_window", "longlora", "transformer", "double_attention"])
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+def test_activations_grow_with_the_sequence_and_no_mask_is_in_them(architecture: str, documents: bool) -> None:
+    values: dict[str, Any] = {
+        **BASE,
+        "model.architecture": architecture,
+        "model.latents": 128,
+        "model.window": 64,
+        "model.group_length": 64,
+        "training.micro_batch_size": 1,
+        "training.precision": "bf16",
+        "attention.document_mask": documents,
+        "attention.end_of_document": 0,
+    }
+    found = []
+    for n in (16_384, 32_768):
+        request = parse([f"--{key}={value}" for key, value in {**values, "model.sequence_length": n}.items()], "")
+        found.append(trace(request.config, 1).activations)
+    assert found[1] < 2.01 * found[0]
+
+
+@pytest.mark.exhaustive
+def test_a_step_of_a_million_tokens_fits_one_gpu() -> None:
+    words = ("--config", "scaled-350m", "--model.sequence_length=1048576", "--model.allow_short_receptive_field=true")
+    more = ("--model.vocab_size=32000", "--parallel.recompute=full", "--training.micro_batch_size=1")
+    found = plan(
+        parse([*words, *more, "--training.global_batch_size=1"], "").config, {"zero_optimization": {"stage": 1}}, 1
+    )
+    assert found.peak_bytes < 141e9
+    documents = ("--attention.document_mask=true", "--attention.end_of_document=0")
+    request = parse([*words, *more, "--training.global_batch_size=1", *documents], "")
+    masked = plan(request.config, {"zero_optimization": {"stage": 1}}, 1)
+    assert masked.peak_bytes < 1.02 * found.peak_bytes

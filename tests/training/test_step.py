@@ -70,7 +70,7 @@ def test_the_weights_are_not_updated_with_a_loss_that_is_not_finite(
     engine = FakeEngine(build(SCALED, groups, torch.float32), factor)
     engine.under_zero = under_zero
     with pytest.raises(DivergedError, match=r"the loss is .* have not been updated"):
-        optimizer_step(engine, [random_tokens(SCALED, 33)], groups, stop_requested=False)
+        optimizer_step(engine, [random_tokens(SCALED, 33)], groups)
     assert engine.steps == 0
 
 
@@ -78,16 +78,16 @@ def test_gradients_that_are_not_finite_are_found_before_the_update(groups: Group
     engine = FakeEngine(build(SCALED, groups, torch.float32), 1.0)
     engine.module.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(DivergedError, match="gradient norm"):
-        optimizer_step(engine, [random_tokens(SCALED, 33)], groups, stop_requested=False)
+        optimizer_step(engine, [random_tokens(SCALED, 33)], groups)
     assert engine.steps == 0
 
 
 def test_the_loss_is_the_mean_over_micro_batches(groups: Groups) -> None:
     model = build(SCALED, groups, torch.float32)
     tokens = random_tokens(SCALED, 33, batch=4)
-    together = optimizer_step(FakeEngine(model, 1.0), [tokens], groups, stop_requested=True)
+    together = optimizer_step(FakeEngine(model, 1.0), [tokens], groups, stop_requested=lambda: True)
     numbers = [3, 2**40 + 1]
-    apart = optimizer_step(FakeEngine(model, 1.0), list(tokens.split(1)), groups, stop_requested=False, to_sum=numbers)
+    apart = optimizer_step(FakeEngine(model, 1.0), list(tokens.split(1)), groups, to_sum=numbers)
     assert (together.sums, apart.sums) == ((), tuple(numbers))
     assert apart.loss == pytest.approx(together.loss, rel=1e-6)
     assert (together.stop_requested, apart.stop_requested) == (True, False)
@@ -108,7 +108,7 @@ def test_untrained_targets_have_no_loss_however_they_fall_on_the_micro_batches(g
     for batches in ([tokens], list(tokens.split(1))):
         model.zero_grad()
         engine = FakeEngine(model, 1.0, micro_batches=len(batches))
-        result = optimizer_step(engine, batches, groups, False, LossMask((7, 11)))
+        result = optimizer_step(engine, batches, groups, LossMask((7, 11)))
         assert result.loss == pytest.approx(expected.item(), rel=1e-6)
         for parameter, gradient in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
@@ -129,7 +129,7 @@ def test_marked_targets_are_read_and_have_no_loss(groups: Groups) -> None:
     mask = LossMask((7,), marks=True)
     for batches in ([marks], list(marks.split(1))):
         engine = FakeEngine(model, 1.0, micro_batches=len(batches))
-        result = optimizer_step(engine, batches, groups, False, mask)
+        result = optimizer_step(engine, batches, groups, mask)
         assert result.loss == pytest.approx(losses[trained].mean().item(), rel=1e-6)
     assert mean_loss(engine, [(marks, 2)], groups, mask) == pytest.approx(
         losses[:2][trained[:2]].mean().item(), rel=1e-6

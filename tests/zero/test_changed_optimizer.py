@@ -44,7 +44,7 @@ def weights_after(
     for numbers in (loaded, config.optimizer) if loaded is not None else ():
         apply_optimizer_config(engine, numbers)
     for _ in range(2):
-        optimizer_step(engine, tokens.split(1), groups, stop_requested=False)
+        optimizer_step(engine, tokens.split(1), groups)
     for parameter in engine.module.parameters():
         full = safe_get_full_fp32_param(parameter) if stage else parameter
         yield full.detach().clone()

@@ -39,7 +39,7 @@ def trained(settings: Config, groups: Groups, poisoned: bool) -> tuple[list[floa
     batches = [random_tokens(SCALED, SCALED.sequence_length + 1) for _ in range(2)]
     norms = []
     for _ in range(3):
-        norms.append(optimizer_step(engine, batches, groups, False).gradient_norm)
+        norms.append(optimizer_step(engine, batches, groups).gradient_norm)
         if poisoned:
             engine.optimizer.fp32_groups_gradients_flat[0][5] = torch.nan  # of the next step
     weights = [parameter.detach().float().clone() for parameter in engine.module.parameters()]
@@ -91,9 +91,9 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_its_norm_once(stage: int, groups: Groups) -> None:
     engine = engine_of(config(0.05), groups, stage)
     batches = [random_tokens(SCALED, SCALED.sequence_length + 1) for _ in range(2)]
-    optimizer_step(engine, batches, groups, False)
+    optimizer_step(engine, batches, groups)
     with Waits() as waits:
-        result = optimizer_step(engine, batches, groups, False)
+        result = optimizer_step(engine, batches, groups)
     engine.destroy()
     assert result.gradient_norm > 0.05  # and is clipped
     assert waits.count == 1  # for the norm; the loss is read by tolist(), which no mode sees
