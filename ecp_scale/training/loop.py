@@ -20,7 +20,7 @@ from ecp_scale.console import say, waiting
 from ecp_scale.data.batches import ReadAhead, TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.data.corpus import Corpus
-from ecp_scale.parallel.device import check_precision, set_tf32
+from ecp_scale.parallel.device import set_tf32
 from ecp_scale.parallel.groups import Groups, agreed, decided, everyone, process_groups
 from ecp_scale.parallel.random import seed_step
 from ecp_scale.training.agreement import check_same, facts, only_launch
@@ -35,7 +35,7 @@ from ecp_scale.training.rank_times import RankTimes, SlowRanks, summary
 from ecp_scale.training.recorder import Recorder, step_numbers
 from ecp_scale.training.report import describe_end, describe_passed, describe_run, describe_start
 from ecp_scale.training.rolling_back import Spikes
-from ecp_scale.training.starting import check_backend, check_rate, initial_weights, load_weights, write_settings
+from ecp_scale.training.starting import check_device, check_rate, initial_weights, load_weights, write_settings
 from ecp_scale.training.step import (
     DivergedError,
     StepResult,
@@ -81,8 +81,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         stop = stop or stack.enter_context(StopRequest())
         stack.enter_context(kept_evidence(run))  # outside of the groups, whose end finds out who is lost
         groups = stack.enter_context(process_groups(request.config.parallel, lambda: check_same(mine)))
-        agreed(lambda: check_precision(groups.device, request.config.training.precision))
-        agreed(lambda: check_backend(request.config, groups.device))
+        agreed(lambda: check_device(request.config, groups.device))
         agreed(lambda: check_trackers(request.config))
         stack.enter_context(only_launch(run))
         mirror = Path(request.config.checkpoint.mirror) if request.config.checkpoint.mirror else None

@@ -1,6 +1,9 @@
 """What a run settles before its first step: the files that say what it is, and a resume's learning rate."""
 
 import json
+import os
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from ecp_scale.console import say, waiting
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
+from ecp_scale.parallel.device import check_precision
 from ecp_scale.parallel.groups import Groups, agreed, decided
 from ecp_scale.precision import weight_type
 from ecp_scale.training.probe import check_probe
@@ -41,6 +45,17 @@ def write_settings(run: Path, deepspeed: dict[str, Any], config: str) -> None:
         raise InputError(f"{error.filename or run}: {error.strerror or error}") from error
 
 
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse what this rank's device, or its host, cannot compute.
+
+    Raises:
+        InputError: naming the field.
+    """
+    check_precision(device, config.training.precision)
+    check_backend(config, device)
+    check_compiler(config, device)
+
+
 def check_backend(config: Config, device: torch.device) -> None:
     """Refuse an attention backend by name that would not compute anything here.
 
@@ -53,6 +68,24 @@ def check_backend(config: Config, device: torch.device) -> None:
     reason = refusal(attention.backend, example, Settings(window, model.dropout), attention.document_mask)
     if reason is not None:
         raise InputError(f"attention.backend is {attention.backend}, but {reason}; use auto, which takes what serves")
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Refuse to compile where there is nothing to compile with: C++ for a CPU, or what starts a GPU's kernels, in C.
+
+    Raises:
+        InputError: naming the compiler that is missing.
+    """
+    on_gpu = device.type == "cuda"
+    if not (on_gpu if config.training.compile == "auto" else config.training.compile):
+        return
+    variable, usual = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++",))
+    names = (os.environ[variable],) if variable in os.environ else usual
+    if not any(map(shutil.which, names)):
+        raise InputError(
+            f"training.compile needs a compiler, and host {socket.gethostname()} has no {' or '.join(names)}: install "
+            f"one, let {variable} name one, or set training.compile to false"
+        )
 
 
 def check_rate(start: Start, config: Config, run_tokens: int, allow_jump: bool) -> None:
