@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ecp_scale.errors import InputError
 
@@ -73,6 +74,11 @@ def check_precision(device: torch.device, precision: str) -> None:
         raise InputError(
             f"training.precision is bf16, but {name} on host {host} has no bf16; use fp32, or a GPU from Ampere on"
         )
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host for the device, which copies it by itself while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def done_so_far(device: torch.device) -> Callable[[], bool]:

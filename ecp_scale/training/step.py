@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ecp_scale.cluster.progress import COMPUTES, HAS_FINISHED, WAITS, report_progress
 from ecp_scale.data.marks import NO_MASK, LossMask, plain
-from ecp_scale.parallel.device import Stopwatch, done_so_far
+from ecp_scale.parallel.device import Stopwatch, done_so_far, to_device
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.training.profiling import named
 from ecp_scale.zero.engine import Engine, plain_gradient_norm
@@ -131,11 +131,6 @@ def _shared(
 def reporter(step: int, device: torch.device) -> Callable[[int, str], None]:
     """What tells with this rank's heartbeat how far it is in a step, once its device is so far, too."""
     return lambda part, what: report_progress(step, part, what, done_so_far(device))
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host for the device, which copies it by itself while the host goes on."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def sum_over(numbers: list[int], group: ProcessGroup, device: torch.device) -> list[int]:

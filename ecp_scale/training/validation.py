@@ -14,6 +14,7 @@ from ecp_scale.data.batches import validation_batches
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.data.marks import NO_MASK, LossMask, plain
 from ecp_scale.models.positions import bucket_of, buckets
+from ecp_scale.parallel.device import to_device
 from ecp_scale.parallel.groups import Groups
 from ecp_scale.zero.engine import Engine
 
@@ -39,9 +40,9 @@ def losses_by_position(
             # Those of this rank: of a context group each holds a run, a latent model trains the last ones.
             positions = engine.module.trained_targets(torch.arange(n)[None])[0].tolist()
             places = torch.tensor([bucket_of(position) for position in positions], device=groups.device)
-        marked = batch.to(groups.device)
+        marked = to_device(batch, groups.device)
         ids = plain(marked)
-        _, losses = engine(ids[:, :-1], ids[:, 1:])
+        _, losses = engine(ids[:, :-1], ids[:, 1:], on_host=plain(batch)[:, :-1])
         trained = mask.of(engine.module.trained_targets(marked[:, 1:]))[:counted]
         summed = losses[:counted].double().masked_fill(~trained, 0).sum(0)
         totals.index_add_(1, places, torch.stack((summed, trained.sum(0).double())))
@@ -98,7 +99,7 @@ def of_labels(engine: Engine, batches: Iterable[tuple[Tensor, int]], groups: Gro
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=groups.device)
     for batch, counted in batches:
-        ids = batch.to(groups.device)
+        ids = to_device(batch, groups.device)
         scores, labels = engine(ids[:, :-1])[:counted, -1].float(), ids[:counted, -1]
         loss = cross_entropy(scores, labels, reduction="sum") if counted else totals.new_zeros(())
         totals += torch.stack((loss, (scores.argmax(-1) == labels).sum(), torch.tensor(counted, device=groups.device)))

@@ -12,7 +12,7 @@ from ecp_scale.models.architectures import ARCHITECTURES
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
-from ecp_scale.training.step import to_device
+from ecp_scale.parallel.device import to_device
 from tests.models.settings import BOTH, CAUSAL, NAMES, SCALED, random_tokens, variant
 
 SIZES = {"width": 128, "sequence_length": 512, "segment_length": 128, "vocab_size": 300, "feed_forward_width": 256}
