@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # torch comes first and bounded, so that nothing else can pull a newer build.
 TORCH := "torch>=2.8,<2.14"
 
-.PHONY: install demo test test-gpu test-kernels check format docs clean
+.PHONY: install demo test test-gpu test-kernels test-oldest check format docs clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,16 @@ test-gpu:
 test-kernels: install
 	test -d build/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton triton==3.8.0
 	PYTHONPATH=build/triton $(BIN)/python -m pytest tests/kernels -m exhaustive
+
+# The core on the oldest torch that pyproject.toml allows, in an environment of its own; PIP_EXTRA_INDEX_URL of PyTorch's
+# CPU builds keeps gigabytes of CUDA out of it, as in .github/workflows/ci.yml.
+OLDEST := build/oldest/bin/python
+test-oldest:
+	test -x $(OLDEST) || $(PYTHON) -m venv build/oldest
+	$(OLDEST) -m pip install --quiet --upgrade pip setuptools --constraint constraints-gpu.txt
+	$(OLDEST) -m pip install --quiet "torch>=2.8,<2.9" --constraint constraints-gpu.txt
+	$(OLDEST) -m pip install --quiet --no-build-isolation --editable ".[test,data,export]" --constraint constraints-gpu.txt
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest tests/attention tests/models tests/parallel tests/zero --numprocesses 2
 
 check: install
 	$(BIN)/ruff format --check .

@@ -182,14 +182,14 @@ def kernel_for(q: Tensor, k: Tensor, settings: Settings, documents: bool, grain:
     """
     plain = settings == Settings() and not documents
     if q.device.type == "cuda":
-        fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= widest_head(q.device)
-        # Trap: the newer ones have no dropout, and refuse it in the first step.
-        fits = fits and not (settings.dropout and has_newer_flash())
+        fits = q.dtype in FLASH_TYPES and q.shape[-1] % 8 == 0
         # Trap: cuDNN plans anew for every shape, for as long as many steps of generation.
         trains = plain and q.requires_grad and grain % CUDNN_GRAIN == 0 and q.shape[-1] <= CUDNN_WIDEST_HEAD
         if fits and trains and not has_newer_flash() and has_cudnn(q.device):
             return CudnnKernel()
-        return CudaKernel() if fits and has_flash(q.device) else None
+        fits = fits and has_flash(q.device) and q.shape[-1] <= widest_head(q.device)
+        # Trap: the newer ones have no dropout, and refuse it in the first step.
+        return CudaKernel() if fits and not (settings.dropout and has_newer_flash()) else None
     groups = q.shape[1] == k.shape[1] or GROUPS_ON_CPU
     return CpuKernel() if plain and groups and q.device.type == "cpu" else None
 
