@@ -61,7 +61,9 @@ def compare(plain: Tensor, overlapped: Tensor, tolerance: float) -> None:
     expected, apart = (
         pad(x, (0, -x.shape[1] % RUN)).unflatten(1, (-1, RUN)).norm(dim=2) for x in (plain, overlapped - plain)
     )
-    share = (apart / torch.maximum(expected, 0.01 * expected.mean())).max().item()
+    # A rank may have nothing but rows of the embedding that no token of the test has.
+    usual = torch.maximum(expected, 0.01 * expected.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    share = (apart / usual).max().item()
     if not share <= tolerance:
         raise InputError(
             f"zero_optimization.overlap_comm gives wrong gradients here: in the first {STEPS} steps of a test model, "
