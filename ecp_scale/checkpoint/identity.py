@@ -14,6 +14,13 @@ NEWER_FIELDS: dict[str, dict[str, Any]] = {
     "data": {SKIPPED: []},
 }
 """What checkpoints of earlier versions do not have, by section, and what it was."""
+DATA_FIELDS = {
+    "seed": "training.seed",
+    "tokenizer_sha256": "data.prefix or data.blend: the hash of the tokenizer",
+    "corpora_sha256": "data.prefix or data.blend: the hash of the shards",
+    "corpora_tokens": "data.prefix or data.blend: the number of tokens",
+}
+"""Entries of ``data`` as users know them."""
 
 
 def identity(config: Config, blend: Blend, tokens: int) -> dict[str, Any]:
@@ -55,7 +62,8 @@ def check_continues(record: CheckpointRecord, folder: object, now: dict[str, Any
             known = NEWER_FIELDS.get(section, {}) | saved
             may_differ = name not in known or (section != "data" and rule(field) != FIXED)
             if not may_differ and known[name] != value:
-                differences.append(f"{field} was {known[name]!r} and is now {value!r}")
+                asked = DATA_FIELDS.get(name, field) if section == "data" else field
+                differences.append(f"{asked} was {known[name]!r} and is now {value!r}")
     if not differences:
         differences = ModelConfig(**now["model"]).weights_problems(ModelConfig(**record.model))
     if differences:

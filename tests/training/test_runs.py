@@ -164,7 +164,7 @@ def test_a_resume_with_another_model_names_what_differs(uninterrupted: Path, sha
     changed = ("--model.heads=4", "--training.seed=9")
     done = run(SCRIPT, *options(sharded_text, uninterrupted), *changed)
     assert done.returncode == 2
-    for part in ("model.heads was 8 and is now 4", "data.seed was 1 and is now 9"):
+    for part in ("model.heads was 8 and is now 4", "training.seed was 1 and is now 9"):
         assert part in done.stderr
 
 
@@ -234,8 +234,8 @@ def test_another_text_of_equal_size_is_not_continued_and_the_audit_disagrees(
     preprocess([str(source)], "byte", str(prefix))
     done = run(SCRIPT, *words, "--training.steps=4")
     assert done.returncode == 2
-    assert "data.corpora_sha256 was" in done.stderr
-    assert "data.corpora_tokens" not in done.stderr
+    assert "data.prefix or data.blend: the hash of the shards was" in done.stderr
+    assert "the number of tokens was" not in done.stderr
     audit = run("launch/audit_data.py", tmp_path / "run")
     assert audit.returncode == 1
     assert "agrees up to step 0, then not" in audit.stdout
