@@ -208,7 +208,8 @@ def disturb(launch: Launch, disturbance: Callable[[Launch], None]) -> float:
 def main() -> None:
     """Rehearse, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="some of: " + "; ".join([*FAILURES, *DISTURBANCES]))
+    names = "; ".join([*FAILURES, *DISTURBANCES]).replace("%", "%%")  # which argparse takes for its own
+    parser.add_argument("names", nargs="*", help=f"some of: {names}")
     parser.add_argument("--output", type=Path, help="also write the results there, as JSON")
     options = parser.parse_args()
     reason = why_not()
