@@ -151,11 +151,11 @@ def test_a_run_that_diverges_leaves_the_save_that_has_begun(
 ) -> None:
     step, calls = loop.optimizer_step, []
 
-    def diverging(*arguments: Any) -> StepResult:
+    def diverging(*arguments: Any, **named: Any) -> StepResult:
         calls.append(1)
         if len(calls) == 4:
             raise DivergedError("the loss is nan")
-        return step(*arguments)
+        return step(*arguments, **named)
 
     monkeypatch.setattr(loop, "optimizer_step", diverging)
     monkeypatch.setattr(loop.Checkpoints, "heard", lambda self, written, failed: None)  # the disk is slow
