@@ -11,6 +11,12 @@ from ecp_scale.parallel.groups import Groups
 from ecp_scale.parallel.megatron import ModelParallelConfig
 
 
+def is_compiled(config: Config, device: torch.device) -> bool:
+    """Whether ``training.compile`` has pointwise operations compiled on a device."""
+    choice = config.training.compile
+    return device.type == "cuda" if choice == "auto" else choice
+
+
 class SingleRank:
     """Stands for a process group where there is one process, and no torch.distributed."""
 
@@ -45,8 +51,7 @@ class ParallelContext:
         """The context of a rank of a training run."""
         parallel = config.parallel
         cp_group = groups.context if parallel.context > 1 else None
-        compiled = config.training.compile
-        compiled = groups.device.type == "cuda" if compiled == "auto" else compiled
+        compiled = is_compiled(config, groups.device)
         return cls(groups.tensor, dtype, parallel.sequence, cp_group, parallel.recompute, compiled)
 
     @classmethod

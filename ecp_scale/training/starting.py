@@ -20,6 +20,7 @@ from ecp_scale.console import say, waiting
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import InputError
 from ecp_scale.files import write_text
+from ecp_scale.parallel.context import is_compiled
 from ecp_scale.parallel.device import check_precision
 from ecp_scale.parallel.groups import Groups, agreed, decided
 from ecp_scale.precision import weight_type
@@ -76,10 +77,9 @@ def check_compiler(config: Config, device: torch.device) -> None:
     Raises:
         InputError: naming the compiler that is missing.
     """
-    on_gpu = device.type == "cuda"
-    if not (on_gpu if config.training.compile == "auto" else config.training.compile):
+    if not is_compiled(config, device):
         return
-    variable, usual = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++",))
+    variable, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
     names = (os.environ[variable],) if variable in os.environ else usual
     if not any(map(shutil.which, names)):
         raise InputError(
