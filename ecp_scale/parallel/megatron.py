@@ -1,7 +1,7 @@
 """The parts of Megatron-core that this package uses, and an import of it that takes half of its time.
 
 Trap: while it is imported, Megatron-core decorates functions of its own with ``torch.compile``, which loads the whole
-compiler, and loads wandb if that is installed. None of what it decorates is used here.
+compiler, and loads wandb and TensorBoard if they are installed. None of what it decorates is used here.
 """
 
 import sys
@@ -20,7 +20,7 @@ def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> A
 
 @contextmanager
 def _light() -> Iterator[None]:
-    absent = {} if "wandb" in sys.modules else {"wandb": None}
+    absent = dict.fromkeys({"wandb", "torch.utils.tensorboard"} - sys.modules.keys())
     with mock.patch.object(torch, "compile", _uncompiled):
         sys.modules |= absent  # type: ignore[arg-type]
         try:
