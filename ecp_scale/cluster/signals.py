@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import psutil
 
 from ecp_scale.cluster.ranks import Process
-from ecp_scale.console import say
+from ecp_scale.console import say, terminal
+from ecp_scale.errors import is_first_rank
 from ecp_scale.files import write_text
 
 STOPPED = "stopped.json"
@@ -65,11 +67,15 @@ class StopRequest:
         self._file.unlink(missing_ok=True)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
+        known = number in self._received
         first = self._received.setdefault(number, now)
         if now - first > ECHO_SECONDS:
+            _answer(f"{name:11} again: ends at once, without saving")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif not known:
+            _answer(f"{name:11} the step in progress is finished and saved first; a second {name} ends at once")
 
     @property
     def is_signalled(self) -> bool:
@@ -97,6 +103,14 @@ class StopRequest:
             return f"the file {self._file.name}"
         gone = next((launcher for launcher in self._launchers if not launcher.is_seen()), None)
         return None if gone is None else f"the launcher (process {gone.pid}) is gone"
+
+
+def _answer(line: str) -> None:
+    """Tell the user from a signal handler: past Python's buffers, which a handler must not enter a second time."""
+    if is_first_rank():
+        with suppress(OSError, ValueError):
+            stream = terminal()
+            os.write(stream.fileno(), f"{chr(10) * stream.isatty()}{line}\n".encode())  # a bar may stand on the line
 
 
 def under_deepspeed_launcher() -> bool:

@@ -73,14 +73,22 @@ def test_a_second_signal_of_a_kind_ends_at_once_and_an_echo_does_not() -> None:
         "    print(stop.reason)\n"
     )
 
-    def end(pause: float, *numbers: int) -> tuple[int, str]:
+    def end(pause: float, *numbers: int, rank: int = 0) -> tuple[int, str, list[str]]:
         words = [sys.executable, "-c", code, str(pause), *map(str, numbers)]
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
-        return done.returncode, done.stdout.strip()
+        variables = environment() | {"RANK": str(rank)}
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout.strip(), done.stderr.splitlines()
 
-    assert end(ECHO_SECONDS + 0.2, signal.SIGTERM, signal.SIGTERM)[0] == -signal.SIGTERM
-    assert end(0.01, signal.SIGTERM, signal.SIGTERM) == (0, "SIGTERM")
-    assert end(ECHO_SECONDS + 0.2, signal.SIGINT, signal.SIGTERM) == (0, "SIGINT")
+    again = ECHO_SECONDS + 0.2
+    said, interrupted = (
+        f"{name:11} the step in progress is finished and saved first; a second {name} ends at once"
+        for name in ("SIGTERM", "SIGINT")
+    )
+    last = "SIGTERM     again: ends at once, without saving"
+    assert end(again, signal.SIGTERM, signal.SIGTERM) == (-signal.SIGTERM, "", [said, last])
+    assert end(again, signal.SIGTERM, signal.SIGTERM, rank=1) == (-signal.SIGTERM, "", [])
+    assert end(0.01, signal.SIGTERM, signal.SIGTERM) == (0, "SIGTERM", [said])
+    assert end(again, signal.SIGINT, signal.SIGTERM) == (0, "SIGINT", [interrupted, said])
 
 
 def test_a_stop_during_a_save_trains_no_further_step(
