@@ -19,6 +19,7 @@ from ecp_scale.errors import InputError, input_errors_exit
 
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20}
 PROPOSED = 3
+GPU = "NVIDIA H100 80GB HBM3"
 
 
 @input_errors_exit()
@@ -44,10 +45,13 @@ def main() -> int:
         raise InputError("model.vocab_size is null; set it, or data.prefix to shards, whose tokenizer tells it")
     request = dataclasses.replace(request, config=config)
 
+    from ecp_scale.parallel.device import datasheet_teraflops
     from ecp_scale.planning.duration import Machine, duration
     from ecp_scale.planning.plan import plan
     from ecp_scale.planning.proposals import proposals
 
+    if options.peak_teraflops is None:
+        options.peak_teraflops = datasheet_teraflops(GPU, config.training.precision, config.training.tf32)
     machine = Machine(**{field.name: _positive(options, field.name) for field in dataclasses.fields(Machine)})
     if machine.utilisation > 1:
         raise InputError(f"--utilisation is {machine.utilisation:g}, expected a share of 1")
@@ -102,8 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         "--reserve", default="1GiB", metavar="SIZE", help="of it, for what the allocator cannot use (default: 1GiB)"
     )
     parser.add_argument("--tokens", type=float, metavar="N", help="token budget (default: that of the config)")
+    parser.add_argument(
+        "--peak-teraflops",
+        type=float,
+        metavar="X",
+        help=f"of one GPU in the run's precision (default: that of an {GPU})",
+    )
     for name, default, what in (
-        ("peak-teraflops", 989.0, "of one GPU"),
         ("utilisation", 0.48, "share of the peak in forward and backward passes, without messages"),
         ("layer-milliseconds", 6.4, "that the host needs to ask for the kernels of a layer, forward and backward"),
         ("node-ranks", 8, "GPUs of a node"),

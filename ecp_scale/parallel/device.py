@@ -186,11 +186,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def known_peak_teraflops(device: torch.device, precision: str, tf32: bool = False) -> float | None:
-    """Dense matrix peak of a known GPU by its datasheet, with tensor cores in bf16 and TF32; None if unknown."""
-    peaks = PEAK_TERAFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if peaks is None:
-        return None
-    in_bf16, in_fp32 = peaks
+    """``datasheet_teraflops`` of a device; None if it is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return datasheet_teraflops(name, precision, tf32) if name in PEAK_TERAFLOPS else None
+
+
+def datasheet_teraflops(gpu: str, precision: str, tf32: bool = False) -> float:
+    """Dense matrix peak of one of ``PEAK_TERAFLOPS``, with tensor cores in bf16 and TF32."""
+    in_bf16, in_fp32 = PEAK_TERAFLOPS[gpu]
     if precision == "bf16":
         return in_bf16
     return in_bf16 / 2 if tf32 else in_fp32  # half, on all of these

@@ -23,7 +23,7 @@ from ecp_scale.planning.proposals import SUGGESTED
 from ecp_scale.planning.tracing import trace
 from ecp_scale.preparation.preprocessing import preprocess
 from tests.corpus import ShardedText
-from tests.launching import ROOT, metrics, run, run_successfully
+from tests.launching import ROOT, metrics, play, run_successfully
 
 SCRIPT = "tests/planning/measure_layouts.py"
 BASE = {
@@ -179,7 +179,7 @@ def test_every_scaled_preset_is_laid_out() -> None:
 def test_the_suggested_layout_fits(name: str) -> None:
     gpus, stage = SUGGESTED[f"scaled-{name}"]
     words = ("--config", f"scaled-{name}", "--gpus", gpus, "--deepspeed_config", f"{ROOT}/ds_configs/zero{stage}.json")
-    out = run_successfully("launch/plan.py", *words, "--gpu-memory", "80GiB")
+    out = play("launch/plan.py", *words, "--gpu-memory", "80GiB").stdout
     assert "verdict             fits" in out
 
 
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     # Four layers are traced at once, five as three and four.
     small = [f"--{key}={value}" for key, value in {**BASE, "model.layers": 4}.items()]
     memory = ("--gpus", 2, "--gpu-memory", "2058MiB", "--reserve", "0MiB")
-    done = run("launch/plan.py", *small, *memory, "--propose")
+    done = play("launch/plan.py", *small, *memory, "--propose")
     assert done.returncode == 1, done.stderr
     assert "does not fit" in done.stdout
     assert "proposal 1" in done.stdout
@@ -197,23 +197,24 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     first = done.stdout.partition("proposal 1")[2]
     assert "tensor 1 x context 1" in first.splitlines()[1]
     options = next(line for line in first.splitlines() if line.startswith("options")).split()[1:]
-    assert "fits" in run_successfully("launch/plan.py", *small, *memory, *options)
-    found = json.loads(run("launch/plan.py", *small, *memory, "--propose", "--json").stdout)
-    assert not found["plan"]["fits"]
-    assert found["proposals"][0]["options"].split() == options
-    seconds = [one["step_seconds"]["whole"] for one in found["proposals"]]
-    assert seconds == sorted(seconds)
+    assert play("launch/plan.py", *small, *memory, *options).returncode == 0
+    assert not json.loads(play("launch/plan.py", *small, *memory, "--json").stdout)["plan"]["fits"]
 
 
 def test_layouts_are_proposed_where_the_own_one_is_none_of_these_ranks() -> None:
     small = [f"--{key}={value}" for key, value in {**BASE, "model.layers": 4, "parallel.tensor": 4}.items()]
     words = (*small, "--gpus", 2, "--gpu-memory", "8GiB")
-    assert run("launch/plan.py", *words).returncode == 2
-    done = run("launch/plan.py", *words, "--propose")
+    assert play("launch/plan.py", *words).returncode == 2
+    done = play("launch/plan.py", *words, "--propose")
     assert done.returncode == 1, done.stderr
     assert "parallel.tensor * parallel.context = 4 * 1" in done.stdout
     assert "proposal 1\nlayout              2 ranks = tensor 1 x context 1" in done.stdout
-    assert json.loads(run("launch/plan.py", *words, "--propose", "--json").stdout)["plan"] is None
+    found = json.loads(play("launch/plan.py", *words, "--propose", "--json").stdout)
+    assert found["plan"] is None
+    assert f"options             {found['proposals'][0]['options']}\n" in done.stdout
+    seconds = [one["step_seconds"]["whole"] for one in found["proposals"]]
+    assert seconds == sorted(seconds)
+    assert len(seconds) > 1
 
 
 def test_the_time_of_a_step_is_that_of_its_parts() -> None:
@@ -258,9 +259,10 @@ def test_the_time_of_a_step_is_that_of_its_parts() -> None:
 
 def test_a_preset_names_its_json_and_a_machine_its_numbers() -> None:
     words = ("--config", "scaled-350m", "--gpus", 16, "--model.layers=4", "--model.allow_short_receptive_field=true")
-    out = run_successfully("launch/plan.py", *words, "--deepspeed_config", "zero2")
+    out = play("launch/plan.py", *words, "--deepspeed_config", "zero2").stdout
     assert "note                scaled-350m is laid out for 16 GPUs with --deepspeed_config zero1" in out
-    assert "laid out" not in run_successfully("launch/plan.py", *words, "--deepspeed_config", "zero1")
+    other = play("launch/plan.py", *words, "--deepspeed_config", "zero1")
+    assert (other.returncode, "laid out" in other.stdout) == (0, False)
     for option, value, said in (
         ("--network-gigabytes", 0, "--network-gigabytes is 0, expected a number above 0"),
         ("--utilisation", "nan", "--utilisation is nan, expected a number above 0"),
@@ -270,20 +272,35 @@ def test_a_preset_names_its_json_and_a_machine_its_numbers() -> None:
         ("--reserve", "90GiB", "--reserve is 90GiB, expected less than --gpu-memory 80GiB"),
         ("--reserve", "1 GB", "--reserve is '1 GB', expected a number and one of"),
     ):
-        done = run("launch/plan.py", *words, option, value)
+        done = play("launch/plan.py", *words, option, value)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_time_is_reckoned_with_the_peak_of_the_runs_precision() -> None:
+    words = ("--config", "demo", "--gpus", 1, "--model.vocab_size=300", "--json")
+    seconds = {}
+    for options in (("bf16", "false"), ("fp32", "false"), ("fp32", "true")):
+        precision = ("--training.precision", options[0], "--training.tf32", options[1])
+        found = json.loads(play("launch/plan.py", *words, *precision).stdout)
+        seconds[found["machine"]["peak_teraflops"]] = found["plan"]["step_seconds"]["products"]
+    assert seconds[67.0] / seconds[989.0] == pytest.approx(989 / 67)
+    assert seconds[494.5] / seconds[989.0] == pytest.approx(2)
+    given = json.loads(play("launch/plan.py", *words, "--peak-teraflops", 100).stdout)
+    assert given["machine"]["peak_teraflops"] == 100
+    refused = play("launch/plan.py", *words, "--peak-teraflops", -1)
+    assert "--peak-teraflops is -1, expected a number above 0" in refused.stderr
 
 
 def test_a_plan_takes_vocabulary_and_tokens_from_the_run(sharded_text: ShardedText) -> None:
     words = ("--config", "demo", "--gpus", 1, "--training.steps=7")
-    assert "set it, or data.prefix" in run("launch/plan.py", *words).stderr
-    out = run_successfully("launch/plan.py", *words, "--data.prefix", sharded_text.prefix)
+    assert "set it, or data.prefix" in play("launch/plan.py", *words).stderr
+    out = play("launch/plan.py", *words, "--data.prefix", sharded_text.prefix).stdout
     assert f"days for {7 * 4 * 512:,} tokens" in out
 
 
 def test_impossible_layouts_are_refused_with_every_reason() -> None:
     words = ("--config", "scaled-125m", "--gpus", 6, "--parallel.tensor=8", "--parallel.context=3")
-    done = run("launch/plan.py", *words)
+    done = play("launch/plan.py", *words)
     assert done.returncode == 2
     for part in (
         "not a multiple of parallel.tensor * parallel.context = 8 * 3",
