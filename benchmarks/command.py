@@ -4,7 +4,6 @@ Both train a preset with its dropout, clipping and AdamW on one sequence per ste
 take turns; the first step of each is left out. Memory is the peak of the process (maximum resident set).
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -17,9 +16,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import command_line, count
 from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.timing import environment
 from ecp_scale.command_line import load_preset
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.planning.rehearsal import write_text_of_package
 from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.training.metrics import read_metrics
@@ -96,12 +97,13 @@ def compare(rounds: int, steps: int, layers: int) -> dict[str, Any]:
     }
 
 
+@input_errors_exit()
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="of each run (default: 4)")
-    parser.add_argument("--layers", type=int, default=load_preset(PRESET).model.layers)
+    parser = command_line(__doc__)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=4, help="of each run (default: 4)")
+    parser.add_argument("--layers", type=count, default=load_preset(PRESET).model.layers)
     parser.add_argument("--plain", action="store_true", help="run the loop alone, in this process")
     options = parser.parse_args()
     if options.plain:

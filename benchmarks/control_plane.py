@@ -6,7 +6,6 @@ added up as at a save. Tells the seconds until the last rank is done, and the ca
 Writes a table to OUTPUT. What it cannot show: a network, ranks that compute meanwhile, and collectives.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,10 +21,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from benchmarks.options import command_line, count
 from benchmarks.timing import environment
 from ecp_scale.cluster.heartbeat import HEARTBEAT_SECONDS, FailureDetector
 from ecp_scale.cluster.ranks import Process, Ranks
 from ecp_scale.cluster.rendezvous import _check_one_rank_per_gpu
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.parallel.digests import summed
 
 RANKS_OF_HOST = 8
@@ -179,10 +180,11 @@ def digest_seconds(size: int) -> float:
     return time.perf_counter() - began
 
 
+@input_errors_exit()
 def main() -> None:
     """Simulate and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser = command_line(__doc__)
+    parser.add_argument("--ranks", type=count, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/control_plane"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

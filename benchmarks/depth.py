@@ -13,7 +13,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import command_line, count, counts
 from ecp_scale.command_line import parse
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.files import write_text
 from ecp_scale.training.metrics import read_metrics
 
@@ -111,17 +113,17 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+@input_errors_exit()
 def main() -> None:
     """Train what is missing and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--prefix", required=True)
     parser.add_argument("--validation-prefix", required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--depths", default="6,12,24,48,96")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--depths", type=counts, default="6,12,24,48,96", help="layers (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=300)
     options = parser.parse_args()
-    depths = [int(depth) for depth in options.depths.split(",")]
-    cells = [run(options, depth, name) for depth in depths for name in INITIALIZATIONS]
+    cells = [run(options, depth, name) for depth in options.depths for name in INITIALIZATIONS]
     output = Path(options.output)
     write_text(output / "depth.json", json.dumps(cells) + "\n")
     write_text(output / "depth.md", table(cells))

@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.options import command_line, count, rate
 from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Operands, State
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.planning.compiled import compiled_in_shapes
@@ -108,7 +110,7 @@ class Flash(ShapesOfFlash):
             return super().backward(*arguments, **named)
 
 
-def count(config: Config, layers: int, compiled: bool) -> Counts:
+def micro_batch(config: Config, layers: int, compiled: bool) -> Counts:
     """One micro-batch of a model with so many layers."""
     model_config = dataclasses.replace(config.model, layers=layers, allow_short_receptive_field=True, dropout=0.0)
     parallel = dataclasses.replace(ParallelContext.single(torch.bfloat16), compiled=compiled)
@@ -129,7 +131,7 @@ def count(config: Config, layers: int, compiled: bool) -> Counts:
 
 def counts_of_model(config: Config, compiled: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Kernels, FLOPs of products and bytes of everything else: of one layer more, and of the whole model."""
-    few, more = count(config, 2, compiled), count(config, 3, compiled)
+    few, more = micro_batch(config, 2, compiled), micro_batch(config, 3, compiled)
     counted = ("kernels", "products", "moved")
     layer = {name: getattr(more, name) - getattr(few, name) for name in counted}
     return layer, {name: getattr(few, name) + (config.model.layers - 2) * layer[name] for name in counted}
@@ -203,20 +205,21 @@ def summed(milliseconds: dict[str, float], useful: float, options: argparse.Name
     return {**parts, "ms, step": total, "mfu": useful / (total * options.peak * 1e9)}
 
 
+@input_errors_exit()
 def main() -> None:
     """Estimate and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--presets", nargs="+", default=["scaled-125m", "scaled-350m", "scaled-1b3"], metavar="NAME")
-    parser.add_argument("--sequences", type=int, default=1, help="of the micro-batch (default: 1)")
-    parser.add_argument("--gpus", type=int, metavar="N", help="ranks of a launch, and a whole step of it")
-    parser.add_argument("--zero", type=int, default=2, help="stage of the launch (default: 2)")
+    parser.add_argument("--sequences", type=count, default=1, help="of the micro-batch (default: 1)")
+    parser.add_argument("--gpus", type=count, metavar="N", help="ranks of a launch, and a whole step of it")
+    parser.add_argument("--zero", type=int, choices=(1, 2, 3), default=2, help="stage of the launch (default: 2)")
     parser.add_argument("--overlap", action="store_true", help="hide gradients' messages behind the backward pass")
-    parser.add_argument("--products", type=float, default=790, help="TFLOP/s of matrix products (default: 790)")
-    parser.add_argument("--attention", type=float, default=215, help="TFLOP/s of attention (default: 215)")
-    parser.add_argument("--bandwidth", type=float, default=2.8, help="TB/s of memory (default: 2.8)")
-    parser.add_argument("--nvlink", type=float, default=400, help="GB/s that a rank sends in its node (default: 400)")
-    parser.add_argument("--network", type=float, default=50, help="GB/s that a rank sends beyond it (default: 50)")
-    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s that mfu is a share of (default: 989)")
+    parser.add_argument("--products", type=rate, default=790, help="TFLOP/s of matrix products (default: 790)")
+    parser.add_argument("--attention", type=rate, default=215, help="TFLOP/s of attention (default: 215)")
+    parser.add_argument("--bandwidth", type=rate, default=2.8, help="TB/s of memory (default: 2.8)")
+    parser.add_argument("--nvlink", type=rate, default=400, help="GB/s that a rank sends in its node (default: 400)")
+    parser.add_argument("--network", type=rate, default=50, help="GB/s that a rank sends beyond it (default: 50)")
+    parser.add_argument("--peak", type=rate, default=989, help="TFLOP/s that mfu is a share of (default: 989)")
     options = parser.parse_args()
     for name in options.presets:
         config = load_preset(name)

@@ -4,15 +4,16 @@ Prints millions of tokens per second for several sequence lengths, digest includ
 median step time that reading the tokens of one of its steps would take.
 """
 
-import argparse
 import json
 import statistics
 import time
 from pathlib import Path
 
+from benchmarks.options import command_line, count
 from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import TrainingBatches
 from ecp_scale.data.blend import Blend
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.training.metrics import read_metrics
 
 SECONDS = 1.0
@@ -32,11 +33,12 @@ def tokens_per_second(prefix: str, sequence_length: int) -> float:
     return statistics.median(speeds)
 
 
+@input_errors_exit()
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--prefix", required=True, help="prefix of preprocessed shards")
-    parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--sequence-lengths", type=count, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--run", help="run folder whose steps to compare with; its sequence length must be among them")
     options = parser.parse_args()
     speeds = {length: tokens_per_second(options.prefix, length) for length in options.sequence_lengths}

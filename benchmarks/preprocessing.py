@@ -6,7 +6,6 @@ counts. ``two_tokenizers`` is the share that two bare tokenizers at once reach o
 clock and caches, and ``against_two`` the speed of preprocessing as a share of theirs.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -20,7 +19,9 @@ from typing import Any
 
 import psutil
 
+from benchmarks.options import command_line, count
 from ecp_scale.data.tokenizer import load_tokenizer
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.preparation.documents import read_parts
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
@@ -100,12 +101,13 @@ def measure(inputs: list[str], tokenizer: str, rounds: int, memory_only: bool = 
     return result
 
 
+@input_errors_exit()
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--memory-only", action="store_true", help="one run of preprocessing, without the peer")
     options = parser.parse_args()
     measured = measure(options.input, options.tokenizer, options.rounds, options.memory_only)

@@ -5,8 +5,8 @@ over rounds. Needs the extra "benchmarks"; a suite takes an hour or two. With --
 suite works, on any machine.
 """
 
-import argparse
 import dataclasses
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 
 from benchmarks import attention, files, generation, launches, training
+from benchmarks.options import command_line, count
 from benchmarks.timing import KEPT, environment
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError, input_errors_exit
@@ -45,6 +46,12 @@ PERCEIVER = {"tied_key_value": False, "key_value_norm": False}
 NARROW = {"layers": 2, "width": 256, "heads": 2, "feed_forward_width": 1024, "vocab_size": 4096}
 """For long sequences: at n 16,384 the scores of n x n take 1 GiB for each head and layer, several times over."""
 TOY = {"layers": 2, "width": 64, "heads": 2, "feed_forward_width": 256, "sequence_length": 64, "segment_length": 16}
+PEERS = {
+    "attention": "local_attention",
+    "step fp32, perceiver_ar": "perceiver_ar_pytorch",
+    **dict.fromkeys(("step fp32, others", "step bf16", "generation"), "transformers"),
+}
+"""Libraries of the extra ``benchmarks``, by the measurements that compare with them."""
 SMALL_PRESETS = ("scaled-125m", "scaled-350m")
 
 
@@ -153,13 +160,14 @@ def table(results: dict[str, Any]) -> str:
     return f"{setting}; {results['rounds']} rounds\n\n" + "\n".join(lines) + "\n"
 
 
+@input_errors_exit()
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="measurements whose name has one of these texts")
     parser.add_argument("--toy", action="store_true", help="small models and lengths, whose figures mean nothing")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
     options = parser.parse_args()
     if options.suite == "gpu" and not options.toy and not torch.cuda.is_available():
@@ -172,6 +180,10 @@ def main() -> None:
     }
     if not chosen:
         raise InputError(f"--only {' '.join(options.only)}: expected texts of {'; '.join(suite)}")
+    for peer, library in PEERS.items():
+        needed = any(name == peer or name.startswith(f"{peer} ") for name in chosen)
+        if needed and importlib.util.find_spec(library) is None:
+            raise InputError(f"{library}, a peer of {peer!r}, is not installed; it comes with the extra benchmarks")
     options.output.mkdir(parents=True, exist_ok=True)
     # What an earlier call found in the same environment stays, so that a suite can be done in parts.
     written = options.output / f"{options.suite}.json"
@@ -189,5 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with input_errors_exit():
-        main()
+    main()

@@ -6,7 +6,6 @@ says what every preset takes in its layout, on disks and processors like these. 
 apart: the table has computed ones alone.
 """
 
-import argparse
 import json
 import resource
 import shutil
@@ -22,10 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.options import command_line, count
 from benchmarks.timing import environment
+from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.checkpoint.weights_file import write_weights
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
+from ecp_scale.errors import input_errors_exit
 from ecp_scale.parallel.groups import process_groups
 from ecp_scale.parallel.partition import Share
 from ecp_scale.precision import weight_type
@@ -171,6 +173,7 @@ def conversion(bytes_of_weights: int) -> dict[str, float]:
 
 def real_conversion(checkpoint: Path) -> dict[str, float]:
     """Convert a checkpoint as users do, beside a copy of the weights that come of it; in a process of its own."""
+    find_checkpoint(checkpoint)
     with tempfile.TemporaryDirectory(dir=checkpoint) as name:
         folder = Path(name)
         words = [sys.executable, "launch/convert_checkpoint.py"]
@@ -233,14 +236,15 @@ def rates_of(rank: dict[str, float], converted: dict[str, float]) -> dict[str, f
     return rates
 
 
+@input_errors_exit()
 def main() -> None:
     """Measure, compute and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--output", type=Path, help="folder for size.json and size.md")
     parser.add_argument("--preset", default=MEASURED.preset, help="whose part is made here (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=MEASURED.ranks, help="of its launch (default: %(default)s)")
-    parser.add_argument("--stage", type=int, default=MEASURED.stage, help="of ZeRO (default: %(default)s)")
-    parser.add_argument("--convert-bytes", type=int, default=2 * GIB, help="of weights (default: 2 GiB)")
+    parser.add_argument("--ranks", type=count, default=MEASURED.ranks, help="of its launch (default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=MEASURED.stage, help="of ZeRO")
+    parser.add_argument("--convert-bytes", type=count, default=2 * GIB, help="of weights (default: 2 GiB)")
     parser.add_argument("--checkpoint", type=Path, help="only convert this run's, for real, and print what it took")
     parser.add_argument("--one-rank", action="store_true", help="only measure, in this process")
     options = parser.parse_args()

@@ -14,14 +14,12 @@ import torch
 
 from benchmarks import control_plane, size
 from benchmarks.peers import MaterialisedLanguageModel
-from benchmarks.run import main
 from benchmarks.timing import alternate, peak_bytes, ratio, workers
-from ecp_scale.errors import InputError
 from ecp_scale.models.initialization import initialize
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.parallel.groups import Groups
-from tests.launching import ROOT, environment
+from tests.launching import ROOT, environment, play
 from tests.models.settings import PAPER
 
 NAMES = {
@@ -110,12 +108,40 @@ def test_a_suite_runs_at_toy_size_and_is_written(
     assert all(name in (tmp_path / f"{suite}.md").read_text() for name in names)
 
 
-def test_a_measurement_that_no_suite_has_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    output = tmp_path / "results"
-    monkeypatch.setattr("sys.argv", ["run.py", "--toy", "--output", str(output), "--only", "no such measurement"])
-    with pytest.raises(InputError, match="--only no such measurement: expected texts of step"):
-        main()
-    assert not output.exists()
+@pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        ("estimate", ("--presets", "nope"), "model.preset is 'nope', expected one of demo"),
+        ("estimate", ("--gpus", "0"), "argument --gpus: '0', expected a whole number from 1"),
+        ("estimate", ("--bandwidth", "nan"), "argument --bandwidth: 'nan', expected a number above 0"),
+        ("loader", ("--prefix", "nope"), "nope.manifest.json: No such file or directory"),
+        ("control_plane", ("--ranks", "-4"), "argument --ranks: '-4', expected a whole number from 1"),
+        ("depth", ("--depths", "6,x", "--prefix=p", "--validation-prefix=p", "--output=o"), "'x', expected a whole"),
+        ("preprocessing", ("--input", "nope", "--tokenizer", "bytes"), "input nope: no such file or folder"),
+        ("size", ("--checkpoint", "nope"), "nope"),
+        ("command", ("--layers", "0"), "argument --layers: '0', expected a whole number from 1"),
+        ("run", ("--rounds", "0"), "argument --rounds: '0', expected a whole number from 1"),
+    ],
+)
+def test_bad_input_is_one_line(module: str, words: tuple[str, ...], said: str) -> None:
+    done = play(f"benchmarks/{module}.py", *words)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        ("others", "transformers, a peer of 'step fp32, others', is not installed; it comes with the extra benchmarks"),
+        ("no such measurement", "--only no such measurement: expected texts of step"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    only: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = play("benchmarks/run.py", "--toy", "--output", tmp_path / "results", "--only", only)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_what_the_table_of_sizes_computes_is_what_a_rank_saves() -> None:
