@@ -10,7 +10,7 @@ import pytest
 
 from ecp_scale.data.corpus import Corpus
 from tests.corpus import ShardedText, write_sharded_text
-from tests.launching import ROOT, environment, run, run_successfully
+from tests.launching import ROOT, environment, play, run, run_successfully
 from tests.parallel.layouts import Layout, trained
 
 PROGRAMS = sorted(
@@ -20,7 +20,9 @@ PROGRAMS = sorted(
 
 def refused(script: str, *options: object, ranks: int = 1) -> str:
     """The one error of a program that must refuse its input."""
-    done = run(script, *options, ranks=ranks)
+    # A launch would meet the groups of these tests in their process.
+    launches = ranks > 1 or ("pretrain" in script and "--dry-run" not in options)
+    done = run(script, *options, ranks=ranks) if launches else play(script, *options)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
@@ -52,7 +54,7 @@ def model(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_dry_run_prints_config_and_counts() -> None:
-    out = run_successfully("launch/pretrain_ecp.py", "--config", "paper-12l", "--dry-run")
+    out = play("launch/pretrain_ecp.py", "--config", "paper-12l", "--dry-run").stdout
     for part in (
         "segment_length: 256",
         "129,604,420",
@@ -65,7 +67,7 @@ def test_dry_run_prints_config_and_counts() -> None:
 
 def test_a_dry_run_reads_the_shards_and_the_run_folder(sharded_text: ShardedText, tmp_path: Path) -> None:
     words = ("--config", "demo", "--data.prefix", sharded_text.prefix, "--dry-run")
-    out = run_successfully("launch/pretrain_ecp.py", *words)
+    out = play("launch/pretrain_ecp.py", *words).stdout
     assert f"{Corpus(str(sharded_text.prefix), 512).tokens:,} tokens, shown" in out
     assert "vocab_size: 400" in out
     message = refused("launch/pretrain_ecp.py", "--config", "demo", "--data.prefix", tmp_path / "x", "--dry-run")
@@ -73,8 +75,27 @@ def test_a_dry_run_reads_the_shards_and_the_run_folder(sharded_text: ShardedText
     run_folder = trained(Layout(), sharded_text)
     message = refused("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder)
     assert "holds checkpoints; pass --resume auto" in message
-    out = run_successfully("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder, "--resume=auto")
+    out = play("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder, "--resume=auto").stdout
     assert ", goes on from step-" in out
+
+
+def test_a_dry_run_looks_where_the_run_would_write_and_begin(
+    sharded_text: ShardedText, model: Path, tmp_path: Path
+) -> None:
+    file, run_folder = tmp_path / "file", tmp_path / "run"
+    file.touch()
+    words = (*Layout().options(sharded_text, run_folder), "--dry-run")
+    for options, said in (
+        ((f"--training.output_dir={file}/run",), f"training.output_dir {file}/run: {file} is no folder"),
+        ((f"--checkpoint.mirror={file}",), f"checkpoint.mirror {file}: {file} is no folder"),
+        ((f"--checkpoint.mirror={run_folder}",), f"checkpoint.mirror {run_folder} is the run folder itself or in it"),
+        (("--init-from", tmp_path / "no"), f"{tmp_path / 'no' / 'config.json'}: No such file"),
+        (("--init-from", model, "--model.layers=5"), "model.layers is 5, that of the weights 2"),
+        (("--init-from", model, "--model.width=64"), "the run:\n  - model.width is 64, that of the weights 48\n"),
+    ):
+        assert said in refused("launch/pretrain_ecp.py", *words, *options)
+    assert play("launch/pretrain_ecp.py", *words, "--init-from", model).returncode == 0
+    assert not run_folder.exists()
 
 
 def test_a_backend_that_cannot_serve_is_refused(sharded_text: ShardedText, tmp_path: Path) -> None:

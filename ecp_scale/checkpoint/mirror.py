@@ -34,14 +34,23 @@ def held_mirror(folder: Path, run: Path) -> Iterator[None]:
     Raises:
         InputError: if it cannot be written, is the run folder, or is the mirror of another run or in use.
     """
-    if folder.resolve().is_relative_to(run.resolve()):
-        raise InputError(f"checkpoint.mirror {folder} is the run folder itself or in it, expected another place")
+    check_apart(folder, run)
     lock = Lock(folder / ".lock")
     try:
         _take(folder, str(run.resolve()), lock)
         yield
     finally:
         lock.release()
+
+
+def check_apart(folder: Path, run: Path) -> None:
+    """Refuse a mirror that is lost with its run folder.
+
+    Raises:
+        InputError: if it is the run folder, or in it.
+    """
+    if folder.resolve().is_relative_to(run.resolve()):
+        raise InputError(f"checkpoint.mirror {folder} is the run folder itself or in it, expected another place")
 
 
 def _take(folder: Path, run: str, lock: Lock) -> None:

@@ -64,7 +64,8 @@ def check_starting_weights(folder: Path, config: Config, corpus: Corpus) -> Expo
 
 def _same(found: ModelConfig, wanted: ModelConfig, name: str) -> bool:
     if name == "key_value_heads":
-        return found.key_value_width == wanted.key_value_width
+        # Equal numbers of other widths are not named: the width or the heads are.
+        return found.key_value_heads == wanted.key_value_heads or found.key_value_width == wanted.key_value_width
     if name == "compressed_context":
         return found.geometry.compressed_context == wanted.geometry.compressed_context
     return bool(getattr(found, name) == getattr(wanted, name))

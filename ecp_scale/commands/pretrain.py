@@ -18,6 +18,7 @@ from pathlib import Path
 from ecp_scale.cluster.ranks import adopt_launcher, on_one_host
 from ecp_scale.cluster.signals import StopRequest
 from ecp_scale.command_line import Request, parse, to_yaml
+from ecp_scale.config import Config
 from ecp_scale.console import counted, quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 from ecp_scale.zero import json_config
@@ -30,11 +31,20 @@ def describe(request: Request) -> str:
         InputError: if the shards or the folder cannot be used.
     """
     config, data, folder = request.config, "not set", request.config.training.output_dir or "not set"
+    _check_places(config)
+    if request.init_from is not None:
+        from ecp_scale.checkpoint.export import ExportedModel
+
+        ExportedModel.open(Path(request.init_from))
     if config.data.is_set:
         from ecp_scale.training.corpora import open_data
 
         config, blend, _ = open_data(config)
         data = blend.describe(config.tokens_after(config.training.steps))
+        if request.init_from is not None:
+            from ecp_scale.checkpoint.starting_weights import check_starting_weights
+
+            check_starting_weights(Path(request.init_from), config, blend.corpora[0])
     if config.training.output_dir is not None and Path(config.training.output_dir).exists():
         from ecp_scale.checkpoint.resuming import find_start, with_ranges  # Megatron-core and torch, which take seconds
 
@@ -102,6 +112,23 @@ def main() -> None:
             sys.exit(1)
     if stop.exit_code:
         sys.exit(stop.exit_code)
+
+
+def _check_places(config: Config) -> None:
+    """Refuse folders that a launch from this host could not make."""
+    run, mirror = config.training.output_dir, config.checkpoint.mirror
+    for field, folder in (("training.output_dir", run), ("checkpoint.mirror", mirror)):
+        if folder is None:
+            continue
+        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(f"{field} {folder}: {there} is no folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"{field} {folder}: nothing can be written to {there}")
+    if run is not None and mirror is not None:
+        from ecp_scale.checkpoint.mirror import check_apart
+
+        check_apart(Path(mirror), Path(run))
 
 
 def _library_log(request: Request) -> AbstractContextManager[None]:
