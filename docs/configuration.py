@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from ecp_scale.config.options import SECTIONS
+from ecp_scale.config.options import SECTIONS, values_of
 from ecp_scale.config.resume import rule
 
 HEAD = """# Configuration
@@ -33,13 +33,6 @@ def docstrings(section: type) -> dict[str, str]:
     return found
 
 
-def type_name(hint: Any) -> str:
-    """A type as a user writes its values."""
-    text = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-    text = text.replace("typing.", "").replace("Literal", "").replace("None", "null")
-    return text.strip("[]").replace("'", "") if text.startswith("[") else text
-
-
 def default_of(field: "dataclasses.Field[Any]") -> str:
     """The default as YAML has it."""
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
@@ -57,7 +50,7 @@ def page() -> str:
             hint = inspect.get_annotations(section, eval_str=True)[field.name]
             cells = (
                 f"`{field.name}`",
-                type_name(hint).replace("|", "or"),
+                values_of(hint),
                 default_of(field),
                 rule(f"{name}.{field.name}"),
                 texts[field.name].replace("|", "\\|"),

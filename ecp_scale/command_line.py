@@ -23,6 +23,8 @@ from ecp_scale.config.renames import ELSEWHERE, RENAMED_FIELDS, renamed_fields
 from ecp_scale.errors import InputError
 from ecp_scale.zero import json_config
 
+COMMAND_LINE = "command line"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -68,7 +70,7 @@ def parse(
     config = build(parser, _above_presets(settings, problems), problems)
     if config.training.tokens is not None and any(item.key == "training.steps" for item in asked):
         problems.append(
-            f"command line: training.steps is {config.training.steps}, but training.tokens {config.training.tokens} "
+            f"{COMMAND_LINE}: training.steps is {config.training.steps}, but training.tokens {config.training.tokens} "
             "decides the length of the run; change that, or set it to null"
         )
     path = known.deepspeed_config
@@ -175,19 +177,23 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
     elif not Path(path).exists() and "/" not in path:
         raise InputError(f"--config {path}: no such file, and no preset of that name: {', '.join(preset_names())}")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _OnceLoader)
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"config file {path}: not valid UTF-8 at byte {error.start}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise InputError(f"config file {path}: not valid YAML, {' '.join(str(error).split())}") from error
+    if content is None:
+        raise InputError(f"config file {path}: is empty, expected sections {', '.join(SECTIONS)}")
     if not isinstance(content, dict):
         raise InputError(f"config file {path}: found {type(content).__name__}, expected sections {', '.join(SECTIONS)}")
     settings = []
     for section, values in content.items():
         if section not in SECTIONS:
             problems.append(f"{path}: unknown section {section!r}{_did_you_mean(str(section), SECTIONS)}")
+        elif values is None:
+            continue  # all that was in it is a comment
         elif not isinstance(values, dict):
             problems.append(f"{path}: section {section} holds {values!r}, expected keys and values")
         else:
@@ -198,6 +204,19 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
                 text = value if isinstance(value, str) else json.dumps(_plain_keys(value), default=str)
                 settings.append(Setting(f"{section}.{key}", text, path))
     return [item for item in settings if _is_known(item.key, item.source, problems)]
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML whose keys stand once: of two, a reader may have seen the other."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises: ConstructorError at the second of two equal keys."""
+        known: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in known:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            known.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
 
 
 def _plain_keys(value: Any) -> Any:
@@ -222,17 +241,17 @@ def _command_line_settings(tokens: list[str], problems: list[str]) -> list[Setti
     while remaining:
         token = remaining.pop(0)
         if not token.startswith("--"):
-            problems.append(f"command line: {token!r} is not an option; expected --section.key value")
+            problems.append(f"{COMMAND_LINE}: {token!r} is not an option; expected --section.key value")
             continue
         key, equals, value = token.removeprefix("--").partition("=")
         if not equals:
             has_value = remaining and not remaining[0].startswith("--")
             value = remaining.pop(0) if has_value else ""
-        if _is_known(key, "command line", problems):
+        if _is_known(key, COMMAND_LINE, problems):
             if value == "":
-                problems.append(f"command line: --{key} needs a value")
+                problems.append(f"{COMMAND_LINE}: --{key} needs a value")
             else:
-                settings.append(Setting(key, value, "command line"))
+                settings.append(Setting(key, value, COMMAND_LINE))
     return settings
 
 
@@ -240,6 +259,8 @@ def _is_known(key: str, source: str, problems: list[str]) -> bool:
     names = [f"{name}.{item.name}" for name, section in SECTIONS.items() for item in dataclasses.fields(section)]
     if key in names:
         return True
+    if source == COMMAND_LINE:
+        names += [action.option_strings[0].removeprefix("--") for action in _top_level_parser()._actions]
     if key in RENAMED_FIELDS:
         problems.append(f"{source}: {key} is now {RENAMED_FIELDS[key]}")
     else:

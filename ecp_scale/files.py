@@ -39,7 +39,7 @@ def read_object(path: Path, name: str, expected: str = "an object") -> dict[str,
         InputError: if it cannot be read, or holds anything else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_pairs_hook=_once)
     except OSError as error:
         raise InputError(f"{name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -49,6 +49,15 @@ def read_object(path: Path, name: str, expected: str = "an object") -> dict[str,
     if not isinstance(content, dict):
         raise InputError(f"{name}: found a {type(content).__name__}, expected {expected}")
     return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice in an object")
+        found[key] = value
+    return found
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def test_all_problems_are_reported_at_once_with_their_numbers(tmp_path: Path) ->
         "unknown key 'optimizer.lr'; did you mean 'optimizer.learning_rate'",
         "unknown section 'trainig'; did you mean 'training'",
         "unknown key 'what'",
-        "training.steps is 'many', expected int",
+        "training.steps is 'many', expected whole number",
         "--data.prefix needs a value",
         "model.sequence_length 2048 is not a multiple of model.segment_length 100",
         "(2 + 1) * 100 = 300 is shorter than model.sequence_length 2048",
@@ -350,12 +350,46 @@ def test_without_a_json_a_run_partitions_where_there_is_something_to_partition(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("model: [", "not valid YAML"), ("- 1", "expected sections"), ("model: 3", "holds 3, expected keys")],
+    [
+        ("model: [", "not valid YAML"),
+        ("- 1", "expected sections"),
+        ("model: 3", "holds 3, expected keys"),
+        ("# nothing yet\n", "run.yaml: is empty, expected sections model, "),
+        ("model: {layers: 3}\ntraining: {steps: 5}\nmodel: {width: 64}\n", "model is given twice"),
+        ("training:\n  steps: 5\n  steps: 7\n", "steps is given twice"),
+    ],
 )
 def test_files_that_are_no_configs(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(content)
     assert message in refused("--config", str(file))
+
+
+def test_a_section_may_be_empty(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  preset: demo\ntraining:\n  # steps: 5\n")
+    assert parse(["--config", str(file)], "").config == load_preset("demo")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--training.steps=many", "whole number"),
+        ("--optimizer.learning_rate=fast", "number"),
+        ("--training.compile=2", "true or false or auto"),
+        ("--training.precision=fp16", "one of fp32, bf16"),
+        ("--optimizer.average_decay=much", "number or null"),
+        ("--training.batch_schedule=4", "{whole number: whole number} or null"),
+        ("--logging.profile_steps=4", "[whole number, whole number] or null"),
+    ],
+)
+def test_what_a_field_expects_is_said_as_it_is_written(option: str, expected: str) -> None:
+    assert refused("--config", "demo", option).endswith(f", expected {expected}")
+
+
+def test_what_the_command_line_takes_beside_fields_is_suggested() -> None:
+    for wrong, right in (("--resum=auto", "resume"), ("--dry-rum", "dry-run"), ("--init_from=x", "init-from")):
+        assert f"did you mean {right!r}?" in refused("--config", "demo", wrong)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

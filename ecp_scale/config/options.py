@@ -5,7 +5,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
@@ -71,7 +72,7 @@ def build(parser: jsonargparse.ArgumentParser, settings: Sequence[Setting], prob
                 good.append(option)
             except PARSE_ERRORS:
                 now = RENAMED_VALUES.get(item.key, {}).get(item.value)
-                expected = _type_of(item.key) if now is None else f"{now!r}, its present name"
+                expected = _values_of_field(item.key) if now is None else f"{now!r}, its present name"
                 problems.append(f"{item.source}: {item.key} is {item.value!r}, expected {expected}")
         values = parser.parse_args(good)
     config = Config(**{name: section(**vars(values[name])) for name, section in SECTIONS.items()})
@@ -100,6 +101,12 @@ def at_home(path: str | None) -> str | None:
     return None if path is None else os.path.expanduser(path)  # noqa: PTH111, Path refuses homes of unknown users
 
 
+def _values_of_field(key: str) -> str:
+    section, name = key.split(".")
+    hint = get_type_hints(SECTIONS[section])[name]
+    return f"{'one of ' * (get_origin(hint) is Literal)}{values_of(hint)}"
+
+
 @cache
 def _field_parser(key: str) -> jsonargparse.ArgumentParser:
     """Parser of one field, to tell which of many does not fit."""
@@ -109,8 +116,19 @@ def _field_parser(key: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _type_of(key: str) -> str:
-    section, name = key.split(".")
-    hint = get_type_hints(SECTIONS[section])[name]
-    text = hint.__name__ if isinstance(hint, type) else str(hint)
-    return text.replace("typing.", "").replace("Literal", "one of ")
+def values_of(hint: Any) -> str:
+    """The values of a type as YAML has them: ``fp32, bf16`` or ``{whole number: text} or null``."""
+    inside = get_args(hint)
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return ", ".join(map(str, inside))
+    words = [values_of(each) for each in inside if each is not ...]
+    if kind in (Union, UnionType):
+        return " or ".join(words)
+    if kind is dict:
+        return f"{{{words[0]}: {words[1]}}}"
+    if kind is tuple:
+        return f"[{', '.join(words)}]"
+    if kind is list:
+        return f"[{words[0]}, ...]"
+    return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}[hint]
