@@ -1,7 +1,4 @@
-"""Launches of the real programs: one rank with python, several with the deepspeed launcher or torchrun, on gloo.
-
-torchrun starts in a third of the time, but ends with an exit code of its own.
-"""
+"""Launches of the real programs on gloo: one rank with python, several by themselves or with a launcher of users."""
 
 import io
 import json
@@ -21,13 +18,21 @@ from ecp_scale.planning.rehearsal import torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 540
-Launcher: TypeAlias = Literal["deepspeed", "torchrun"]
+PLAYED = {
+    *(f"data_tools/{name}.py" for name in ("make_probe", "merge_shards", "preprocess", "show_shards")),
+    *(f"data_tools/{name}.py" for name in ("train_tokenizer", "verify_shards")),
+    *(f"launch/{name}.py" for name in ("audit_data", "checkpoint", "convert_checkpoint", "generate", "plan", "report")),
+}
+"""Programs that leave nothing behind in a process, where they are one rank."""
+Launcher: TypeAlias = Literal["alone", "deepspeed", "torchrun"]
 
 
 def command(script: str, ranks: int, options: Sequence[object], launcher: Launcher = "deepspeed") -> list[str]:
     """Words that start a script of this repository on ``ranks`` ranks."""
     if ranks == 1:
         start: list[object] = [sys.executable]
+    elif launcher == "alone":
+        start = [sys.executable, ROOT / "tests" / "start_ranks.py", ranks, free_port()]
     elif launcher == "torchrun":
         start = [*torchrun(ranks)]
     else:
@@ -52,7 +57,9 @@ def run(
     launcher: Launcher = "deepspeed",
     gpu: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end and return its output."""
+    """Run a script to its end and return its output; what leaves nothing behind is run in this process."""
+    if ranks == 1 and script in PLAYED:
+        return play(script, *options)
     words = command(script, ranks, options, launcher)
     return subprocess.run(words, env=environment(gpu), capture_output=True, text=True, timeout=timeout)
 
@@ -60,8 +67,8 @@ def run(
 def run_successfully(
     script: str, *options: object, ranks: int = 1, timeout: float = TIMEOUT_SECONDS, gpu: bool = False
 ) -> str:
-    """Run a script that must succeed, with torchrun; return its standard output."""
-    done = run(script, *options, ranks=ranks, timeout=timeout, launcher="torchrun", gpu=gpu)
+    """Run a script that must succeed, without a launcher; return its standard output."""
+    done = run(script, *options, ranks=ranks, timeout=timeout, launcher="alone", gpu=gpu)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout
 

@@ -1,7 +1,7 @@
 """Pure maths on this rank's heads: imports torch and a type of the config, and knows no process group."""
 
 from ecp_scale.attention.cache import SegmentCache
-from ecp_scale.attention.kernels import Settings, refusal
+from ecp_scale.attention.kernels import Settings, put_flash, refusal
 from ecp_scale.attention.key_value import KeyValue
 from ecp_scale.attention.latent import latent_attention
 from ecp_scale.attention.pieces import documents_on
@@ -17,6 +17,7 @@ __all__ = [
     "attend",
     "documents_on",
     "latent_attention",
+    "put_flash",
     "refusal",
     "rotate",
     "rotation",

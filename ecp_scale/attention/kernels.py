@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ecp_scale.config import AttentionBackend
+from ecp_scale.errors import InputError
 
 _aten = torch.ops.aten
 FLASH_TYPES = (torch.bfloat16, torch.float16)
@@ -231,6 +232,26 @@ def has_newer_flash() -> bool:
     """Whether FlashAttention-3 or later has been put in place of torch's own, by ``activate_flash_attention_impl``."""
     asked = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)  # since torch 2.11
     return asked() not in (None, "FA2")
+
+
+def put_flash(name: str) -> None:
+    """Put another FlashAttention in the place of torch's own, for this process.
+
+    Args:
+        name: as torch knows it, such as ``FA3``.
+
+    Raises:
+        InputError: if this torch does not know it, or its package cannot be loaded.
+    """
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        raise InputError(f"training.flash_attention is {name}, which needs torch 2.11, found {torch.__version__}")
+    try:
+        activate(name)
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"training.flash_attention is {name}, which cannot be loaded ({error}); install its package, or use torch"
+        ) from error
 
 
 @cache

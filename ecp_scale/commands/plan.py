@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from ecp_scale.command_line import Request, parse
+from ecp_scale.config import Config
 from ecp_scale.console import waiting
 from ecp_scale.errors import InputError, input_errors_exit
 
@@ -45,16 +46,11 @@ def main() -> int:
         raise InputError("model.vocab_size is null; set it, or data.prefix to shards, whose tokenizer tells it")
     request = dataclasses.replace(request, config=config)
 
-    from ecp_scale.parallel.device import datasheet_teraflops
-    from ecp_scale.planning.duration import Machine, duration
+    from ecp_scale.planning.duration import duration
     from ecp_scale.planning.plan import plan
     from ecp_scale.planning.proposals import proposals
 
-    if options.peak_teraflops is None:
-        options.peak_teraflops = datasheet_teraflops(GPU, config.training.precision, config.training.tf32)
-    machine = Machine(**{field.name: _positive(options, field.name) for field in dataclasses.fields(Machine)})
-    if machine.utilisation > 1:
-        raise InputError(f"--utilisation is {machine.utilisation:g}, expected a share of 1")
+    machine = _machine(options, config)
     tokens = config.tokens_after(config.training.steps)
     if options.tokens is not None:
         tokens = int(_positive(options, "tokens"))
@@ -131,6 +127,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the plan and what is proposed as an object")
     parser.add_argument("--rehearse", action="store_true", help="train two steps of a narrow copy on gloo ranks")
     return parser
+
+
+def _machine(options: argparse.Namespace, config: Config) -> Any:
+    """The ``Machine`` that the options describe."""
+    from ecp_scale.parallel.device import datasheet_teraflops
+    from ecp_scale.planning.duration import Machine
+
+    if options.peak_teraflops is None:
+        options.peak_teraflops = datasheet_teraflops(GPU, config.training.precision, config.training.tf32)
+    machine = Machine(**{field.name: _positive(options, field.name) for field in dataclasses.fields(Machine)})
+    if machine.utilisation > 1:
+        raise InputError(f"--utilisation is {machine.utilisation:g}, expected a share of 1")
+    return machine
 
 
 def _positive(options: argparse.Namespace, name: str) -> Any:

@@ -31,6 +31,9 @@ class TrainingConfig:
     up to minutes longer. auto does so on a GPU."""
     tf32: bool = False
     """On a GPU, round the operands of fp32 matrix products to TF32: several times as fast, with 10 bits of mantissa."""
+    flash_attention: Literal["torch", "FA3", "FA4"] = "torch"
+    """FlashAttention of a GPU: torch's own, or one of an installed package that torch puts in its place; those have no
+    dropout."""
     validation_every_steps: int = 100
     """Optimizer steps between two validations."""
     validation_windows: int = 64

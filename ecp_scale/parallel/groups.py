@@ -85,7 +85,7 @@ def process_groups(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             context_parallel_size=config.context,
-            distributed_timeout_minutes=max(1, config.timeout_seconds // 60),
+            distributed_timeout_minutes=config.timeout_seconds / 60,  # a float is as good
             create_gloo_process_groups=False,  # only Megatron's own checkpoints use them
         )
         yield Groups(

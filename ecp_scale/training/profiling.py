@@ -32,7 +32,7 @@ def profiled(run: Path, steps: tuple[int, int] | None, device: torch.device) -> 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     profiler = profile(activities=activities, record_shapes=True)
-    running = False
+    begun = running = False
 
     def end() -> None:
         nonlocal running
@@ -53,9 +53,9 @@ def profiled(run: Path, steps: tuple[int, int] | None, device: torch.device) -> 
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def begin(step: int) -> None:
-        nonlocal running
+        nonlocal begun, running
         if first <= step <= last and not running:  # a run may be resumed in between
-            running = True
+            begun = running = True
             if on_gpu:
                 torch.cuda.memory._record_memory_history()
             profiler.start()
@@ -66,6 +66,8 @@ def profiled(run: Path, steps: tuple[int, int] | None, device: torch.device) -> 
         yield begin
     finally:
         end()
+        if not begun:
+            say(f"profile     none: logging.profile_steps is [{first}, {last}], and no such step was done")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ecp_scale.attention import Settings, refusal
+from ecp_scale.attention import Settings, put_flash, refusal
 from ecp_scale.checkpoint.resuming import Start, check_digests, load
 from ecp_scale.checkpoint.starting_weights import StartingWeights, check_starting_weights
 from ecp_scale.cluster.signals import STOPPED
@@ -18,7 +18,7 @@ from ecp_scale.command_line import Request
 from ecp_scale.config import Config, OptimizerConfig
 from ecp_scale.console import say, waiting
 from ecp_scale.data.blend import Blend
-from ecp_scale.errors import InputError
+from ecp_scale.errors import InputError, is_first_rank
 from ecp_scale.files import write_text
 from ecp_scale.parallel.context import is_compiled
 from ecp_scale.parallel.device import check_precision
@@ -47,14 +47,20 @@ def write_settings(run: Path, deepspeed: dict[str, Any], config: str) -> None:
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """Refuse what this rank's device, or its host, cannot compute.
+    """Refuse what this rank's device, or its host, cannot compute, and name what has no effect on it.
 
     Raises:
         InputError: naming the field.
     """
     check_precision(device, config.training.precision)
+    if device.type == "cuda" and config.training.flash_attention != "torch":
+        put_flash(config.training.flash_attention)
     check_backend(config, device)
     check_compiler(config, device)
+    if device.type == "cpu" and is_first_rank():
+        for field, idle in (("tf32", False), ("flash_attention", "torch")):
+            if getattr(config.training, field) != idle:
+                say(f"note        training.{field} has no effect on a CPU")
 
 
 def check_backend(config: Config, device: torch.device) -> None:

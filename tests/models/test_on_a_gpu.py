@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.estimate import META, VIEWS
+from benchmarks.estimate import META, VIEWS, counts_of_model
 from ecp_scale.attention import latent, sdpa, segment
 from ecp_scale.attention.kernels import Operands, Whole
 from ecp_scale.command_line import load_preset
@@ -142,6 +142,18 @@ def test_a_layer_has_few_kernels(documents: bool) -> None:
     # Queries, keys and values add up their gradients of what they take, and so do the two halves of SwiGLU.
     assert (added["mm"], added["addmm"]) == (18, 3)
     assert sum(added.values()) <= MOST_KERNELS, added
+
+
+MOST_COMPILED_KERNELS = 51
+"""Of a layer whose functions are compiled: 21 products, attention, and what torch.compile makes of the rest."""
+
+
+def test_a_compiled_layer_has_fewer_kernels() -> None:
+    preset = load_preset("scaled-125m")
+    config = dataclasses.replace(preset, model=dataclasses.replace(preset.model, vocab_size=512, sequence_length=2048))
+    layer, _ = counts_of_model(config, compiled=True)
+    assert layer["kernels"] <= MOST_COMPILED_KERNELS
+    assert layer["kernels"] < counts_of_model(config, compiled=False)[0]["kernels"] / 3
 
 
 def no_message(*_: Any, async_op: bool = False, **__: Any) -> Any:

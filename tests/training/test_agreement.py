@@ -16,10 +16,9 @@ from ecp_scale.cluster.lock import Lock
 from ecp_scale.cluster.ranks import adopt_launcher, first_host
 from ecp_scale.command_line import parse
 from ecp_scale.errors import InputError
-from ecp_scale.planning.rehearsal import torchrun
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText
-from tests.launching import ROOT, environment, free_port, metrics, run, run_successfully
+from tests.launching import ROOT, command, environment, free_port, metrics, run, run_successfully
 from tests.parallel.layouts import Layout
 
 SCRIPT = "launch/pretrain_ecp.py"
@@ -36,7 +35,7 @@ def odd_launch(
     what: str, *words: str, folder: Path | None = None, extra: dict[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
     """A launch whose rank 1 is odd."""
-    start = [*torchrun(2), str(ROOT / ODD), what, *words]
+    start = command(ODD, 2, (what, *words), "alone")
     return subprocess.run(
         start, cwd=folder, env={**environment(), **(extra or {})}, capture_output=True, text=True, timeout=300
     )
@@ -65,7 +64,7 @@ def test_ranks_that_differ_are_named_before_any_step(
     assert done.returncode != 0
     for text in (*expected, socket.gethostname()):
         assert text in done.stderr, done.stderr[-3000:]
-    assert 'odd_rank.py", line' not in done.stderr  # a traceback of a rank; that at the end is torchrun's
+    assert 'odd_rank.py", line' not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

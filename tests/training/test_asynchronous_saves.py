@@ -20,7 +20,7 @@ from ecp_scale.zero.state_files import read_states
 from tests.corpus import ShardedText
 from tests.launching import metrics, run_successfully
 from tests.parallel.layouts import Layout
-from tests.training.test_agreement import SCRIPT, odd_launch
+from tests.training.test_agreement import odd_launch
 
 LAYOUTS = [
     Layout(tensor=2, zero=0),
@@ -46,11 +46,20 @@ def leaves(file: Path) -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def waiting(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a run of every layout that saves in front of the training, of one launch."""
+    folder = tmp_path_factory.mktemp("waiting")
+    listed = [{"options": options(one, sharded_text, folder / str(one)), "probed": False} for one in LAYOUTS]
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    run_successfully("tests/parallel/train_layouts.py", folder / "jobs.json", ranks=2)
+    return folder
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_what_is_saved_behind_the_training_is_what_was_there(
-    layout: Layout, sharded_text: ShardedText, tmp_path: Path
+    layout: Layout, waiting: Path, sharded_text: ShardedText, tmp_path: Path
 ) -> None:
-    run_successfully(SCRIPT, *options(layout, sharded_text, tmp_path / "waits"), ranks=2)
     words = options(layout, sharded_text, tmp_path / "goes-on", "--checkpoint.asynchronous=true")
     done = odd_launch("slow", *words)
     assert done.returncode == 0, done.stderr
@@ -59,10 +68,10 @@ def test_what_is_saved_behind_the_training_is_what_was_there(
     # A second is more than steps take: the training has gone on meanwhile, and waits for a save before the next.
     assert done.stderr.index("step 4/8") < done.stderr.index("step 3  saved ")
     assert "step 8  waits for the save of step 6" in done.stderr
-    assert [record["loss"] for record in metrics(tmp_path / "waits")] == [
-        record["loss"] for record in metrics(tmp_path / "goes-on")
-    ]
-    found = [complete_checkpoints(tmp_path / name) for name in ("waits", "goes-on")]
+    runs = (waiting / str(layout), tmp_path / "goes-on")
+    losses = [[record["loss"] for record in metrics(run)] for run in runs]
+    assert losses[0] == losses[1]
+    found = [complete_checkpoints(run) for run in runs]
     assert [path.name for path in found[0]] == [path.name for path in found[1]]
     for expected, folder in zip(*found, strict=True):
         for file in expected.glob("*_states.pt"):

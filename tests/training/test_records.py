@@ -174,6 +174,18 @@ def test_steps_are_profiled_into_the_run_folder(sharded_text: ShardedText, tmp_p
         parse([*words, "--logging.profile_steps=[3,2]"], "")
 
 
+def test_what_has_no_effect_on_a_cpu_is_said(
+    sharded_text: ShardedText, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*map(str, Layout().options(sharded_text, tmp_path / "run")), "--training.steps=1"]
+    more = ("--training.tf32=true", "--training.flash_attention=FA3", "--logging.profile_steps=[5,6]")
+    train(parse([*words, *more], ""))
+    said = capsys.readouterr().err
+    assert "note        training.tf32 has no effect on a CPU" in said
+    assert "note        training.flash_attention has no effect on a CPU" in said
+    assert "profile     none: logging.profile_steps is [5, 6], and no such step was done" in said
+
+
 def test_tensorboard_gets_every_number_where_it_is_installed(sharded_text: ShardedText, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     words = [*map(str, Layout(zero=1).options(sharded_text, tmp_path / "run")), "--logging.tensorboard=true"]

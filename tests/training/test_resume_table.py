@@ -58,6 +58,7 @@ WITH_OTHERS = {
     "training.precision": "tests/parallel: layouts",
     "training.compile": "equal up to rounding: tests/models",
     "training.tf32": "rounds products on a GPU alone",
+    "training.flash_attention": "equal up to rounding, and on a GPU alone: tests/attention/test_kernels.py",
     "training.micro_batch_size": "equal up to rounding: tests/parallel",
     "attention.backend": "equal up to rounding: tests/attention",
     "parallel.tensor": "tests/training/test_runs.py: other ranks",

@@ -130,7 +130,7 @@ def test_a_file_that_the_record_does_not_list_is_not_read(sharded_text: ShardedT
 
 
 def test_files_that_do_not_hold_all_of_a_parameter_are_refused(sharded_text: ShardedText, tmp_path: Path) -> None:
-    checkpoint = find_checkpoint(trained(Layout(data=2, zero=1), sharded_text))
+    checkpoint = find_checkpoint(trained(Layout(data=2, zero=2), sharded_text))
     record = CheckpointRecord.read(checkpoint)
     files = [name for name in record.files if "rank_1_" not in name]
     with pytest.raises(
