@@ -75,8 +75,11 @@ def test_a_dry_run_reads_the_shards_and_the_run_folder(sharded_text: ShardedText
     run_folder = trained(Layout(), sharded_text)
     message = refused("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder)
     assert "holds checkpoints; pass --resume auto" in message
-    out = play("launch/pretrain_ecp.py", *words, "--training.output_dir", run_folder, "--resume=auto").stdout
+    again = (*Layout().options(sharded_text, run_folder), "--dry-run", "--resume=auto")
+    out = play("launch/pretrain_ecp.py", *again, "--optimizer.beta2=0.9").stdout
     assert ", goes on from step-" in out
+    assert "note: optimizer.beta2 was 0.95 and is now 0.9" in out
+    assert "training.seed was 1 and is now 2" in refused("launch/pretrain_ecp.py", *again, "--training.seed=2")
 
 
 def test_a_dry_run_looks_where_the_run_would_write_and_begin(

@@ -31,11 +31,18 @@ def describe(request: Request) -> str:
         InputError: if the shards or the folder cannot be used.
     """
     config, data, folder = request.config, "not set", request.config.training.output_dir or "not set"
+    run, start, changed = Path(folder), None, list[str]()
     _check_places(config)
     if request.init_from is not None:
         from ecp_scale.checkpoint.export import ExportedModel
 
         ExportedModel.open(Path(request.init_from))
+    if config.training.output_dir is not None and run.exists():
+        from ecp_scale.checkpoint.resuming import find_start, with_ranges  # Megatron-core and torch, which take seconds
+
+        start = find_start(run, request.resume, config)
+        config = with_ranges(config, start.skip_samples)
+        folder += f", goes on from {start.folder.name}" if start.folder else ", which has no checkpoint"
     if config.data.is_set:
         from ecp_scale.training.corpora import open_data
 
@@ -45,12 +52,12 @@ def describe(request: Request) -> str:
             from ecp_scale.checkpoint.starting_weights import check_starting_weights
 
             check_starting_weights(Path(request.init_from), config, blend.corpora[0])
-    if config.training.output_dir is not None and Path(config.training.output_dir).exists():
-        from ecp_scale.checkpoint.resuming import find_start, with_ranges  # Megatron-core and torch, which take seconds
+        if start is not None and start.folder is not None:
+            from ecp_scale.checkpoint.resuming import check_start
+            from ecp_scale.training.report import changes
 
-        start = find_start(Path(config.training.output_dir), request.resume, config)
-        config = with_ranges(config, start.skip_samples)
-        folder += f", goes on from {start.folder.name}" if start.folder else ", which has no checkpoint"
+            check_start(start, config, blend)
+            changed = changes(run, config)
     model, parallel, training = config.model, config.parallel, config.training
     if model.vocab_size is None:
         counts = "unknown until the tokenizer is (model.vocab_size is null)"
@@ -69,7 +76,7 @@ def describe(request: Request) -> str:
         "data": data,
         "folder": folder,
     }
-    notes = [f"note: {note}" for note in request.notes]
+    notes = [f"note: {note}" for note in (*request.notes, *changed)]
     return "\n".join([*(f"{name:19} {text}" for name, text in lines.items()), *notes, "", to_yaml(config).rstrip()])
 
 

@@ -98,7 +98,7 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         run_tokens = config.run_tokens(done.step, done.tokens)
         events = stack.enter_context(EventLog(run if dist.get_rank() == 0 else None, done.step))
         if dist.get_rank() == 0:
-            for line in describe_start(start, run):
+            for line in describe_start(start, run, config):
                 say(line)
         decided(lambda: check_start(start, config, blend))
         initial = decided(lambda: initial_weights(request, start, config, blend))

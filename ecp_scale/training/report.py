@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from ecp_scale.checkpoint.resuming import Start
 from ecp_scale.checkpoint.saving import Progress
+from ecp_scale.command_line import to_yaml
 from ecp_scale.config import Config
 from ecp_scale.console import counted, say, terminal
 from ecp_scale.data.blend import Blend
@@ -46,15 +48,31 @@ def describe_run(config: Config, blend: Blend, hosts: Sequence[str], zero_stage:
     return "\n".join(f"{name:12}{', '.join(parts)}" for name, parts in lines.items())
 
 
-def describe_start(start: Start, run: Path) -> list[str]:
-    """Where a run begins, and what it passes by."""
+def describe_start(start: Start, run: Path, config: Config) -> list[str]:
+    """Where a run begins, what it passes by, and what a resume changes."""
     lines = [f"passed by   {text}" for text in start.passed_by]
     ranges = ", ".join(f"{first:,} to {last:,}" for first, last in sorted((start.skip_samples or {}).items()))
     lines += [f"samples     passed over are {ranges} (training.skip_samples)"] if ranges else []
     if start.folder is None:
         return [*lines, f"start       fresh, in {run}"]
     done = start.progress
-    return [*lines, f"start       resumed from {start.folder}: step {done.step:,}, {done.tokens:,} tokens"]
+    lines.append(f"start       resumed from {start.folder}: step {done.step:,}, {done.tokens:,} tokens")
+    return [*lines, *(f"changed     {text}" for text in changes(run, config))]
+
+
+def changes(run: Path, config: Config) -> list[str]:
+    """Fields whose values are others than in the config of a run folder; none where it has no config to read."""
+    try:
+        before = yaml.safe_load((run / "config.yaml").read_text())
+        now = yaml.safe_load(to_yaml(config))
+        return [
+            f"{section}.{name} was {values[name]} and is now {value}"
+            for section, fields in now.items()
+            for name, value in fields.items()
+            if name in (values := before.get(section) or {}) and values[name] != value and name != "output_dir"
+        ]
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        return []
 
 
 class StepReport:

@@ -174,6 +174,21 @@ def test_steps_are_profiled_into_the_run_folder(sharded_text: ShardedText, tmp_p
         parse([*words, "--logging.profile_steps=[3,2]"], "")
 
 
+def test_a_resume_says_what_it_changes(
+    sharded_text: ShardedText, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*map(str, Layout().options(sharded_text, tmp_path / "run")), "--resume=auto", "--allow-rate-jump"]
+    train(parse([*words, "--training.steps=1"], ""))
+    train(parse([*words, "--training.steps=1"], ""))
+    assert "changed " not in capsys.readouterr().err
+    train(parse([*words, "--training.steps=2", "--optimizer.weight_decay=0.2"], ""))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed ")]
+    assert said == [
+        "changed     optimizer.weight_decay was 0.1 and is now 0.2",
+        "changed     training.steps was 1 and is now 2",
+    ]
+
+
 def test_what_has_no_effect_on_a_cpu_is_said(
     sharded_text: ShardedText, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
