@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import command_line, count
+from benchmarks.options import count
 from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.timing import environment
 from ecp_scale.command_line import load_preset
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.planning.rehearsal import write_text_of_package
 from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.training.metrics import read_metrics
@@ -100,7 +101,7 @@ def compare(rounds: int, steps: int, layers: int) -> dict[str, Any]:
 @input_errors_exit()
 def main() -> None:
     """Measure and print."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--steps", type=count, default=4, help="of each run (default: 4)")
     parser.add_argument("--layers", type=count, default=load_preset(PRESET).model.layers)

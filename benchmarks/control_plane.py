@@ -21,12 +21,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.options import command_line, count
+from benchmarks.options import count
 from benchmarks.timing import environment
 from ecp_scale.cluster.heartbeat import HEARTBEAT_SECONDS, FailureDetector
 from ecp_scale.cluster.ranks import Process, Ranks
 from ecp_scale.cluster.rendezvous import _check_one_rank_per_gpu
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.parallel.digests import summed
 
 RANKS_OF_HOST = 8
@@ -183,7 +184,7 @@ def digest_seconds(size: int) -> float:
 @input_errors_exit()
 def main() -> None:
     """Simulate and write."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--ranks", type=count, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/control_plane"))
     options = parser.parse_args()

@@ -13,10 +13,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.options import command_line, count, counts
+from benchmarks.options import count, counts
 from ecp_scale.command_line import parse
 from ecp_scale.errors import input_errors_exit
 from ecp_scale.files import write_text
+from ecp_scale.options import OptionParser
 from ecp_scale.training.metrics import read_metrics
 
 INITIALIZATIONS = ("depth_scaled", "normal")
@@ -116,7 +117,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
 @input_errors_exit()
 def main() -> None:
     """Train what is missing and write the report."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--prefix", required=True)
     parser.add_argument("--validation-prefix", required=True)
     parser.add_argument("--output", required=True)

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.options import command_line, count, rate
+from benchmarks.options import count, rate
 from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Operands, State
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
 from ecp_scale.errors import input_errors_exit
 from ecp_scale.models.language_model import LanguageModel
+from ecp_scale.options import OptionParser
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.planning.compiled import compiled_in_shapes
 from ecp_scale.planning.duration import on_wire
@@ -208,7 +209,7 @@ def summed(milliseconds: dict[str, float], useful: float, options: argparse.Name
 @input_errors_exit()
 def main() -> None:
     """Estimate and print."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--presets", nargs="+", default=["scaled-125m", "scaled-350m", "scaled-1b3"], metavar="NAME")
     parser.add_argument("--sequences", type=count, default=1, help="of the micro-batch (default: 1)")
     parser.add_argument("--gpus", type=count, metavar="N", help="ranks of a launch, and a whole step of it")

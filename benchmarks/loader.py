@@ -9,11 +9,12 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.options import command_line, count
+from benchmarks.options import count
 from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.training.metrics import read_metrics
 
 SECONDS = 1.0
@@ -36,7 +37,7 @@ def tokens_per_second(prefix: str, sequence_length: int) -> float:
 @input_errors_exit()
 def main() -> None:
     """Measure and print."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--prefix", required=True, help="prefix of preprocessed shards")
     parser.add_argument("--sequence-lengths", type=count, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--run", help="run folder whose steps to compare with; its sequence length must be among them")

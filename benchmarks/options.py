@@ -1,14 +1,7 @@
-"""Command lines of the benchmarks: numbers that can be measured with, and one line for those that cannot."""
+"""Options of the benchmarks: numbers that can be measured with."""
 
 import argparse
 import math
-
-
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
 
 
 def count(text: str) -> int:

@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 
-from benchmarks.options import command_line, count
+from benchmarks.options import count
 from ecp_scale.data.tokenizer import load_tokenizer
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.preparation.documents import read_parts
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing
@@ -104,7 +105,7 @@ def measure(inputs: list[str], tokenizer: str, rounds: int, memory_only: bool = 
 @input_errors_exit()
 def main() -> None:
     """Measure and print."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rounds", type=count, default=5)

@@ -15,10 +15,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 
 from benchmarks import attention, files, generation, launches, training
-from benchmarks.options import command_line, count
+from benchmarks.options import count
 from benchmarks.timing import KEPT, environment
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 
 class Measurement(Protocol):
@@ -163,7 +164,7 @@ def table(results: dict[str, Any]) -> str:
 @input_errors_exit()
 def main() -> None:
     """Measure and write."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="measurements whose name has one of these texts")
     parser.add_argument("--toy", action="store_true", help="small models and lengths, whose figures mean nothing")

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.options import command_line, count
+from benchmarks.options import count
 from benchmarks.timing import environment
 from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.checkpoint.weights_file import write_weights
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.parallel.groups import process_groups
 from ecp_scale.parallel.partition import Share
 from ecp_scale.precision import weight_type
@@ -239,7 +240,7 @@ def rates_of(rank: dict[str, float], converted: dict[str, float]) -> dict[str, f
 @input_errors_exit()
 def main() -> None:
     """Measure, compute and write."""
-    parser = command_line(__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder for size.json and size.md")
     parser.add_argument("--preset", default=MEASURED.preset, help="whose part is made here (default: %(default)s)")
     parser.add_argument("--ranks", type=count, default=MEASURED.ranks, help="of its launch (default: %(default)s)")

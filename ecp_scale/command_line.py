@@ -260,7 +260,7 @@ def _is_known(key: str, source: str, problems: list[str]) -> bool:
     if key in names:
         return True
     if source == COMMAND_LINE:
-        names += [action.option_strings[0].removeprefix("--") for action in _top_level_parser()._actions]
+        names += [action.option_strings[-1].removeprefix("--") for action in _top_level_parser()._actions]
     if key in RENAMED_FIELDS:
         problems.append(f"{source}: {key} is now {RENAMED_FIELDS[key]}")
     else:

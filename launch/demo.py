@@ -4,7 +4,6 @@ The text is what every machine with Python has: the source files of its standard
 user would type; the run is killed once on the way and must continue exactly where its last checkpoint stood.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,7 +20,9 @@ from typing import Any
 
 import psutil
 
+from ecp_scale.command_line import parse
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,7 +185,7 @@ def rows(
 
 def main() -> None:
     """Run every step and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument(
         "--output",
         default="demo",
@@ -194,6 +195,9 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, help="ranks of the launch (default: 2, or the only GPU)")
     options, training_options = parser.parse_known_args()
+    if options.ranks is not None and options.ranks < 1:
+        parser.error(f"--ranks is {options.ranks}, expected at least 1")
+    parse(["--config", "demo", "--dry-run", *training_options], "")  # before anything is removed
     began = time.monotonic()
     paths = Paths(Path(options.output).resolve())
     _empty(paths)

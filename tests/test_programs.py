@@ -43,6 +43,13 @@ def test_help_needs_no_torch(program: str) -> None:
     assert not imported & {"torch", "megatron.core", "deepspeed", "wandb", "matplotlib", "transformers"}
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_options_have_their_whole_names(program: str) -> None:
+    done = play(program, "--hel")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def model(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model."""

@@ -7,18 +7,18 @@ resumes. It is recomputed from config.yaml and the sizes and hashes in the manif
 first step that disagrees.
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from ecp_scale.command_line import parse
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 
 @input_errors_exit()
 def main() -> int:
     """Read the command line, recompute, and say where the two part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("run", type=os.path.expanduser, metavar="RUN", help="run folder")
     options = parser.parse_args()
     run = Path(options.run)

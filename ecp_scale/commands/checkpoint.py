@@ -8,17 +8,17 @@
 PATH is a checkpoint, or a run. Exits 1 where a checkpoint is incomplete or damaged, or where two differ.
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 
 @input_errors_exit()
 def main() -> int:
     """Read the command line and do what it says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {
         "list": "step, tokens, size, layout and libraries of each",

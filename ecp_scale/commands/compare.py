@@ -32,6 +32,7 @@ from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.files import write_text
+from ecp_scale.options import OptionParser
 
 
 @input_errors_exit()
@@ -167,10 +168,8 @@ def read_command_line(argv: list[str]) -> Comparison:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="All other options are those of ecp-pretrain and hold for every cell.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = OptionParser(
+        description=__doc__, epilog="All other options are those of ecp-pretrain and hold for every cell."
     )
     home = os.path.expanduser
     parser.add_argument("--architectures", required=True, metavar="A,B,...", help=", ".join(GEOMETRIES))

@@ -3,18 +3,21 @@
 A conversion that was cut short goes on where it was, file by file.
 """
 
-import argparse
 import os
 import re
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
+
+PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "float32": "fp32", "bfloat16": "bf16"}
+"""With names that earlier versions took."""
 
 
 @input_errors_exit()
 def main() -> None:
     """Read the command line and print what was written."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -23,7 +26,9 @@ def main() -> None:
         help="a run folder (newest), or one checkpoint",
     )
     parser.add_argument("--output", required=True, type=os.path.expanduser, metavar="DIR", help="model folder to write")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
+    parser.add_argument(
+        *("--precision", "--dtype"), choices=PRECISIONS, default="fp32", help="of the weights that are written"
+    )
     parser.add_argument(
         "--average", action="store_true", help="the moving average of the weights (optimizer.average_decay)"
     )
@@ -36,15 +41,14 @@ def main() -> None:
     if options.workers < 1:
         raise InputError(f"--workers is {options.workers}, expected at least 1")
 
-    import torch
-
     from ecp_scale.checkpoint.export import export
     from ecp_scale.checkpoint.folder import find_checkpoint
     from ecp_scale.checkpoint.weights_file import WriteOptions
+    from ecp_scale.precision import DTYPES
 
     checkpoint = find_checkpoint(Path(options.checkpoint))
     how = WriteOptions(
-        getattr(torch, options.dtype), file_bytes, options.workers, progress=True, average=options.average
+        DTYPES[PRECISIONS[options.precision]], file_bytes, options.workers, progress=True, average=options.average
     )
     record = export(checkpoint, Path(options.output), how)
     what = "averages of tensors" if options.average else "tensors"

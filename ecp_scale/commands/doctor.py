@@ -18,6 +18,7 @@ from pathlib import Path
 from ecp_scale.cluster.ranks import adopt_launcher
 from ecp_scale.console import quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+from ecp_scale.options import OptionParser
 
 TIMEOUT_SECONDS, LEAST_TIMEOUT = 60, 20
 
@@ -25,7 +26,7 @@ TIMEOUT_SECONDS, LEAST_TIMEOUT = 60, 20
 @input_errors_exit()
 def main() -> int:
     """Read the command line, look, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument(
         "--folder", type=os.path.expanduser, metavar="DIR", help="where runs are to lie, on a file system of all hosts"
     )

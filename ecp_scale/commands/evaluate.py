@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 from ecp_scale.files import finite
+from ecp_scale.options import OptionParser
 
 if TYPE_CHECKING:
     from ecp_scale.checkpoint.export import ExportedModel
@@ -35,7 +36,7 @@ def read_options() -> argparse.Namespace:
     Raises:
         InputError: if they do not belong together, or the file for --json cannot be.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     home = os.path.expanduser
     parser.add_argument("--model", required=True, type=home, metavar="DIR", help="folder of ecp-convert")
     what = parser.add_mutually_exclusive_group(required=True)

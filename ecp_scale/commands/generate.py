@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ecp_scale.console import say
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
+from ecp_scale.options import OptionParser
 
 if TYPE_CHECKING:
     from ecp_scale.data.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def read_options() -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     home = os.path.expanduser
     parser.add_argument("--model", required=True, type=home, metavar="DIR", help="folder of ecp-convert")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -11,18 +11,18 @@ Every text is one training window of LENGTH bytes, of which the answer alone has
 ecp-compare --task, and shards of it, for data.prefix, with bytes as tokens.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 
 @input_errors_exit()
 def main() -> None:
     """Read the command line, write the texts and their shards."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--task", required=True, choices=("copy", "recall", "passkey"), help="what is asked")
     parser.add_argument("--length", required=True, type=int, metavar="N", help="model.sequence_length")
     parser.add_argument(

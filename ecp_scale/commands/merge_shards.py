@@ -1,16 +1,16 @@
 """Join shards that were preprocessed apart (preprocess.py --part I --parts N) into one corpus, without copying them."""
 
-import argparse
 import os
 from pathlib import Path
 
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 
 
 @input_errors_exit()
 def main() -> None:
     """Read the command line and print what was joined."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument(
         "parts", nargs="+", type=os.path.expanduser, metavar="PREFIX", help="prefixes of the parts, in order"
     )

@@ -17,6 +17,7 @@ from ecp_scale.command_line import Request, parse
 from ecp_scale.config import Config
 from ecp_scale.console import waiting
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20}
 PROPOSED = 3
@@ -90,12 +91,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="All other options are those of ecp-pretrain.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OptionParser(description=__doc__, epilog="All other options are those of ecp-pretrain.")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the launch")
     parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of one of them (default: 80GiB)")
     parser.add_argument(

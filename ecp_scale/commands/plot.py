@@ -5,13 +5,13 @@
 Lines are smoothed, with what was measured behind them.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 PANELS = {
     "loss": "loss (nats per token)",
@@ -97,7 +97,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], weight: float, output: Path) -> 
 @input_errors_exit()
 def main() -> None:
     """Read the command line and the runs, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN", help="run folders")
     parser.add_argument(
         "--output",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.preparation.input_arguments import add_input_arguments
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _write_images(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     add_input_arguments(parser)
     parser.add_argument(
         "--tokenizer", metavar="SPEC", help="sentencepiece:FILE, hf:FILE_OR_NAME, wordpiece:FILE or byte"

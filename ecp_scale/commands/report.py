@@ -5,7 +5,6 @@
 The page is one file of HTML with its pictures inside; it needs no network and reads on a telephone.
 """
 
-import argparse
 import math
 import os
 import statistics
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.files import read_object, write_text
+from ecp_scale.options import OptionParser
 from ecp_scale.training.events import ENDS, STARTED, read_events
 
 SLOW = 3.0
@@ -169,7 +169,7 @@ def differences(runs: dict[str, RunRecord]) -> dict[str, list[Any]]:
 @input_errors_exit()
 def main() -> None:
     """Read the command line and the runs, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=os.path.expanduser, metavar="RUN", help="run folders")
     parser.add_argument(
         "--output", type=os.path.expanduser, metavar="FILE", help=".html (default: RUN/report.html of the first)"

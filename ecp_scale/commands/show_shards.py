@@ -1,10 +1,10 @@
 """Show what token shards hold: tokenizer, sources, sizes, and a decoded document."""
 
-import argparse
 import os
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
+from ecp_scale.options import OptionParser
 
 SHOWN = 5
 """Sources, bad records and files that were not read, of which so many are named."""
@@ -13,7 +13,7 @@ SHOWN = 5
 @input_errors_exit()
 def main() -> None:
     """Read the command line and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("prefix", type=os.path.expanduser, metavar="PREFIX", help="prefix of the shards")
     parser.add_argument("--shard", type=int, default=0, metavar="N", help="shard of the document (default: 0)")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document of the shard (default: 0)")

@@ -1,16 +1,16 @@
 """Train a sentencepiece tokenizer (byte-pair encoding, lossless) on any input of preprocess.py."""
 
-import argparse
 import os
 
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 from ecp_scale.preparation.input_arguments import add_input_arguments
 
 
 @input_errors_exit()
 def main() -> None:
     """Read the command line and print what was written."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     add_input_arguments(parser)
     parser.add_argument(
         "--output", required=True, type=os.path.expanduser, metavar="FILE", help="the .model file to write"

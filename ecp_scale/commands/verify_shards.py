@@ -1,16 +1,16 @@
 """Check token shards against their manifest: structure, counts, ids, hashes. Exits 1 where something is wrong."""
 
-import argparse
 import os
 from pathlib import Path
 
 from ecp_scale.errors import input_errors_exit
+from ecp_scale.options import OptionParser
 
 
 @input_errors_exit()
 def main() -> int:
     """Read the command line and print every problem."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("prefix", type=os.path.expanduser, metavar="PREFIX", help="prefix of the shards")
     parser.add_argument("--deep", action="store_true", help="also decode every document and encode it again")
     options = parser.parse_args()
