@@ -21,7 +21,7 @@ from benchmarks.peers import MaterialisedLanguageModel
 from benchmarks.timing import environment
 from ecp_scale.command_line import load_preset
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.planning.rehearsal import write_text_of_package
 from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.training.metrics import read_metrics

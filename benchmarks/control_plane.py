@@ -27,7 +27,7 @@ from ecp_scale.cluster.heartbeat import HEARTBEAT_SECONDS, FailureDetector
 from ecp_scale.cluster.ranks import Process, Ranks
 from ecp_scale.cluster.rendezvous import _check_one_rank_per_gpu
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.parallel.digests import summed
 
 RANKS_OF_HOST = 8

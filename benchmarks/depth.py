@@ -17,7 +17,7 @@ from benchmarks.options import count, counts
 from ecp_scale.command_line import parse
 from ecp_scale.errors import input_errors_exit
 from ecp_scale.files import write_text
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.training.metrics import read_metrics
 
 INITIALIZATIONS = ("depth_scaled", "normal")

@@ -31,7 +31,7 @@ from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
 from ecp_scale.errors import input_errors_exit
 from ecp_scale.models.language_model import LanguageModel
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.parallel.context import ParallelContext
 from ecp_scale.planning.compiled import compiled_in_shapes
 from ecp_scale.planning.duration import on_wire

@@ -14,7 +14,7 @@ from ecp_scale.config import TrainingConfig
 from ecp_scale.data.batches import TrainingBatches
 from ecp_scale.data.blend import Blend
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.training.metrics import read_metrics
 
 SECONDS = 1.0

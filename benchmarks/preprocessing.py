@@ -22,7 +22,7 @@ import psutil
 from benchmarks.options import count
 from ecp_scale.data.tokenizer import load_tokenizer
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.preparation.documents import read_parts
 from ecp_scale.preparation.finding import find_sources
 from ecp_scale.preparation.parsing import Parsing

@@ -19,7 +19,7 @@ from benchmarks.options import count
 from benchmarks.timing import KEPT, environment
 from ecp_scale.config import Config
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 
 class Measurement(Protocol):

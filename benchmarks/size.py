@@ -28,7 +28,7 @@ from ecp_scale.checkpoint.weights_file import write_weights
 from ecp_scale.command_line import parse
 from ecp_scale.config import Config
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.parallel.groups import process_groups
 from ecp_scale.parallel.partition import Share
 from ecp_scale.precision import weight_type

@@ -22,7 +22,7 @@ import psutil
 
 from ecp_scale.command_line import parse
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

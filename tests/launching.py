@@ -58,7 +58,7 @@ def run(
     gpu: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end and return its output; what leaves nothing behind is run in this process."""
-    if ranks == 1 and script in PLAYED:
+    if ranks == 1 and script in PLAYED and not gpu:
         return play(script, *options)
     words = command(script, ranks, options, launcher)
     return subprocess.run(words, env=environment(gpu), capture_output=True, text=True, timeout=timeout)

@@ -9,7 +9,7 @@ import pytest
 from tests.launching import ROOT
 
 LAYERS = [
-    {"config", "errors", "console", "files", "precision", "hub"},
+    {"config", "errors", "console", "files", "option_parser", "precision", "hub"},
     {"cluster"},
     {"data"},
     {"attention", "parallel", "preparation"},
@@ -44,7 +44,9 @@ def package_of(path: Path) -> str:
 
 def layer_of(package: str) -> int:
     """Number of a package's layer, 0 for the lowest."""
-    return next(number for number, packages in enumerate(LAYERS) if package in packages)
+    found = [number for number, packages in enumerate(LAYERS) if package in packages]
+    assert found, f"{package} is in no layer"
+    return found[0]
 
 
 def sources() -> list[Path]:

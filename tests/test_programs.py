@@ -1,6 +1,8 @@
 """Every program from outside: one clear error and exit code 2 for bad input, help in about no time."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ecp_scale.checkpoint.mirror import OWNER
+from ecp_scale.command_line import parse
 from ecp_scale.data.corpus import Corpus
+from ecp_scale.errors import InputError
+from ecp_scale.training.loop import train
 from tests.corpus import ShardedText, write_sharded_text
 from tests.launching import ROOT, environment, play, run, run_successfully
 from tests.parallel.layouts import Layout, trained
@@ -106,6 +112,43 @@ def test_a_dry_run_looks_where_the_run_would_write_and_begin(
         assert said in refused("launch/pretrain_ecp.py", *words, *options)
     assert play("launch/pretrain_ecp.py", *words, "--init-from", model).returncode == 0
     assert not run_folder.exists()
+    assert "File name too long" in refused("launch/pretrain_ecp.py", *words, f"--training.output_dir={'x' * 300}")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    message = refused("launch/pretrain_ecp.py", *words, f"--training.output_dir={tmp_path / 'dangling' / 'run'}")
+    assert "dangling is no folder" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--optimizer.learning_rate=1",), "a jump by more than 2"),
+        (("--training.seed=2",), "training.seed was 1 and is now 2"),
+        (("--checkpoint.mirror={other}",), "has the checkpoints of /another/run, expected those of"),
+        (("--resume=never",), "holds checkpoints; pass --resume auto"),
+        (("--training.output_dir={gone}", "--checkpoint.mirror={mirror}", "--resume=never"), "checkpoint.mirror"),
+        (("--init-from=nowhere",), None),
+    ],
+)
+def test_a_dry_run_refuses_what_a_launch_refuses(
+    options: tuple[str, ...], said: str | None, sharded_text: ShardedText, tmp_path: Path
+) -> None:
+    run_folder, places = tmp_path / "run", {name: tmp_path / name for name in ("other", "gone", "mirror")}
+    shutil.copytree(trained(Layout(), sharded_text), run_folder)
+    for name, owner in (("other", "/another/run"), ("mirror", str(places["gone"]))):
+        shutil.copytree(run_folder / "checkpoints", places[name] / "checkpoints")
+        (places[name] / OWNER).write_text(f"{owner}\n")
+    words = [*Layout().options(sharded_text, run_folder), "--training.steps=13", "--resume=auto"]
+    words += [option.format(**places) for option in options]
+    dry = play("launch/pretrain_ecp.py", *words, "--dry-run")
+    before = sorted(path for path in tmp_path.rglob("*") if path.suffix == ".pt")
+    if said is None:
+        assert dry.returncode == 0, dry.stderr
+        train(parse(words, ""))
+        return
+    assert (dry.returncode, said in dry.stderr) == (2, True), dry.stderr
+    with pytest.raises(InputError, match=re.escape(said)):
+        train(parse(words, ""))
+    assert sorted(path for path in tmp_path.rglob("*") if path.suffix == ".pt") == before
 
 
 def test_a_backend_that_cannot_serve_is_refused(sharded_text: ShardedText, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ecp_scale.config import AttentionBackend
-from ecp_scale.errors import InputError
 
 _aten = torch.ops.aten
 FLASH_TYPES = (torch.bfloat16, torch.float16)
@@ -241,17 +240,15 @@ def put_flash(name: str) -> None:
         name: as torch knows it, such as ``FA3``.
 
     Raises:
-        InputError: if this torch does not know it, or its package cannot be loaded.
+        RuntimeError: if this torch does not know it, or its package cannot be loaded.
     """
     activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
     if activate is None:
-        raise InputError(f"training.flash_attention is {name}, which needs torch 2.11, found {torch.__version__}")
+        raise RuntimeError(f"it needs torch 2.11, found {torch.__version__}")
     try:
         activate(name)
-    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"training.flash_attention is {name}, which cannot be loaded ({error}); install its package, or use torch"
-        ) from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RuntimeError(f"its package cannot be loaded: {error}") from error
 
 
 @cache

@@ -53,20 +53,30 @@ def check_apart(folder: Path, run: Path) -> None:
         raise InputError(f"checkpoint.mirror {folder} is the run folder itself or in it, expected another place")
 
 
-def _take(folder: Path, run: str, lock: Lock) -> None:
+def check_owner(folder: Path, run: str) -> None:
+    """Refuse the mirror of another run.
+
+    Raises:
+        InputError: naming that run.
+        OSError: if it cannot be read.
+    """
     owner = folder / OWNER
+    if owner.exists() or saved_folders(folder):
+        found = owner.read_text().strip() if owner.exists() else "a run that it does not name"
+        if found != run:
+            raise InputError(
+                f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every run a "
+                f"mirror of its own, or write {run} to {owner} if the run has moved"
+            )
+
+
+def _take(folder: Path, run: str, lock: Lock) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder, ".probe")
         lock.take(f"checkpoint.mirror {folder}")
-        if owner.exists() or saved_folders(folder):
-            found = owner.read_text().strip() if owner.exists() else "a run that it does not name"
-            if found != run:
-                raise InputError(
-                    f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every "
-                    f"run a mirror of its own, or write {run} to {owner} if the run has moved"
-                )
-        write_text(owner, f"{run}\n")
+        check_owner(folder, run)
+        write_text(folder / OWNER, f"{run}\n")
     except OSError as error:
         raise InputError(f"checkpoint.mirror {error.filename or folder}: {error.strerror or error}") from error
 

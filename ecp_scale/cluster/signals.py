@@ -44,6 +44,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._launchers = _launchers()
         self._file: Path | None = None
+        self._failed = False
         self.exit_code = 0
         """Of this rank after the stop; see ``told``."""
 
@@ -57,6 +58,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._failed = error is not None
         if error is None:
             for number, before in self._before.items():
                 signal.signal(number, before)
@@ -71,11 +73,11 @@ class StopRequest:
         known = number in self._received
         first = self._received.setdefault(number, now)
         if now - first > ECHO_SECONDS:
-            _answer(f"{name:11} again: ends at once, without saving")
+            _answer(f"{name:11} again: the run ends at once, not saved")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not known:
-            _answer(f"{name:11} the step in progress is finished and saved first; a second {name} ends at once")
+        elif not known and not self._failed:
+            _answer(f"{name:11} ends the run after the step in progress, saved; a second {name} ends it at once")
 
     @property
     def is_signalled(self) -> bool:

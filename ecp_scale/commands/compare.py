@@ -32,7 +32,7 @@ from ecp_scale.config.geometry import GEOMETRIES
 from ecp_scale.data.manifest import Manifest, manifest_path
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.files import write_text
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 
 @input_errors_exit()

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "float32": "fp32", "bfloat16": "bf16"}
 """With names that earlier versions took."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from ecp_scale.cluster.ranks import adopt_launcher
 from ecp_scale.console import quiet, say, waiting
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 TIMEOUT_SECONDS, LEAST_TIMEOUT = 60, 20
 

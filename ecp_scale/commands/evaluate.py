@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ecp_scale.config.model import GEOMETRY_FIELDS
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
 from ecp_scale.files import finite
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 if TYPE_CHECKING:
     from ecp_scale.checkpoint.export import ExportedModel

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ecp_scale.console import say
 from ecp_scale.errors import InputError, input_errors_exit, is_first_rank
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 if TYPE_CHECKING:
     from ecp_scale.data.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 
 @input_errors_exit()

@@ -17,7 +17,7 @@ from ecp_scale.command_line import Request, parse
 from ecp_scale.config import Config
 from ecp_scale.console import waiting
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20}
 PROPOSED = 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 PANELS = {
     "loss": "loss (nats per token)",

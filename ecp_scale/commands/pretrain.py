@@ -31,33 +31,26 @@ def describe(request: Request) -> str:
         InputError: if the shards or the folder cannot be used.
     """
     config, data, folder = request.config, "not set", request.config.training.output_dir or "not set"
-    run, start, changed = Path(folder), None, list[str]()
+    changed: list[str] = []
+    blend = None
     _check_places(config)
-    if request.init_from is not None:
-        from ecp_scale.checkpoint.export import ExportedModel
+    known = [path for path in (config.training.output_dir, config.checkpoint.mirror) if path and Path(path).exists()]
+    if known or request.init_from is not None:
+        from ecp_scale.training.report import changes  # Megatron-core and torch, which take seconds
+        from ecp_scale.training.starting import foreseen
 
-        ExportedModel.open(Path(request.init_from))
-    if config.training.output_dir is not None and run.exists():
-        from ecp_scale.checkpoint.resuming import find_start, with_ranges  # Megatron-core and torch, which take seconds
-
-        start = find_start(run, request.resume, config)
-        config = with_ranges(config, start.skip_samples)
-        folder += f", goes on from {start.folder.name}" if start.folder else ", which has no checkpoint"
-    if config.data.is_set:
+        start, config, blend = foreseen(request)
+        if start.folder is not None:
+            changed = changes(Path(folder), start, config)
+            folder += f", goes on from {start.folder.name}"
+        elif known:
+            folder += ", which has no checkpoint"
+    elif config.data.is_set:
         from ecp_scale.training.corpora import open_data
 
         config, blend, _ = open_data(config)
+    if blend is not None:
         data = blend.describe(config.tokens_after(config.training.steps))
-        if request.init_from is not None:
-            from ecp_scale.checkpoint.starting_weights import check_starting_weights
-
-            check_starting_weights(Path(request.init_from), config, blend.corpora[0])
-        if start is not None and start.folder is not None:
-            from ecp_scale.checkpoint.resuming import check_start
-            from ecp_scale.training.report import changes
-
-            check_start(start, config, blend)
-            changed = changes(run, config)
     model, parallel, training = config.model, config.parallel, config.training
     if model.vocab_size is None:
         counts = "unknown until the tokenizer is (model.vocab_size is null)"
@@ -127,7 +120,11 @@ def _check_places(config: Config) -> None:
     for field, folder in (("training.output_dir", run), ("checkpoint.mirror", mirror)):
         if folder is None:
             continue
-        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        whole = Path(folder).absolute()
+        try:
+            there = next(path for path in (whole, *whole.parents) if path.exists() or path.is_symlink())
+        except OSError as error:
+            raise InputError(f"{field} {folder}: {error.strerror or error}") from error
         if not there.is_dir():
             raise InputError(f"{field} {folder}: {there} is no folder")
         if not os.access(there, os.W_OK | os.X_OK):

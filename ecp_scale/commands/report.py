@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.files import read_object, write_text
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.training.events import ENDS, STARTED, read_events
 
 SLOW = 3.0

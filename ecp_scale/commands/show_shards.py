@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ecp_scale.errors import InputError, input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 
 SHOWN = 5
 """Sources, bad records and files that were not read, of which so many are named."""

@@ -3,7 +3,7 @@
 import os
 
 from ecp_scale.errors import input_errors_exit
-from ecp_scale.options import OptionParser
+from ecp_scale.option_parser import OptionParser
 from ecp_scale.preparation.input_arguments import add_input_arguments
 
 

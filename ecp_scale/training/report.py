@@ -1,5 +1,7 @@
 """What a run says on the screen: what it is, how it goes, how it ended. First rank only."""
 
+import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +12,13 @@ from tqdm import tqdm
 
 from ecp_scale.checkpoint.resuming import Start
 from ecp_scale.checkpoint.saving import Progress
-from ecp_scale.command_line import to_yaml
 from ecp_scale.config import Config
+from ecp_scale.config.renames import renamed_fields
 from ecp_scale.console import counted, say, terminal
 from ecp_scale.data.blend import Blend
+
+PLACES = {("training", "output_dir"), ("data", "prefix"), ("model", "preset")}
+"""Fields that say where something is, or what others come from."""
 
 
 def describe_run(config: Config, blend: Blend, hosts: Sequence[str], zero_stage: int, run_tokens: int) -> str:
@@ -57,22 +62,32 @@ def describe_start(start: Start, run: Path, config: Config) -> list[str]:
         return [*lines, f"start       fresh, in {run}"]
     done = start.progress
     lines.append(f"start       resumed from {start.folder}: step {done.step:,}, {done.tokens:,} tokens")
-    return [*lines, *(f"changed     {text}" for text in changes(run, config))]
+    return [*lines, *(f"changed     {text}" for text in changes(run, start, config))]
 
 
-def changes(run: Path, config: Config) -> list[str]:
-    """Fields whose values are others than in the config of a run folder; none where it has no config to read."""
+def changes(run: Path, start: Start, config: Config) -> list[str]:
+    """Fields whose values are others than those of a checkpoint, as YAML has them.
+
+    Of what a checkpoint does not record it is the run folder's last config that is compared, if there is one.
+    """
+    assert start.record is not None
     try:
         before = yaml.safe_load((run / "config.yaml").read_text())
-        now = yaml.safe_load(to_yaml(config))
-        return [
-            f"{section}.{name} was {values[name]} and is now {value}"
-            for section, fields in now.items()
-            for name, value in fields.items()
-            if name in (values := before.get(section) or {}) and values[name] != value and name != "output_dir"
-        ]
+        before = {section: renamed_fields(section, values) for section, values in before.items()}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
-        return []
+        before = {}
+    before |= {section: getattr(start.record, section) or {} for section in ("model", "attention", "optimizer")}
+    before, now = (json.loads(json.dumps(one, default=str)) for one in (before, dataclasses.asdict(config)))
+    return [
+        f"{section}.{name} was {_as_yaml(before[section][name])} and is now {_as_yaml(value)}"
+        for section, fields in now.items()
+        for name, value in fields.items()
+        if name in before.get(section, {}) and before[section][name] != value and (section, name) not in PLACES
+    ]
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class StepReport:

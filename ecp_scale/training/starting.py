@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ecp_scale.attention import Settings, put_flash, refusal
-from ecp_scale.checkpoint.resuming import Start, check_digests, load
+from ecp_scale.checkpoint.export import ExportedModel
+from ecp_scale.checkpoint.mirror import check_owner
+from ecp_scale.checkpoint.resuming import Start, check_digests, check_start, find_start, load, with_ranges
 from ecp_scale.checkpoint.starting_weights import StartingWeights, check_starting_weights
 from ecp_scale.cluster.signals import STOPPED
 from ecp_scale.command_line import Request
@@ -24,10 +26,13 @@ from ecp_scale.parallel.context import is_compiled
 from ecp_scale.parallel.device import check_precision
 from ecp_scale.parallel.groups import Groups, agreed, decided
 from ecp_scale.precision import weight_type
+from ecp_scale.training.corpora import open_data
 from ecp_scale.training.probe import check_probe
 from ecp_scale.zero.engine import Engine
 from ecp_scale.zero.filling import fill, share_weights
 
+FLASH_GPUS = {"FA3": ("9.0",), "FA4": ("9.0", "10.0")}
+"""Capabilities of GPUs that torch gives to each."""
 LARGEST_JUMP = 2.0
 """Factor between what the next step's rate would have been and what it is, beyond which a resume is refused."""
 
@@ -53,14 +58,41 @@ def check_device(config: Config, device: torch.device) -> None:
         InputError: naming the field.
     """
     check_precision(device, config.training.precision)
-    if device.type == "cuda" and config.training.flash_attention != "torch":
-        put_flash(config.training.flash_attention)
+    choose_flash(config, device)
     check_backend(config, device)
     check_compiler(config, device)
     if device.type == "cpu" and is_first_rank():
         for field, idle in (("tf32", False), ("flash_attention", "torch")):
             if getattr(config.training, field) != idle:
                 say(f"note        training.{field} has no effect on a CPU")
+
+
+def choose_flash(config: Config, device: torch.device) -> None:
+    """Put the FlashAttention of ``training.flash_attention`` in the place of torch's own.
+
+    Raises:
+        InputError: saying why it cannot serve this run on this GPU.
+    """
+    name = config.training.flash_attention
+    if name == "torch" or device.type != "cuda":
+        return
+    dropout, backend = config.model.dropout, config.attention.backend
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    served = FLASH_GPUS[name]
+    reasons = {
+        f"serves GPUs of capability {' and '.join(served)}, found {capability}": capability not in served,
+        f"has no dropout, and model.dropout is {dropout:g}": dropout > 0,
+        "takes bf16, and training.precision is fp32": config.training.precision == "fp32",
+        f"is not used by attention.backend {backend}": backend not in ("auto", "flash"),
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    try:
+        if reason is None:
+            put_flash(name)
+    except RuntimeError as error:
+        reason = f"cannot be had: {error}"
+    if reason is not None:
+        raise InputError(f"training.flash_attention is {name}, which {reason}; use torch")
 
 
 def check_backend(config: Config, device: torch.device) -> None:
@@ -141,6 +173,31 @@ def initial_weights(request: Request, start: Start, config: Config, blend: Blend
     exported = check_starting_weights(folder, config, blend.corpora[0])
     say(f"start       with the weights of {folder}: step {exported.step:,}, {exported.tokens:,} tokens")
     return folder
+
+
+def foreseen(request: Request) -> tuple[Start, Config, Blend | None]:
+    """Where a launch would begin, its config then, and its data if they are set; for a dry run, which writes nothing.
+
+    Raises:
+        InputError: for what the launch refuses before it builds anything.
+    """
+    config, start, blend = request.config, Start(), None
+    run, mirror = config.training.output_dir, config.checkpoint.mirror
+    if run is not None and mirror is not None:
+        check_owner(Path(mirror), str(Path(run).resolve()))
+    if run is not None:
+        start = find_start(Path(run), request.resume, config)
+        config = with_ranges(config, start.skip_samples)
+    if config.data.is_set:
+        config, blend, _ = open_data(config)
+        done = start.progress
+        config = config.with_length(done.step, done.tokens)
+        check_start(start, config, blend)
+        initial_weights(request, start, config, blend)
+        check_rate(start, config, config.run_tokens(done.step, done.tokens), request.allow_rate_jump)
+    elif request.init_from is not None and start.record is None:
+        ExportedModel.open(Path(request.init_from))
+    return start, config, blend
 
 
 def load_weights(engine: Engine, config: Config, groups: Groups, start: Start, initial: Path | None) -> None:

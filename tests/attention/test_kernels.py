@@ -36,7 +36,6 @@ from ecp_scale.attention.kernels import CudaKernel, CudnnKernel, Kernel, Lengths
 from ecp_scale.attention.pieces import Pieces, _FlashPieces, document_pieces
 from ecp_scale.attention.reference import reference_attention
 from ecp_scale.config import TrainingConfig
-from ecp_scale.errors import InputError
 from tests.attention.oracle import dense_attention, random_documents, same_document
 from tests.attention.stand_in import StandIn
 
@@ -241,23 +240,6 @@ def test_what_flash_attention_does_not_take_on_a_gpu_is_said(monkeypatch: pytest
     assert "has no dropout" in (kernels.refusal("flex", right, Settings(dropout=0.1), False) or "")
     monkeypatch.setattr(kernels, "has_flash", lambda device: False)
     assert "has no FlashAttention" in (kernels.refusal("flash", right, Settings(), False) or "")
-
-
-def test_a_flash_attention_that_is_asked_for_is_put_in_place_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    put: list[str] = []
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", put.append, raising=False)
-    kernels.put_flash("FA3")
-    assert put == ["FA3"]
-
-    def absent(name: str) -> None:
-        raise ModuleNotFoundError("No module named 'flash_attn_interface'")
-
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", absent)
-    with pytest.raises(InputError, match=r"is FA3, which cannot be loaded \(No module named 'flash_attn"):
-        kernels.put_flash("FA3")
-    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
-    with pytest.raises(InputError, match=r"flash_attention is FA4, which needs torch 2\.11, found"):
-        kernels.put_flash("FA4")
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.attention, "list_flash_attention_impls"), reason="since torch 2.11")

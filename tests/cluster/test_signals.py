@@ -81,14 +81,26 @@ def test_a_second_signal_of_a_kind_ends_at_once_and_an_echo_does_not() -> None:
 
     again = ECHO_SECONDS + 0.2
     said, interrupted = (
-        f"{name:11} the step in progress is finished and saved first; a second {name} ends at once"
+        f"{name:11} ends the run after the step in progress, saved; a second {name} ends it at once"
         for name in ("SIGTERM", "SIGINT")
     )
-    last = "SIGTERM     again: ends at once, without saving"
+    last = "SIGTERM     again: the run ends at once, not saved"
     assert end(again, signal.SIGTERM, signal.SIGTERM) == (-signal.SIGTERM, "", [said, last])
     assert end(again, signal.SIGTERM, signal.SIGTERM, rank=1) == (-signal.SIGTERM, "", [])
     assert end(0.01, signal.SIGTERM, signal.SIGTERM) == (0, "SIGTERM", [said])
     assert end(again, signal.SIGINT, signal.SIGTERM) == (0, "SIGINT", [interrupted, said])
+
+
+def test_a_signal_after_an_error_promises_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = StopRequest()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with pytest.raises(ZeroDivisionError), stop:
+        raise ZeroDivisionError
+    os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does whose ranks fail
+    assert stop.reason == "SIGTERM"
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_stop_during_a_save_trains_no_further_step(

@@ -181,11 +181,15 @@ def test_a_resume_says_what_it_changes(
     train(parse([*words, "--training.steps=1"], ""))
     train(parse([*words, "--training.steps=1"], ""))
     assert "changed " not in capsys.readouterr().err
-    train(parse([*words, "--training.steps=2", "--optimizer.weight_decay=0.2"], ""))
+    # A launch that ended before its first save has left its config, and no checkpoint.
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("weight_decay: 0.1", "weight_decay: 0.2"))
+    train(parse([*words, "--training.steps=2", "--optimizer.weight_decay=0.2", "--training.compile=false"], ""))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed ")]
     assert said == [
         "changed     optimizer.weight_decay was 0.1 and is now 0.2",
         "changed     training.steps was 1 and is now 2",
+        "changed     training.compile was auto and is now false",
     ]
 
 
