@@ -45,11 +45,16 @@ class Request:
 
 
 def parse(
-    argv: Sequence[str], description: str, required: Sequence[str] = (), world_size: int | None = None
+    argv: Sequence[str],
+    description: str,
+    required: Sequence[str] = (),
+    world_size: int | None = None,
+    options: Sequence[str] = (),
 ) -> Request:
     """Read a training command line; fields named in ``required`` must be set unless it is a dry run, of ``a|b`` one.
 
-    ``world_size`` is that of the launch to come; None takes this process's own.
+    ``world_size`` is that of the launch to come; None takes this process's own. ``options`` are those of the program
+    besides, which an error may suggest.
 
     Raises:
         InputError: listing every problem of the files and of the command line together.
@@ -65,7 +70,8 @@ def parse(
 
     problems: list[str] = []
     settings = _file_settings(known.config, problems) if known.config else []
-    asked = _command_line_settings(rest, problems)
+    known_options = [name for action in _top_level_parser()._actions for name in action.option_strings]
+    asked = _command_line_settings(rest, problems, [*known_options, *options])
     settings += asked
     config = build(parser, _above_presets(settings, problems), problems)
     if config.training.tokens is not None and any(item.key == "training.steps" for item in asked):
@@ -235,7 +241,7 @@ def _above_presets(settings: list[Setting], problems: list[str]) -> list[Setting
     return settings
 
 
-def _command_line_settings(tokens: list[str], problems: list[str]) -> list[Setting]:
+def _command_line_settings(tokens: list[str], problems: list[str], options: Sequence[str]) -> list[Setting]:
     settings = []
     remaining = list(tokens)
     while remaining:
@@ -247,7 +253,7 @@ def _command_line_settings(tokens: list[str], problems: list[str]) -> list[Setti
         if not equals:
             has_value = remaining and not remaining[0].startswith("--")
             value = remaining.pop(0) if has_value else ""
-        if _is_known(key, COMMAND_LINE, problems):
+        if _is_known(key, COMMAND_LINE, problems, [option.removeprefix("--") for option in options]):
             if value == "":
                 problems.append(f"{COMMAND_LINE}: --{key} needs a value")
             else:
@@ -255,17 +261,15 @@ def _command_line_settings(tokens: list[str], problems: list[str]) -> list[Setti
     return settings
 
 
-def _is_known(key: str, source: str, problems: list[str]) -> bool:
+def _is_known(key: str, source: str, problems: list[str], options: Sequence[str] = ()) -> bool:
     names = [f"{name}.{item.name}" for name, section in SECTIONS.items() for item in dataclasses.fields(section)]
     if key in names:
         return True
-    if source == COMMAND_LINE:
-        names += [action.option_strings[-1].removeprefix("--") for action in _top_level_parser()._actions]
     if key in RENAMED_FIELDS:
         problems.append(f"{source}: {key} is now {RENAMED_FIELDS[key]}")
     else:
         elsewhere = ELSEWHERE.get(key.rpartition(".")[2].replace("-", "_"))
-        hint = f"; did you mean {elsewhere!r}?" if elsewhere else _did_you_mean(key, names)
+        hint = f"; did you mean {elsewhere!r}?" if elsewhere else _did_you_mean(key, [*names, *options])
         problems.append(f"{source}: unknown key {key!r}{hint}")
     return False
 

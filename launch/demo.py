@@ -194,10 +194,11 @@ def main() -> None:
         help="folder to write, emptied first (default: demo)",
     )
     parser.add_argument("--ranks", type=int, help="ranks of the launch (default: 2, or the only GPU)")
-    options, training_options = parser.parse_known_args()
+    options, training_options = parser.parse_and_pass_on()
     if options.ranks is not None and options.ranks < 1:
         parser.error(f"--ranks is {options.ranks}, expected at least 1")
-    parse(["--config", "demo", "--dry-run", *training_options], "")  # before anything is removed
+    # Before anything is removed.
+    parse(["--config", "demo", "--dry-run", *training_options], "", options=parser.names)
     began = time.monotonic()
     paths = Paths(Path(options.output).resolve())
     _empty(paths)

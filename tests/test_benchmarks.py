@@ -118,7 +118,7 @@ def test_a_suite_runs_at_toy_size_and_is_written(
         ("control_plane", ("--ranks", "-4"), "argument --ranks: '-4', expected a whole number from 1"),
         ("depth", ("--depths", "6,x", "--prefix=p", "--validation-prefix=p", "--output=o"), "'x', expected a whole"),
         ("preprocessing", ("--input", "nope", "--tokenizer", "bytes"), "input nope: no such file or folder"),
-        ("size", ("--checkpoint", "nope"), "nope"),
+        ("size", ("--checkpoint", "nope"), "nope: no such folder"),
         ("command", ("--layers", "0"), "argument --layers: '0', expected a whole number from 1"),
         ("run", ("--rounds", "0"), "argument --rounds: '0', expected a whole number from 1"),
     ],

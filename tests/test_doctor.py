@@ -60,7 +60,7 @@ def test_hosts_without_a_defect_are_told_no_other_than_their_speed(tmp_path: Pat
         ("folder", "is not the folder that the first rank writes to  [host1]"),
         ("clock", "clock               7,200 s ahead of that of the first rank  [host1]"),
         ("descriptors", "limits              at most 256 open files (ulimit -Hn), expected 4,096  [host1]"),
-        ("slow", "matrix product      "),
+        ("slow", ", where the median rank has "),
         ("breaks", "rank 1 of 2 on host host1 stopped with OutOfMemoryError: no memory"),
     ],
 )

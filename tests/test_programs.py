@@ -53,7 +53,21 @@ def test_help_needs_no_torch(program: str) -> None:
 def test_options_have_their_whole_names(program: str) -> None:
     done = play(program, "--hel")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "did you mean" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("launch/generate.py", "--modle", "m"), "--modle is no option, did you mean --model?"),
+        (("launch/plan.py", "--gpus", "8", "--config=demo", "--gpu-memry", "80GiB"), "did you mean 'gpu-memory'?"),
+        (("launch/plan.py", "--gpus", "8", "--config=demo", "--proppose"), "did you mean 'propose'?"),
+        (("launch/plan.py", "--gpus", "x", "--training.tokens", "1e9"), "argument --gpus: invalid int value: 'x'\n"),
+        (("launch/demo.py", "--rank", "2"), "did you mean 'ranks'?"),
+    ],
+)
+def test_a_mistyped_option_is_told_the_nearest_and_a_right_one_is_not_blamed(words: tuple[str, ...], said: str) -> None:
+    done = play(*words)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ DIR/comparison.md, .json and .svg. The first architecture named is the one that 
 training is the --budget of all. A dry run prints parameters, FLOPs and receptive field of each.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -108,7 +107,8 @@ def read_command_line(argv: list[str]) -> Comparison:
     Raises:
         InputError: listing what is wrong.
     """
-    options, rest = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_and_pass_on(argv)
     problems = []
     architectures = tuple(options.architectures.split(","))
     for name in architectures:
@@ -133,7 +133,7 @@ def read_command_line(argv: list[str]) -> Comparison:
     if problems:
         raise InputError("\n".join(problems))
     required = ("data.prefix|data.blend", "data.validation_prefix")
-    request = parse(rest, "", required, world_size=options.ranks)
+    request = parse(rest, "", required, options.ranks, parser.names)
     points = {
         point: parse([*rest, *words], "", required, world_size=options.ranks).config
         for point, words in points_of(options.grid, options.sizes, request).items()
@@ -167,7 +167,7 @@ def read_command_line(argv: list[str]) -> Comparison:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = OptionParser(
         description=__doc__, epilog="All other options are those of ecp-pretrain and hold for every cell."
     )

@@ -27,7 +27,8 @@ GPU = "NVIDIA H100 80GB HBM3"
 @input_errors_exit()
 def main() -> int:
     """Read the command line and print the plan."""
-    options, rest = _parser().parse_known_args()
+    parser = _parser()
+    options, rest = parser.parse_and_pass_on()
     memory, reserve = (memory_size(name, getattr(options, name)) for name in ("gpu_memory", "reserve"))
     if options.gpus < 1:
         raise InputError(f"--gpus is {options.gpus}, expected at least 1")
@@ -35,11 +36,12 @@ def main() -> int:
         raise InputError(f"--reserve is {options.reserve}, expected less than --gpu-memory {options.gpu_memory}")
     refused = ""
     try:
-        request = parse(rest, "", world_size=options.gpus)
+        request = parse(rest, "", world_size=options.gpus, options=parser.names)
     except InputError as error:
         if not options.propose:
             raise
-        request, refused = parse([*rest, "--dry-run"], ""), str(error)  # of another number of ranks, perhaps
+        # Of another number of ranks, perhaps.
+        request, refused = parse([*rest, "--dry-run"], "", options=parser.names), str(error)
     from ecp_scale.training.corpora import open_data
 
     config = open_data(request.config)[0] if request.config.data.is_set else request.config
@@ -90,7 +92,7 @@ def main() -> int:
     return 0 if fits else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = OptionParser(description=__doc__, epilog="All other options are those of ecp-pretrain.")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the launch")
     parser.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="of one of them (default: 80GiB)")

@@ -96,7 +96,7 @@ def _write_images(options: argparse.Namespace) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OptionParser:
     parser = OptionParser(description=__doc__)
     add_input_arguments(parser)
     parser.add_argument(

@@ -7,6 +7,7 @@ come on top of that, none hidden behind products, so that the estimate errs towa
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ecp_scale.parallel.device import PEAK_TERAFLOPS
 from ecp_scale.planning.plan import TO_ALL, TO_OWNERS, Plan
 
 GB = 1e9
@@ -34,7 +35,7 @@ class Machine:
 
     utilisation: float = 0.48
     """Share of the peak in forward and backward passes on one GPU: what scaled-1b3 has on an H100, without messages."""
-    peak_teraflops: float = 989.0
+    peak_teraflops: float = PEAK_TERAFLOPS["NVIDIA H100 80GB HBM3"][0]
     """Of one GPU, in the run's precision, by its datasheet."""
     node_ranks: int = 8
     """GPUs that a node joins."""
