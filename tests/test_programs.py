@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from ecp_scale.checkpoint.mirror import OWNER
 from ecp_scale.command_line import parse
 from ecp_scale.data.corpus import Corpus
 from ecp_scale.errors import InputError
+from ecp_scale.preparation.preprocessing import preprocess
 from ecp_scale.training.loop import train
 from tests.corpus import ShardedText, write_sharded_text
-from tests.launching import ROOT, environment, play, run, run_successfully
+from tests.launching import PLAYED, ROOT, command, environment, play, run, run_successfully
 from tests.parallel.layouts import Layout, trained
 
 PROGRAMS = sorted(
@@ -78,6 +80,47 @@ def model(sharded_text: ShardedText, tmp_path_factory: pytest.TempPathFactory) -
         "launch/convert_checkpoint.py", "--checkpoint", trained(Layout(), sharded_text), "--output", output
     )
     return output
+
+
+def test_programs_that_tests_run_in_their_process_work_in_their_own(
+    sharded_text: ShardedText, model: Path, tmp_path: Path
+) -> None:
+    run_folder = trained(Layout(), sharded_text)
+    probes = ("--task", "copy", "--length", 32, "--distances", 14, "--count", 10)
+    done = {
+        "data_tools/make_probe.py": (*probes, "--output-prefix", tmp_path / "probe" / "x"),
+        "data_tools/merge_shards.py": (tmp_path / "part1", tmp_path / "part2", "--output-prefix", tmp_path / "both"),
+        "data_tools/preprocess.py": (
+            *("--input", sharded_text.text),
+            *("--tokenizer", "byte", "--output-prefix", tmp_path / "y"),
+        ),
+        "data_tools/show_shards.py": (sharded_text.prefix,),
+        "data_tools/train_tokenizer.py": (
+            *("--input", sharded_text.text, "--vocab-size", 400),
+            *("--output", tmp_path / "t.model"),
+        ),
+        "data_tools/verify_shards.py": (sharded_text.prefix, "--deep"),
+        "launch/audit_data.py": (run_folder,),
+        "launch/checkpoint.py": ("list", run_folder),
+        "launch/convert_checkpoint.py": ("--checkpoint", run_folder, "--output", tmp_path / "model"),
+        "launch/generate.py": ("--model", model, "--prompt", "def ", "--max-new-tokens", 2),
+        "launch/plan.py": ("--config=demo", "--gpus", 1, "--model.vocab_size=300"),
+        "launch/report.py": (run_folder, "--output", tmp_path / "page.html"),
+    }
+    assert done.keys() == PLAYED
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text in texts:
+        text.write_text("some words\n" * 9)
+    for part in (1, 2):
+        preprocess(list(map(str, texts)), "byte", str(tmp_path / f"part{part}"), part=(part, 2))
+
+    def start(script: str) -> "subprocess.CompletedProcess[str]":
+        words = command(script, 1, done[script])
+        return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(2) as pool:
+        for script, ended in zip(done, pool.map(start, done), strict=True):
+            assert (ended.returncode, ended.stdout != "") == (0, True), (script, ended.stderr[-3000:])
 
 
 def test_dry_run_prints_config_and_counts() -> None:
