@@ -1,6 +1,8 @@
 """The language model: causality, receptive field, streaming, counts, padding, initialisation."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecp_scale.attention import KeyValue, latent, sdpa, segment
 from ecp_scale.config import ModelConfig
-from ecp_scale.models import patterns
+from ecp_scale.models import patterns, pointwise
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.parallel.groups import Groups
 from tests.models.settings import ARCHITECTURES, BOTH, NAMES, PAPER, SCALED, build, random_tokens, variant
@@ -60,6 +62,38 @@ def test_compiled_pointwise_operations_compute_the_same(groups: Groups) -> None:
         gradients.append([losses, *(parameter.grad for parameter in model.parameters())])
     for found, expected in zip(*gradients, strict=True):
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_operations_are_not_compiled_again_for_other_lengths(
+    groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph of the first length, and one of any; alike in training, validation and streams."""
+    monkeypatch.setattr(pointwise, "_compiled", cache(lambda function: torch.compile(function, backend="aot_eager")))
+    plain = build(SCALED, groups, torch.float32)
+    model = LanguageModel(SCALED, dataclasses.replace(plain.parallel, compiled=True))
+    model.load_state_dict(plain.state_dict())
+    stats = torch._dynamo.utils.counters["stats"]
+
+    def graphs(lengths: tuple[int, ...], run: Callable[[Tensor], object]) -> list[int]:
+        found = []
+        for length in lengths:
+            before = stats["unique_graphs"]
+            run(random_tokens(SCALED, length + 1))
+            found.append(stats["unique_graphs"] - before)
+        return found
+
+    first, second, *others = graphs(
+        (64, 48, 50, 33, 17, 40, 61), lambda ids: model(ids[:, :-1], ids[:, 1:])[0].backward()
+    )
+    assert first > 0
+    assert second <= first
+    assert not any(others)
+    model.eval()
+    stream = model.new_stream()
+    with torch.no_grad():
+        assert not any(graphs((64, 47, 50, 33), model.logits)[1:])
+        # A single token is a graph of its own.
+        assert not any(graphs((0, 17, 0, 5, 0, 30), lambda ids: model.logits(ids, stream))[2:])
 
 
 def test_the_hidden_layer_of_the_feed_forward_network_is_not_kept(config: ModelConfig, groups: Groups) -> None:
