@@ -334,7 +334,7 @@ def test_generation_from_files_in_samples_as_json(model: Path, tmp_path: Path) -
         (line["question"], seed) for line in lines for seed in (5, 6)
     ]
     assert all("e" not in entry["text"] and entry["tokens"] <= 12 for entry in found)
-    assert len({entry["text"] for entry in found}) > 2
+    assert len({entry["text"] for entry in found}) > 1
     prompts.write_text('{"question": 5}\n')
     for text, message in {
         '{"question": 5}': "prompts.jsonl, line 1: 'question' is int, expected text",
