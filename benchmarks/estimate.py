@@ -29,7 +29,7 @@ from ecp_scale.attention import sdpa, segment
 from ecp_scale.attention.kernels import Operands, State
 from ecp_scale.command_line import load_preset
 from ecp_scale.config import Config
-from ecp_scale.errors import input_errors_exit
+from ecp_scale.errors import InputError, input_errors_exit
 from ecp_scale.models.language_model import LanguageModel
 from ecp_scale.option_parser import OptionParser
 from ecp_scale.parallel.context import ParallelContext
@@ -165,6 +165,8 @@ def estimate(config: Config, options: argparse.Namespace, compiled: bool) -> dic
 def estimate_launch(config: Config, options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a step of a layout, by what they go to; what ranks of a tensor group do is split evenly."""
     parallel = config.parallel
+    if problems := config.problems(options.gpus):
+        raise InputError("; ".join(problems))
     deepspeed = json.loads((ROOT / f"ds_configs/zero{options.zero}.json").read_text())
     if options.overlap:
         # DeepSpeed waits for the device before it sums a gradient on its owner alone, if messages are to overlap.

@@ -169,8 +169,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="measurements whose name has one of these texts")
     parser.add_argument("--toy", action="store_true", help="small models and lengths, whose figures mean nothing")
     parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
+    parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/speed; of toys build/toy)")
     options = parser.parse_args()
+    output = options.output or Path("build/toy" if options.toy else "benchmarks/results/speed")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file, expected a folder")
     if options.suite == "gpu" and not options.toy and not torch.cuda.is_available():
         raise InputError("--suite gpu needs a GPU, and torch finds none")
     suite = SUITES[options.suite](Sizes(options.toy))
@@ -185,9 +188,9 @@ def main() -> None:
         needed = any(name == peer or name.startswith(f"{peer} ") for name in chosen)
         if needed and importlib.util.find_spec(library) is None:
             raise InputError(f"{library}, a peer of {peer!r}, is not installed; it comes with the extra benchmarks")
-    options.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     # What an earlier call found in the same environment stays, so that a suite can be done in parts.
-    written = options.output / f"{options.suite}.json"
+    written = output / f"{options.suite}.json"
     results: dict[str, Any] = {"environment": environment(), "rounds": options.rounds, "measurements": {}}
     if written.exists():
         earlier = json.loads(written.read_text())
@@ -197,7 +200,7 @@ def main() -> None:
         results["measurements"][name] = measure(rounds=options.rounds)
         # After every measurement: the next one may be interrupted.
         written.write_text(json.dumps(results, indent=1) + "\n")
-        (options.output / f"{options.suite}.md").write_text(table(results))
+        (output / f"{options.suite}.md").write_text(table(results))
         print(json.dumps({name: results["measurements"][name]}, indent=1), flush=True)
 
 

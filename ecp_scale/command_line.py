@@ -184,6 +184,7 @@ def _file_settings(path: str, problems: list[str]) -> list[Setting]:
         raise InputError(f"--config {path}: no such file, and no preset of that name: {', '.join(preset_names())}")
     try:
         content = yaml.load(Path(path).read_text(), _OnceLoader)
+        json.dumps(content, default=str, skipkeys=True)  # refuses what holds itself
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

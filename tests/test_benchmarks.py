@@ -112,6 +112,8 @@ def test_a_suite_runs_at_toy_size_and_is_written(
     ("module", "words", "said"),
     [
         ("estimate", ("--presets", "nope"), "model.preset is 'nope', expected one of demo"),
+        ("estimate", ("--presets", "scaled-70b", "--gpus", "100"), "the launch has 100 ranks, not a multiple of"),
+        ("run", ("--toy", "--only", "shards", "--output", __file__), "is a file, expected a folder"),
         ("estimate", ("--gpus", "0"), "argument --gpus: '0', expected a whole number from 1"),
         ("estimate", ("--bandwidth", "nan"), "argument --bandwidth: 'nan', expected a number above 0"),
         ("loader", ("--prefix", "nope"), "nope.manifest.json: No such file or directory"),

@@ -429,6 +429,7 @@ def test_a_preset_sits_under_a_file_that_names_it(tmp_path: Path) -> None:
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning.enabled is not among the keys"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is not among the keys"),
         ({"tensorboard": {"enabled": True}}, "section 'tensorboard' belongs to logging.tensorboard"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is True, but there is no fp16: training.precision is fp32 or bf16"),
         ({"communication_data_type": "fp16"}, "communication_data_type is 'fp16', expected \"fp32\" or null"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype is 'bf16'"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads is not among"),
@@ -462,8 +463,9 @@ def test_without_data_types_gradients_are_added_up_in_fp32() -> None:
         b"training: " + b"[" * 5000,
         b"data:\n  prefix: \xff\n",
         b'data:\n  prefix: "a\\0b"\n',
+        b"model: &a\n  preset: demo\n  window: *a\n",
     ],
-    ids=["date as key", "no date", "long number", "deep", "no UTF-8", "NUL"],
+    ids=["date as key", "no date", "long number", "deep", "no UTF-8", "NUL", "holds itself"],
 )
 def test_a_file_that_yaml_or_the_system_cannot_take_is_refused(text: bytes, tmp_path: Path) -> None:
     file = tmp_path / "odd.yaml"

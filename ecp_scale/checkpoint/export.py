@@ -178,7 +178,7 @@ def export(checkpoint: Path, output: Path, options: WriteOptions = PLAIN) -> Che
     found = damages(checkpoint, {name: file for name, file in record.files.items() if not name.endswith(states)})
     if found:
         raise InputError("\n".join(found))
-    _check_output(output, record, options.average)
+    _check_output(output, record, options)
     unfinished = output.with_name(f".{output.name}.partial")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def _begin(unfinished: Path, what: dict[str, Any]) -> None:
     write_text(path, json.dumps(what) + "\n")
 
 
-def _check_output(output: Path, record: CheckpointRecord, average: bool) -> None:
+def _check_output(output: Path, record: CheckpointRecord, options: WriteOptions) -> None:
     """Refuse to write where something else is."""
     if not output.exists():
         return
@@ -234,10 +234,13 @@ def _check_output(output: Path, record: CheckpointRecord, average: bool) -> None
         is_ours = False
     if not is_ours:
         raise InputError(f"--output {output}: holds {', '.join(found[:4])}; choose a new folder")
+    average, dtype = options.average, str(options.dtype).removeprefix("torch.")
     wanted = (ModelConfig(**record.model).geometry, record.step, record.tokens, average)
     if (model.geometry, step, tokens, averaged) != wanted:
         kind = "an average of weights" if averaged and not average else "another model"
         raise InputError(f"--output {output}: holds {kind} (step {step}, {tokens} tokens); choose a new folder")
+    if content.get("dtype", dtype) != dtype:
+        raise InputError(f"--output {output}: holds this model in {content['dtype']}, not {dtype}; choose a new folder")
 
 
 def _optimizer_order(record: CheckpointRecord) -> list[str]:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from typing import Any
 
 from ecp_scale.command_line import Request, parse
@@ -61,18 +62,7 @@ def main() -> int:
     room = memory - reserve
     fits = found is not None and found.peak_bytes <= room
     notes = [*request.notes, *_suggestion(request, rest)]
-    proposed: list[Any] = []
-    if options.propose:
-        with waiting("looking for layouts that fit", not options.json):
-            fitting = proposals(request.config, options.gpus, room)
-            proposed = sorted(fitting, key=lambda one: duration(one, machine).whole)[:PROPOSED]
-    if options.json:
-        content = _as_object(found, proposed, machine, tokens, room)
-        content["notes"] = [*filter(None, [refused]), *notes]
-        if options.rehearse:
-            content["rehearsal"] = rehearse_layout(request)
-        print(json.dumps(content, indent=1))
-    else:
+    if not options.json:
         print(refused if found is None else found.describe())
         for text in notes:
             print(f"note                {text}")
@@ -82,14 +72,32 @@ def main() -> int:
             print(f"verdict             {'fits' if fits else 'does not fit'}: {share}")
         if not fits and not options.propose:
             print("try                 --deepspeed_config zero2 or zero3, --training.micro_batch_size, --propose")
-        for number, one in enumerate(proposed, start=1):
-            print(f"\nproposal {number}\n{one.describe()}\n{_time(one, machine, tokens)}")
-            print(f"options             {one.options}")
-        if options.propose and not proposed:
-            print("\nno layout of these ranks fits: take more of them, or shorter sequences")
+        sys.stdout.flush()  # the search may be cut short
+    proposed: list[Any] = []
+    if options.propose:
+        with waiting("looking for layouts that fit, which takes seconds to minutes", not options.json):
+            fitting = proposals(request.config, options.gpus, room)
+            proposed = sorted(fitting, key=lambda one: duration(one, machine).whole)[:PROPOSED]
+        _show_proposals(proposed, machine, tokens, options.json)
+    if options.json:
+        content = _as_object(found, proposed, machine, tokens, room)
+        content["notes"] = [*filter(None, [refused]), *notes]
+        if options.rehearse:
+            content["rehearsal"] = rehearse_layout(request)
+        print(json.dumps(content, indent=1))
     if options.rehearse and not options.json:
         print(f"\nrehearsal           {rehearse_layout(request)}")
     return 0 if fits else 1
+
+
+def _show_proposals(proposed: list[Any], machine: Any, tokens: int, as_object: bool) -> None:
+    if as_object:
+        return
+    for number, one in enumerate(proposed, start=1):
+        print(f"\nproposal {number}\n{one.describe()}\n{_time(one, machine, tokens)}")
+        print(f"options             {one.options}")
+    if not proposed:
+        print("\nno layout of these ranks fits: take more of them, or shorter sequences")
 
 
 def _parser() -> OptionParser:

@@ -8,6 +8,7 @@ from typing import get_args
 from ecp_scale.config import Config, ParallelConfig, Recompute
 from ecp_scale.planning.plan import Plan, plan, trace_busiest
 from ecp_scale.precision import weight_type
+from ecp_scale.zero import json_config
 from ecp_scale.zero.memory import FP32
 
 SUGGESTED = {
@@ -61,7 +62,7 @@ def _fitting(config: Config, world_size: int, memory: int) -> Plan | None:
         if candidate.problems(world_size):
             continue
         traced = trace_busiest(candidate, world_size)
-        plans = (plan(candidate, {"zero_optimization": {"stage": stage}}, world_size, traced) for stage in stages)
+        plans = (plan(candidate, json_config.read(f"zero{stage}"), world_size, traced) for stage in stages)
         fitting = next((found for found in plans if found.peak_bytes <= memory), None)
         if fitting is not None:
             return fitting

@@ -148,6 +148,9 @@ def problems(content: dict[str, Any], path: str | None, config: Config, world_si
         # What ``resolve`` has written is taken again.
         values = (value, value * config.parallel.context) if key == "train_batch_size" else (value,)
         if given not in (None, "auto", *values):
+            if key == "fp16.enabled":
+                found.append(f"{where}: {key} is {given!r}, but there is no fp16: training.precision is fp32 or bf16")
+                continue
             found.append(f'{where}: {key} is {given!r} but {owner} says {value!r}; write "auto" there')
     zero = content.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from ecp_scale.checkpoint.export import WRITTEN, ExportedModel, export
 from ecp_scale.checkpoint.folder import find_checkpoint
 from ecp_scale.checkpoint.proof import prove
+from ecp_scale.checkpoint.weights_file import WriteOptions
 from ecp_scale.errors import InputError
 from ecp_scale.parallel.groups import Groups
 from tests.corpus import ShardedText
@@ -81,6 +82,13 @@ def test_a_model_folder_of_the_format_before_is_read_and_may_be_exported_again(
     assert former.attention == dataclasses.replace(present.attention, backend="flash")
     export(find_checkpoint(trained(Layout(), sharded_text)), model_folder)
     assert json.loads(path.read_text())["ecp_scale"]["format_version"] == 4
+
+
+def test_a_model_of_another_type_is_not_written_over(model_folder: Path, sharded_text: ShardedText) -> None:
+    checkpoint = find_checkpoint(trained(Layout(), sharded_text))
+    export(checkpoint, model_folder)
+    with pytest.raises(InputError, match="holds this model in float32, not bfloat16; choose a new folder"):
+        export(checkpoint, model_folder, WriteOptions(torch.bfloat16))
 
 
 def test_another_tokenizer_beside_the_model_is_refused(model_folder: Path) -> None:
