@@ -96,6 +96,8 @@ def main() -> None:
         seconds = time.perf_counter() - began
     if is_first_rank():
         say(f"{made:,} tokens in {seconds:.1f} s, {made / seconds:.1f} per second, prompts included")
+        if not made:
+            say("nothing was made: the document ended at once; another --seed, or a model of more steps, may go on")
 
 
 def _encoded(

@@ -115,7 +115,8 @@ def train(request: Request, stop: StopRequest | None = None) -> None:
         load_weights(engine, config, groups, start, initial)
         apply_optimizer_config(engine, config.optimizer)
         write = partial(write_settings, run, settings)
-        decided(lambda: write(to_yaml(config)))
+        if describe_passed(config, done) is None:  # else its config would have the length that was asked for in vain
+            decided(lambda: write(to_yaml(config)))
         decided(lambda: leave_behind(run, config))
         saves = Saves(engine, config, blend, run)
         probe = partial(probe_loss, engine, config, groups)

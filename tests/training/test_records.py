@@ -185,7 +185,12 @@ def test_a_resume_says_what_it_changes(
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("weight_decay: 0.1", "weight_decay: 0.2"))
     train(parse([*words, "--training.steps=2", "--optimizer.weight_decay=0.2", "--training.compile=false"], ""))
+    train(parse([*words, "--training.steps=1"], ""))  # nothing to do
+    assert "  steps: 2\n" in config.read_text()
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed ")]
+    assert said.pop() == "changed     training.compile was false and is now auto"
+    assert said.pop() == "changed     training.steps was 2 and is now 1"
+    assert said.pop() == "changed     optimizer.weight_decay was 0.2 and is now 0.1"
     assert said == [
         "changed     optimizer.weight_decay was 0.1 and is now 0.2",
         "changed     training.steps was 1 and is now 2",
