@@ -57,17 +57,19 @@ def check_owner(folder: Path, run: str) -> None:
     """Refuse the mirror of another run.
 
     Raises:
-        InputError: naming that run.
-        OSError: if it cannot be read.
+        InputError: naming that run, or what cannot be read.
     """
     owner = folder / OWNER
-    if owner.exists() or saved_folders(folder):
+    try:
         found = owner.read_text().strip() if owner.exists() else "a run that it does not name"
-        if found != run:
-            raise InputError(
-                f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every run a "
-                f"mirror of its own, or write {run} to {owner} if the run has moved"
-            )
+        is_used = owner.exists() or bool(saved_folders(folder))
+    except OSError as error:
+        raise InputError(f"checkpoint.mirror {error.filename or folder}: {error.strerror or error}") from error
+    if is_used and found != run:
+        raise InputError(
+            f"checkpoint.mirror {folder} has the checkpoints of {found}, expected those of {run}; give every run a "
+            f"mirror of its own, or write {run} to {owner} if the run has moved"
+        )
 
 
 def _take(folder: Path, run: str, lock: Lock) -> None:
