@@ -70,8 +70,8 @@ def parse(
 
     problems: list[str] = []
     settings = _file_settings(known.config, problems) if known.config else []
-    known_options = [name for action in _top_level_parser()._actions for name in action.option_strings]
-    asked = _command_line_settings(rest, problems, [*known_options, *options])
+    beside = [*options, *(name for action in _top_level_parser()._actions for name in action.option_strings)]
+    asked = _command_line_settings(rest, problems, [name.removeprefix("--") for name in beside])
     settings += asked
     config = build(parser, _above_presets(settings, problems), problems)
     if config.training.tokens is not None and any(item.key == "training.steps" for item in asked):
@@ -254,7 +254,7 @@ def _command_line_settings(tokens: list[str], problems: list[str], options: Sequ
         if not equals:
             has_value = remaining and not remaining[0].startswith("--")
             value = remaining.pop(0) if has_value else ""
-        if _is_known(key, COMMAND_LINE, problems, [option.removeprefix("--") for option in options]):
+        if _is_known(key, COMMAND_LINE, problems, options):
             if value == "":
                 problems.append(f"{COMMAND_LINE}: --{key} needs a value")
             else:

@@ -78,7 +78,8 @@ def main() -> int:
         with waiting("looking for layouts that fit, which takes seconds to minutes", not options.json):
             fitting = proposals(request.config, options.gpus, room)
             proposed = sorted(fitting, key=lambda one: duration(one, machine).whole)[:PROPOSED]
-        _show_proposals(proposed, machine, tokens, options.json)
+        if not options.json:
+            _show_proposals(proposed, machine, tokens)
     if options.json:
         content = _as_object(found, proposed, machine, tokens, room)
         content["notes"] = [*filter(None, [refused]), *notes]
@@ -90,9 +91,7 @@ def main() -> int:
     return 0 if fits else 1
 
 
-def _show_proposals(proposed: list[Any], machine: Any, tokens: int, as_object: bool) -> None:
-    if as_object:
-        return
+def _show_proposals(proposed: list[Any], machine: Any, tokens: int) -> None:
     for number, one in enumerate(proposed, start=1):
         print(f"\nproposal {number}\n{one.describe()}\n{_time(one, machine, tokens)}")
         print(f"options             {one.options}")

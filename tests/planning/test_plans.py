@@ -202,7 +202,11 @@ def test_what_does_not_fit_is_said_and_layouts_that_do_are_proposed() -> None:
     assert [line for line in again.stdout.splitlines() if line.startswith("time ")] == [
         line for line in first.splitlines()[:40] if line.startswith("time ")
     ][:1]
-    assert not json.loads(play("launch/plan.py", *small, *memory, "--json").stdout)["plan"]["fits"]
+    found = json.loads(play("launch/plan.py", *small, *memory, "--propose", "--json").stdout)
+    assert not found["plan"]["fits"]
+    assert found["proposals"][0]["options"].split() == options
+    seconds = [one["step_seconds"]["whole"] for one in found["proposals"]]
+    assert seconds == sorted(seconds)
 
 
 def test_layouts_are_proposed_where_the_own_one_is_none_of_these_ranks() -> None:
